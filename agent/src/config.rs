@@ -1,0 +1,129 @@
+//! The agent's configuration: one TOML file, read once, checked whole before anything is opened.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, ensure};
+use izar_common::id::{ClusterId, NodeId, SiteId};
+use izar_common::tls;
+use serde::Deserialize;
+
+/// Controllers in the file at most: a site has up to five, and some may be on their way out.
+const CONTROLLERS: usize = 16;
+
+/// Everything an agent is told by its file; what to run it learns from the controllers.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    pub cluster: ClusterId,
+    pub site: SiteId,
+    /// This agent's name; no two agents of a site share one.
+    pub node: NodeId,
+    /// Model files that were fetched. Created if missing, mode 0700; may be deleted while the agent is stopped.
+    pub data_dir: PathBuf,
+    /// This node's certificate for QUIC, issued by the cluster's CA (`izar pki issue`).
+    pub tls: tls::Files,
+    /// The QUIC addresses of every controller of the site. 1 to 16.
+    pub controllers: Vec<SocketAddr>,
+    #[serde(default)]
+    pub engine: Engine,
+    #[serde(default)]
+    pub log: Log,
+}
+
+/// How workers compute, where the deployment does not say it.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Engine {
+    /// Threads of each worker's engine. Default 0: the cores are divided among the workers. At most 1024.
+    pub threads: u32,
+}
+
+/// What is logged.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Log {
+    /// `error`, `warn`, `info` (default), `debug` or `trace`; workers log at the same level.
+    pub level: Option<String>,
+}
+
+impl Config {
+    /// Reads and checks the file; relative paths in it count from its own folder.
+    pub fn load(path: &Path) -> anyhow::Result<Self> {
+        let mut config: Self = izar_common::config::load(path)?;
+        let base = path.parent().unwrap_or(Path::new("."));
+        for file in [&mut config.data_dir, &mut config.tls.ca, &mut config.tls.cert, &mut config.tls.key] {
+            *file = base.join(&*file);
+        }
+        config.check().with_context(|| format!("check {}", path.display()))?;
+        Ok(config)
+    }
+
+    fn check(&self) -> anyhow::Result<()> {
+        let count = self.controllers.len();
+        ensure!((1..=CONTROLLERS).contains(&count), "controllers: {count} addresses; 1 to {CONTROLLERS} are needed");
+        for (i, address) in self.controllers.iter().enumerate() {
+            ensure!(!self.controllers[..i].contains(address), "controllers: {address} stands twice");
+            ensure!(address.port() != 0, "controllers: {address} has no port");
+        }
+        ensure!(self.engine.threads <= 1024, "engine.threads: {} is more than 1024", self.engine.threads);
+        Ok(())
+    }
+
+    /// Where the agent's own UDP socket is bound: any free port, on loopback if every controller is there.
+    pub fn bind(&self) -> SocketAddr {
+        let any = |test: fn(&SocketAddr) -> bool| self.controllers.iter().any(test);
+        let address = match (any(SocketAddr::is_ipv6), any(|address| !address.ip().is_loopback())) {
+            (false, false) => "127.0.0.1:0",
+            (false, true) => "0.0.0.0:0",
+            (true, _) => "[::]:0",
+        };
+        address.parse().expect("the addresses above are addresses")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GOOD: &str = r#"
+        cluster = "dev"
+        site = "local"
+        node = "a1"
+        data_dir = "data"
+        controllers = ["127.0.0.1:7001", "127.0.0.1:7002"]
+        [tls]
+        ca = "ca.pem"
+        cert = "/etc/a1.pem"
+        key = "a1.key"
+    "#;
+
+    fn load(text: &str) -> anyhow::Result<Config> {
+        let dir = tempfile::tempdir()?;
+        let path = dir.path().join("agent.toml");
+        std::fs::write(&path, text)?;
+        Config::load(&path)
+    }
+
+    fn check(from: &str, to: &str, expected: &str) {
+        let error = format!("{:#}", load(&GOOD.replace(from, to)).unwrap_err());
+        assert!(error.contains(expected), "{error}");
+    }
+
+    #[test]
+    fn a_good_file_is_read_with_paths_from_its_own_folder() {
+        let config = load(GOOD).unwrap();
+        assert!(config.data_dir.is_absolute() && config.data_dir.ends_with("data"));
+        assert_eq!(config.tls.cert, Path::new("/etc/a1.pem"));
+        assert_eq!((config.engine.threads, config.bind().to_string().as_str()), (0, "127.0.0.1:0"));
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        check("[tls]", "[engine]\nthreds = 2\n[tls]", "threds");
+        check("7002", "7001", "controllers: 127.0.0.1:7001 stands twice");
+        check("7002", "0", "controllers: 127.0.0.1:0 has no port");
+        check(r#"["127.0.0.1:7001", "127.0.0.1:7002"]"#, "[]", "controllers: 0 addresses");
+        check("[tls]", "[engine]\nthreads = 5000\n[tls]", "engine.threads: 5000");
+    }
+}

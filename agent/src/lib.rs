@@ -1,0 +1,19 @@
+//! The agent: computes and reports.
+//!
+//! `daemon` builds and stops the parts of the agent process: `link` keeps a session with every controller, `reconcile`
+//! compares what shall run with what does, `worker` supervises one process per replica. Inside a worker process
+//! `serve` speaks with the agent, `engine` batches, `model` computes on `ops`. An agent holds nothing that must
+//! survive: a controller tells it everything again.
+#![deny(unsafe_code)]
+
+pub mod backoff;
+pub mod config;
+pub mod daemon;
+pub mod engine;
+pub mod inspect;
+pub mod link;
+pub mod model;
+pub mod ops;
+pub mod reconcile;
+pub mod serve;
+pub mod worker;

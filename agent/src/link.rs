@@ -1,0 +1,204 @@
+//! Sessions with every controller of the site: reports up, assignments down, and the streams of jobs.
+//!
+//! A session that is lost is dialled again with growing waits. Controllers are equals here: each gets the same
+//! reports, and of all assignments the newest counts, whoever sent it.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use izar_common::health::Report;
+use izar_common::id::Role;
+use izar_common::quic::{Connection, Endpoint, Profile, Receiver, Sender};
+use izar_common::wire;
+use izar_common::wire::agent::{Down, Up};
+use izar_common::wire::handshake::Open;
+use tokio::time::{Instant, sleep_until};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::backoff::Backoff;
+use crate::worker::Workers;
+use crate::worker::files::Sources;
+
+mod job;
+
+/// Waits between attempts to reach a controller.
+const DIAL_FIRST: Duration = Duration::from_millis(100);
+const DIAL_MOST: Duration = Duration::from_secs(2);
+
+/// A report goes out at least this often, so that a controller knows that the agent is well.
+const REPORT_EVERY: Duration = Duration::from_secs(1);
+
+/// And at most this often, however fast the load changes: 20 a second.
+const REPORT_GAP: Duration = Duration::from_millis(50);
+
+/// What a report says of the server and the process; it does not change while they run.
+#[derive(Debug, Clone)]
+pub struct Facts {
+    pub pid: u32,
+    pub version: String,
+    pub cores: u32,
+    pub memory_bytes: u64,
+}
+
+impl Facts {
+    pub fn of_this_machine() -> Self {
+        Self {
+            pid: std::process::id(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            cores: std::thread::available_parallelism().map_or(1, |cores| cores.get() as u32),
+            memory_bytes: std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| total_memory(&text)).unwrap_or(0),
+        }
+    }
+}
+
+/// Finds the machine's memory in the text of `/proc/meminfo`.
+fn total_memory(meminfo: &str) -> Option<u64> {
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    kib.checked_mul(1024)
+}
+
+/// The tasks that keep the sessions.
+pub struct Link {
+    stop: CancellationToken,
+    tasks: TaskTracker,
+}
+
+struct Parts {
+    endpoint: Arc<Endpoint>,
+    workers: Workers,
+    sources: Sources,
+    facts: Facts,
+    stop: CancellationToken,
+    tasks: TaskTracker,
+}
+
+impl Link {
+    /// Keeps a session with each controller from now on.
+    pub fn start(
+        endpoint: Arc<Endpoint>,
+        controllers: &[SocketAddr],
+        workers: Workers,
+        sources: Sources,
+        facts: Facts,
+    ) -> Self {
+        let (stop, tasks) = (CancellationToken::new(), TaskTracker::new());
+        let parts =
+            Arc::new(Parts { endpoint, workers, sources, facts, stop: stop.clone(), tasks: tasks.clone() });
+        for controller in controllers {
+            tasks.spawn(keep(parts.clone(), *controller));
+        }
+        Self { stop, tasks }
+    }
+
+    /// Closes every session, telling the controllers, and waits for the tasks.
+    pub async fn stop(&self) {
+        self.stop.cancel();
+        self.tasks.close();
+        self.tasks.wait().await;
+    }
+}
+
+/// Dials one controller, again and again.
+async fn keep(parts: Arc<Parts>, controller: SocketAddr) {
+    let mut backoff = Backoff::new(DIAL_FIRST, DIAL_MOST);
+    let mut told = false;
+    loop {
+        let dialled = parts.endpoint.connect(controller, Role::Controller, None, Profile::Requests);
+        match parts.stop.run_until_cancelled(dialled).await {
+            None => return,
+            Some(Ok(connection)) => {
+                (told, _) = (false, backoff.reset());
+                let node = connection.peer().node.clone();
+                log::info!(controller:% = node, address:% = controller; "session opened");
+                parts.sources.add(controller, connection.clone());
+                let ended = session(&parts, &connection).await;
+                parts.sources.remove(controller);
+                let reason = ended.err().map_or("closed".to_owned(), |error| error.to_string());
+                log::info!(controller:% = node, reason; "session ended");
+            }
+            // Told once in an outage: one controller less is what the others are for.
+            Some(Err(error)) if !told => {
+                told = true;
+                log::info!(address:% = controller, error:%; "controller cannot be reached, trying on");
+            }
+            Some(Err(_)) => {}
+        }
+        let wait = tokio::time::sleep(backoff.jittered(rand::random()));
+        if parts.stop.run_until_cancelled(wait).await.is_none() {
+            return;
+        }
+    }
+}
+
+/// Runs a session until it is lost, or the agent stops.
+async fn session(parts: &Arc<Parts>, connection: &Connection) -> anyhow::Result<()> {
+    let (tx, rx) = connection.open_bi(Open::Session).await?;
+    let ended = tokio::select! {
+        ended = send_reports(parts, tx) => ended.map_err(Into::into),
+        ended = take_assignments(parts, rx) => ended.inspect_err(|error| connection.refuse_frame(error)).map_err(Into::into),
+        ended = take_jobs(parts, connection) => ended,
+        () = parts.stop.cancelled() => {
+            connection.close("the agent stops");
+            return Ok(());
+        }
+    };
+    connection.close("the session ended");
+    ended
+}
+
+/// Sends a report on every change and every second, never more than 20 a second.
+async fn send_reports(parts: &Parts, mut tx: Sender) -> std::io::Result<()> {
+    let mut changes = parts.workers.changes();
+    loop {
+        changes.mark_unchanged();
+        let sent = Instant::now();
+        tx.send(&Up::Report(report(parts))).await?;
+        sleep_until(sent + REPORT_GAP).await;
+        tokio::select! {
+            changed = changes.changed() => if changed.is_err() { return Ok(()) },
+            () = sleep_until(sent + REPORT_EVERY) => {}
+        }
+    }
+}
+
+fn report(parts: &Parts) -> Report {
+    let Facts { pid, version, cores, memory_bytes } = parts.facts.clone();
+    let generation = parts.workers.generation();
+    Report { generation, pid, version, cores, memory_bytes, workers: parts.workers.report() }
+}
+
+async fn take_assignments(parts: &Parts, mut rx: Receiver) -> Result<(), wire::Error> {
+    while let Some(Down::Assignment(assignment)) = rx.next().await? {
+        parts.workers.offer(assignment);
+    }
+    Ok(())
+}
+
+/// Takes streams of jobs; each is served by a task of its own, of which a connection's limit of streams allows 1024.
+async fn take_jobs(parts: &Arc<Parts>, connection: &Connection) -> anyhow::Result<()> {
+    loop {
+        let (open, mut tx, mut rx) = connection.accept_bi().await?;
+        if open == Open::Job {
+            parts.tasks.spawn(job::serve(parts.workers.clone(), connection.clone(), tx, rx));
+        } else {
+            log::warn!(open:?; "refused a stream that a controller has no use for");
+            izar_common::quic::reset(&mut tx);
+            izar_common::quic::stop(&mut rx);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_memory_is_read_from_the_kernels_text() {
+        assert_eq!(total_memory("MemTotal:       16303448 kB\nMemFree: 1 kB\n"), Some(16_303_448 * 1024));
+        assert_eq!(total_memory("MemFree: 1 kB\n"), None);
+        assert_eq!(total_memory("MemTotal: much\n"), None);
+    }
+}

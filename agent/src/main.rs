@@ -1,0 +1,130 @@
+//! `izar-agent`: the daemon of a server that computes. With `worker` it is one of its own child processes; with
+//! `inspect` it describes a model file.
+#![forbid(unsafe_code)]
+
+use std::io::Read;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::{Parser, Subcommand};
+use izar_agent::config::Config;
+use izar_agent::daemon::Daemon;
+use izar_common::logging;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::oneshot;
+
+/// Threads of the daemon's runtime at most: it moves frames; the cores belong to the workers.
+const RUNTIME_THREADS: usize = 4;
+
+/// Runs the workers that the controllers assign to this server.
+#[derive(Debug, Parser)]
+#[command(version, args_conflicts_with_subcommands = true)]
+struct Arguments {
+    /// The configuration file.
+    #[arg(long)]
+    config: Option<PathBuf>,
+    /// Check the configuration and exit.
+    #[arg(long)]
+    check_config: bool,
+    /// Stop when standard input ends (used by `izar dev`, so that no child outlives it).
+    #[arg(long, hide = true)]
+    stdin_lifeline: bool,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// One replica: started by the agent, which holds the other end of the socket that is standard input.
+    #[command(hide = true)]
+    Worker {
+        /// Which replica, so that process lists show it.
+        #[arg(long)]
+        name: Option<String>,
+        #[arg(long)]
+        log_level: Option<String>,
+    },
+    /// Describe a model file or folder.
+    Inspect {
+        path: PathBuf,
+        /// As JSON.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let result = match &arguments.command {
+        Some(Command::Worker { log_level, .. }) => worker(log_level.as_deref()),
+        Some(Command::Inspect { path, json }) => izar_agent::inspect::run(path, *json),
+        None => match &arguments.config {
+            Some(config) => daemon(config, &arguments),
+            None => Err(anyhow::anyhow!("--config FILE is needed")),
+        },
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("izar-agent: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn worker(log_level: Option<&str>) -> anyhow::Result<()> {
+    logging::init(log_level);
+    let stdin = std::io::stdin().as_fd().try_clone_to_owned().context("take standard input")?;
+    let stream = UnixStream::from(stdin);
+    stream.peer_addr().context("standard input is not the agent's socket; workers are started by the agent")?;
+    izar_agent::serve::run(stream)
+}
+
+fn daemon(config: &Path, arguments: &Arguments) -> anyhow::Result<()> {
+    let path = config;
+    let config = Config::load(path)?;
+    if arguments.check_config {
+        println!("{}: ok", path.display());
+        return Ok(());
+    }
+    logging::init(config.log.level.as_deref());
+    let threads = std::thread::available_parallelism().map_or(1, |cores| cores.get().min(RUNTIME_THREADS));
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(threads)
+        .enable_all()
+        .build()
+        .context("start the runtime")?;
+    runtime.block_on(async {
+        let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
+        let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
+        let stdin_end = arguments.stdin_lifeline.then(stdin_end);
+        let lifeline = async {
+            match stdin_end {
+                Some(end) => drop(end.await),
+                None => std::future::pending().await,
+            }
+        };
+        let daemon = Daemon::start(config).await?;
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+            _ = lifeline => {}
+        }
+        daemon.stop().await;
+        Ok(())
+    })
+}
+
+/// Resolves when standard input ends. The thread is not waited for: a read of standard input cannot be cancelled.
+fn stdin_end() -> oneshot::Receiver<()> {
+    let (tx, rx) = oneshot::channel();
+    std::thread::spawn(move || {
+        let (mut stdin, mut buffer) = (std::io::stdin().lock(), [0; 256]);
+        while stdin.read(&mut buffer).is_ok_and(|bytes| bytes > 0) {}
+        let _ = tx.send(());
+    });
+    rx
+}

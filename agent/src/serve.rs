@@ -1,0 +1,231 @@
+//! The inside of a worker process: frames from the agent in, an engine's events out.
+//!
+//! Three threads: this one plans and writes, one reads the socket, one computes. All that happens arrives in one
+//! channel, where an idle worker sleeps. The worker keeps nothing: when the agent goes, its end of the socket closes
+//! and the worker returns at once, whatever is being computed. One `Step` frame carries what a step gave to all jobs.
+
+use std::io::{ErrorKind, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::time::Instant;
+
+use anyhow::{Context, bail};
+use bytes::{Buf, BytesMut};
+use izar_common::manifest::{Kind, Manifest};
+use izar_common::wire::agent::EngineOptions;
+use izar_common::wire::worker::{FromWorker, ToWorker};
+use izar_common::wire::{self, encode};
+
+use crate::engine::executor::Executor;
+use crate::engine::{Engine, Events, Lm, State};
+use crate::model;
+use crate::model::echo::Echo;
+
+/// Happenings that wait for the planner. When it is full the reader stops, and with it, in time, the agent.
+const HAPPENINGS: usize = 64;
+
+/// Bytes read from the socket at once: some hundred usual jobs.
+const READ_BYTES: usize = 64 << 10;
+
+/// Events in a frame at most; at some tens of bytes each, a frame stays below a megabyte.
+const FRAME_EVENTS: usize = 16_384;
+
+/// What can happen to a worker.
+enum Happening {
+    Frames(Vec<ToWorker>),
+    /// The executor has an outcome.
+    Wake,
+    /// The agent closed its end, or sent what is not a frame.
+    Gone(Result<(), wire::Error>),
+}
+
+/// Serves one model on the socket until the agent goes (`Ok`), or the engine breaks (`Err`: start a new process).
+pub fn run(stream: UnixStream) -> anyhow::Result<()> {
+    let (say, happenings) = sync_channel(HAPPENINGS);
+    let input = stream.try_clone().context("duplicate the worker's socket")?;
+    let reader = say.clone();
+    std::thread::Builder::new().name("reader".into()).spawn(move || read(input, &reader))?;
+    let mut frames = match happenings.recv().context("wait for the load")? {
+        Happening::Frames(frames) => frames.into_iter(),
+        Happening::Gone(end) => return end.context("read the load"),
+        Happening::Wake => unreachable!("nothing runs before the load"),
+    };
+    let Some(ToWorker::Load { manifest, files, engine }) = frames.next() else {
+        bail!("the first frame is not a load")
+    };
+    let mut worker = Worker { engine: start(manifest, files, &engine, say)?, told: State::Loading };
+    let mut output = Output { stream, buffer: BytesMut::new(), busy: 0 };
+    frames.try_for_each(|frame| worker.take(frame))?;
+    let end = worker.serve(&happenings, &mut output);
+    match end {
+        // The agent went while something was written to it.
+        Err(error) if broken_pipe(&error) => Ok(()),
+        end => end,
+    }
+}
+
+/// Makes the engine for a model. Loading happens on the engine's own thread.
+fn start(
+    manifest: Manifest,
+    files: Vec<PathBuf>,
+    options: &EngineOptions,
+    say: SyncSender<Happening>,
+) -> anyhow::Result<Box<dyn Engine>> {
+    let (max_batch, max_context) = (options.max_batch as usize, options.max_context as usize);
+    if let Kind::Echo { first_token_us, next_token_us } = manifest.kind {
+        let context = manifest.context as usize;
+        let context = if max_context == 0 { context } else { context.min(max_context) };
+        return Ok(Box::new(Echo::new(first_token_us, next_token_us, context)));
+    }
+    let load = move || model::load(&manifest, &files);
+    let wake = move || {
+        // A planner that is gone needs no waking.
+        let _ = say.send(Happening::Wake);
+    };
+    let executor = Executor::start(options.threads as usize, load, wake).context("start the executor")?;
+    Ok(Box::new(Lm::new(executor, max_batch, max_context)))
+}
+
+struct Worker {
+    engine: Box<dyn Engine>,
+    /// The state that the agent knows.
+    told: State,
+}
+
+impl Worker {
+    fn serve(&mut self, happenings: &Receiver<Happening>, output: &mut Output) -> anyhow::Result<()> {
+        loop {
+            let events = self.engine.poll(Instant::now());
+            output.events(events, self.engine.load())?;
+            if !self.tell(output)? {
+                return Ok(());
+            }
+            let Some(first) = wait(happenings, self.engine.due())? else { continue };
+            // Whatever else has come is taken before the next step, so that it can be part of it.
+            for happening in std::iter::once(first).chain(happenings.try_iter()) {
+                match happening {
+                    Happening::Frames(frames) => frames.into_iter().try_for_each(|frame| self.take(frame))?,
+                    Happening::Wake => {}
+                    Happening::Gone(end) => return end.context("read from the agent"),
+                }
+            }
+        }
+    }
+    fn take(&mut self, frame: ToWorker) -> anyhow::Result<()> {
+        match frame {
+            ToWorker::Submit { id, job } => self.engine.submit(Instant::now(), id, job),
+            ToWorker::Cancel { id } => self.engine.cancel(id),
+            ToWorker::Load { .. } => bail!("a second load"),
+        }
+        Ok(())
+    }
+    /// Tells the agent of a change of state; returns whether to go on.
+    fn tell(&mut self, output: &mut Output) -> anyhow::Result<bool> {
+        let state = self.engine.state();
+        if *state == self.told {
+            return Ok(true);
+        }
+        self.told = state.clone();
+        match &self.told {
+            State::Loading => {}
+            State::Ready => output.send(&FromWorker::Ready)?,
+            State::Unloadable(reason) => {
+                output.send(&FromWorker::Unloadable { reason: reason.clone() })?;
+                return Ok(false);
+            }
+            State::Broken(reason) => bail!("the engine broke: {reason}"),
+        }
+        Ok(true)
+    }
+}
+
+/// Waits for a happening until the engine is due; `None` is that time.
+fn wait(happenings: &Receiver<Happening>, due: Option<Instant>) -> anyhow::Result<Option<Happening>> {
+    let Some(due) = due else { return Ok(Some(happenings.recv().context("the reader ended")?)) };
+    match happenings.recv_timeout(due.saturating_duration_since(Instant::now())) {
+        Ok(happening) => Ok(Some(happening)),
+        Err(RecvTimeoutError::Timeout) => Ok(None),
+        Err(RecvTimeoutError::Disconnected) => bail!("the reader ended"),
+    }
+}
+
+fn broken_pipe(error: &anyhow::Error) -> bool {
+    let kind = error.downcast_ref::<std::io::Error>().map(std::io::Error::kind);
+    matches!(kind, Some(ErrorKind::BrokenPipe | ErrorKind::ConnectionReset))
+}
+
+/// The way back to the agent. Writing blocks: an agent that does not read stops its worker, and nothing piles up.
+struct Output {
+    stream: UnixStream,
+    buffer: BytesMut,
+    /// Running and waiting jobs, as the agent knows them.
+    busy: u32,
+}
+
+impl Output {
+    /// Sends events, and the load when it fell without one (a cancelled job).
+    fn events(&mut self, mut events: Events, (running, waiting): (u32, u32)) -> anyhow::Result<()> {
+        if events.is_empty() && running + waiting >= self.busy {
+            return Ok(());
+        }
+        self.busy = running + waiting;
+        loop {
+            let later = events.split_off(events.len().min(FRAME_EVENTS));
+            encode(&FromWorker::Step { events, running, waiting }, &mut self.buffer);
+            events = later;
+            if events.is_empty() {
+                return self.flush();
+            }
+        }
+    }
+    fn send(&mut self, message: &FromWorker) -> anyhow::Result<()> {
+        encode(message, &mut self.buffer);
+        self.flush()
+    }
+    fn flush(&mut self) -> anyhow::Result<()> {
+        self.stream.write_all(&self.buffer)?;
+        self.buffer.clear();
+        Ok(())
+    }
+}
+
+/// Reads frames until the end, and passes on as many at once as have come.
+fn read(mut input: UnixStream, say: &SyncSender<Happening>) {
+    let end = read_frames(&mut input, say);
+    // A planner that is gone needs no word of the end.
+    let _ = say.send(Happening::Gone(end));
+}
+
+fn read_frames(input: &mut UnixStream, say: &SyncSender<Happening>) -> Result<(), wire::Error> {
+    let mut buffer = BytesMut::new();
+    let mut chunk = vec![0; READ_BYTES];
+    loop {
+        let bytes = match input.read(&mut chunk) {
+            Ok(0) if buffer.is_empty() => return Ok(()),
+            Ok(0) => return Err(wire::Error::Truncated),
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+            Err(error) if error.kind() == ErrorKind::ConnectionReset => return Ok(()),
+            Err(error) => return Err(error.into()),
+        };
+        buffer.extend_from_slice(&chunk[..bytes]);
+        let mut frames = Vec::new();
+        loop {
+            match wire::decode(&buffer) {
+                Ok((frame, length)) => {
+                    frames.push(frame);
+                    buffer.advance(length);
+                }
+                Err(wire::Error::Truncated) => break,
+                Err(error) => return Err(error),
+            }
+        }
+        if !frames.is_empty() && say.send(Happening::Frames(frames)).is_err() {
+            return Ok(());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,179 @@
+//! Workers on one end of a socket pair, the agent's part played on the other.
+
+use std::time::Duration;
+
+use super::*;
+use crate::engine::sequence::tests::job;
+use izar_common::chat::{Finish, JobEvent, Token, Usage};
+use izar_common::id::Hash;
+use izar_common::manifest;
+
+/// What a test waits for anything at most.
+const LIMIT: Duration = Duration::from_secs(20);
+
+/// The agent's end of a worker that runs on a thread.
+struct Agent {
+    stream: UnixStream,
+    buffer: BytesMut,
+    worker: std::thread::JoinHandle<anyhow::Result<()>>,
+}
+
+impl Agent {
+    fn start() -> Self {
+        let (stream, worker) = UnixStream::pair().unwrap();
+        stream.set_read_timeout(Some(LIMIT)).unwrap();
+        Self { stream, buffer: BytesMut::new(), worker: std::thread::spawn(move || run(worker)) }
+    }
+    /// A worker that runs echo and is ready.
+    fn echo(first_token_us: u64, next_token_us: u64) -> Self {
+        let mut agent = Self::start();
+        let manifest = manifest(Kind::Echo { first_token_us, next_token_us }, "echo", &[]);
+        agent.send(&ToWorker::Load { manifest, files: Vec::new(), engine: EngineOptions::default() });
+        assert_eq!(agent.next(), FromWorker::Ready);
+        agent
+    }
+    fn send(&mut self, message: &ToWorker) {
+        self.stream.write_all(&wire::to_bytes(message)).unwrap();
+    }
+    fn submit(&mut self, id: u64, prompt: &[Token], max_tokens: u32) {
+        self.send(&ToWorker::Submit { id, job: job(prompt, &[], max_tokens) });
+    }
+    fn next(&mut self) -> FromWorker {
+        loop {
+            if let Ok((frame, length)) = wire::decode(&self.buffer) {
+                self.buffer.advance(length);
+                return frame;
+            }
+            let mut chunk = [0; 4096];
+            let bytes = self.stream.read(&mut chunk).expect("a frame within the limit");
+            assert!(bytes > 0, "the worker closed");
+            self.buffer.extend_from_slice(&chunk[..bytes]);
+        }
+    }
+    /// All events of a job up to its end.
+    fn answer(&mut self, id: u64) -> Vec<JobEvent> {
+        let mut all = Vec::new();
+        loop {
+            let FromWorker::Step { events, .. } = self.next() else { panic!("not a step") };
+            all.extend(events.into_iter().filter(|(n, _)| *n == id).map(|(_, e)| e));
+            if matches!(all.last(), Some(JobEvent::Done { .. } | JobEvent::Failed { .. })) {
+                return all;
+            }
+        }
+    }
+    /// Closes the agent's end and returns how the worker took it.
+    fn leave(self) -> anyhow::Result<()> {
+        drop(self.stream);
+        self.worker.join().unwrap()
+    }
+}
+
+fn manifest(kind: Kind, architecture: &str, files: &[&str]) -> Manifest {
+    let file = |name: &str| manifest::File { name: name.into(), hash: Hash([0; 32]), bytes: 0 };
+    Manifest {
+        name: "m".into(),
+        kind,
+        files: files.iter().map(|name| file(name)).collect(),
+        text: file("text"),
+        context: 512,
+        vocabulary: 512,
+        architecture: architecture.into(),
+    }
+}
+
+/// Loads `golden/llama`.
+fn load_llama() -> ToWorker {
+    let folder = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/llama"));
+    let names = ["config.json", "generation_config.json", "model.safetensors"];
+    ToWorker::Load {
+        manifest: manifest(Kind::Safetensors, "llama", &names),
+        files: names.iter().map(|name| folder.join(name)).collect(),
+        engine: EngineOptions { max_batch: 2, max_context: 0, threads: 1 },
+    }
+}
+
+#[test]
+fn a_job_is_answered_token_by_token_and_ends() {
+    let mut agent = Agent::echo(0, 0);
+    agent.submit(7, &[1, 2], 3);
+    let events = agent.answer(7);
+    let positions = [0, 1, 2].map(|at| matches!(&events[at], JobEvent::Tokens { position, tokens } if *position == at as u32 && tokens.len() == 1));
+    assert_eq!(positions, [true; 3]);
+    let usage = Usage { prompt_tokens: 2, completion_tokens: 3 };
+    assert_eq!(events[3], JobEvent::Done { finish: Finish::Length, usage });
+    agent.leave().unwrap();
+}
+
+#[test]
+fn many_jobs_run_at_once_and_every_one_ends() {
+    let mut agent = Agent::echo(2000, 100);
+    (0..500).for_each(|id| agent.submit(id, &[id as Token % 250], 5));
+    let (mut tokens, mut ends) = (0, 0);
+    while ends < 500 {
+        let FromWorker::Step { events, .. } = agent.next() else { panic!("not a step") };
+        tokens += events.iter().filter(|(_, e)| matches!(e, JobEvent::Tokens { .. })).count();
+        ends += events.iter().filter(|(_, e)| matches!(e, JobEvent::Done { .. })).count();
+    }
+    assert_eq!(tokens, 2500);
+    agent.leave().unwrap();
+}
+
+#[test]
+fn a_cancelled_job_falls_silent_and_the_load_says_so() {
+    let mut agent = Agent::echo(0, 1_000_000);
+    agent.submit(1, &[1], 100);
+    assert!(matches!(agent.next(), FromWorker::Step { running: 1, .. }));
+    agent.send(&ToWorker::Cancel { id: 1 });
+    assert_eq!(agent.next(), FromWorker::Step { events: Vec::new(), running: 0, waiting: 0 });
+    agent.leave().unwrap();
+}
+
+#[test]
+fn an_agent_that_goes_ends_the_worker_whatever_it_does() {
+    Agent::start().leave().unwrap();
+    let mut agent = Agent::echo(0, 1_000_000);
+    agent.submit(1, &[1], 100);
+    agent.leave().unwrap();
+    let mut agent = Agent::start();
+    agent.send(&load_llama());
+    agent.leave().unwrap();
+}
+
+#[test]
+fn a_stream_that_is_not_of_frames_ends_the_worker_with_an_error() {
+    let mut agent = Agent::start();
+    agent.stream.write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap();
+    assert!(agent.leave().is_err());
+    let mut agent = Agent::start();
+    agent.submit(1, &[1], 1);
+    assert_eq!(agent.leave().unwrap_err().to_string(), "the first frame is not a load");
+}
+
+#[test]
+fn a_model_that_cannot_be_loaded_is_said_so_and_the_worker_ends() {
+    let mut agent = Agent::start();
+    let manifest = manifest(Kind::Gguf, "llama", &["gone.gguf"]);
+    let engine = EngineOptions::default();
+    agent.send(&ToWorker::Load { manifest, files: vec!["/nonexistent".into()], engine });
+    let FromWorker::Unloadable { reason } = agent.next() else { panic!("it was loaded") };
+    assert!(reason.contains("gone.gguf"), "{reason}");
+    agent.worker.join().unwrap().unwrap();
+}
+
+#[test]
+fn a_real_model_answers_over_the_socket_and_refuses_what_is_impossible() {
+    let mut agent = Agent::start();
+    agent.send(&load_llama());
+    assert_eq!(agent.next(), FromWorker::Ready);
+    agent.submit(1, &[413], 4);
+    // From golden/llama, the first case.
+    let tokens: Vec<Token> = agent
+        .answer(1)
+        .into_iter()
+        .flat_map(|e| if let JobEvent::Tokens { tokens, .. } = e { tokens } else { Vec::new() })
+        .collect();
+    assert_eq!(tokens, [352, 377, 498, 28]);
+    agent.submit(2, &[600], 4);
+    assert!(matches!(&agent.answer(2)[..], [JobEvent::Failed { retryable: false, .. }]));
+    agent.leave().unwrap();
+}

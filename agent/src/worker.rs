@@ -1,0 +1,203 @@
+//! The workers of this agent: one process per replica, as the newest assignment says.
+//!
+//! `offer` takes assignments from every session and keeps the newest; a loop compares it with what runs and starts or
+//! stops replicas, each in its own task. `submit` passes a job to the replica that the scheduler chose.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use izar_common::blob::Store;
+use izar_common::chat::Job;
+use izar_common::health::{Generation, WorkerReport};
+use izar_common::id::WorkerId;
+use izar_common::wire::agent::{Assignment, WorkerSpec};
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+use crate::reconcile::{Action, reconcile, threads};
+
+pub mod files;
+mod jobs;
+mod process;
+mod replica;
+
+use files::Sources;
+pub use jobs::RunningJob;
+use replica::Replica;
+
+/// How workers are started.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// This program: a worker is `exe worker`.
+    pub exe: PathBuf,
+    /// Threads of each engine; 0 divides the cores among the workers.
+    pub threads: u32,
+    pub cores: u32,
+    pub log_level: Option<String>,
+}
+
+/// The handle.
+#[derive(Clone)]
+pub struct Workers {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    options: Options,
+    store: Store,
+    sources: Sources,
+    assignment: watch::Sender<Option<Assignment>>,
+    changed: watch::Sender<()>,
+    slots: Mutex<Slots>,
+    stop: CancellationToken,
+    reconciler: Mutex<Option<JoinHandle<()>>>,
+}
+
+#[derive(Default)]
+struct Slots {
+    running: BTreeMap<WorkerId, Slot>,
+    /// Tasks of stopped workers that have perhaps not ended. A new worker of the same name waits for the old one.
+    ending: BTreeMap<WorkerId, JoinHandle<()>>,
+}
+
+struct Slot {
+    replica: Arc<Replica>,
+    stop: CancellationToken,
+    task: JoinHandle<()>,
+}
+
+impl Workers {
+    /// Starts with no worker, until an assignment is offered.
+    pub fn start(options: Options, store: Store, sources: Sources) -> Self {
+        let inner = Arc::new(Inner {
+            options,
+            store,
+            sources,
+            assignment: watch::Sender::new(None),
+            changed: watch::Sender::new(()),
+            slots: Mutex::default(),
+            stop: CancellationToken::new(),
+            reconciler: Mutex::new(None),
+        });
+        let task = tokio::spawn(follow(inner.clone()));
+        *inner.reconciler.lock().expect("no panic while the task is stored") = Some(task);
+        Self { inner }
+    }
+
+    /// Takes an assignment if it is newer than every one before.
+    pub fn offer(&self, assignment: Assignment) {
+        self.inner.assignment.send_if_modified(|current| {
+            let newer = current.as_ref().is_none_or(|current| assignment.generation > current.generation);
+            if newer {
+                *current = Some(assignment);
+            }
+            newer
+        });
+    }
+
+    /// The generation that is worked on; zero before the first.
+    pub fn generation(&self) -> Generation {
+        self.inner.assignment.borrow().as_ref().map_or(Generation::default(), |assignment| assignment.generation)
+    }
+
+    /// What each worker is doing.
+    pub fn report(&self) -> Vec<WorkerReport> {
+        self.inner.slots().running.values().map(|slot| slot.replica.report()).collect()
+    }
+
+    /// Changes whenever a report would look different.
+    pub fn changes(&self) -> watch::Receiver<()> {
+        self.inner.changed.subscribe()
+    }
+
+    /// Passes a job to a worker, or says why it cannot take it now.
+    pub fn submit(&self, worker: &WorkerId, job: Job) -> Result<RunningJob, String> {
+        let replica = self.inner.slots().running.get(worker).map(|slot| slot.replica.clone());
+        replica.ok_or("the worker is not on this agent")?.submit(job)
+    }
+
+    /// Stops every worker and returns when no process is left.
+    pub async fn stop(&self) {
+        self.inner.stop.cancel();
+        let task = self.inner.reconciler.lock().expect("no panic while the task is stored").take();
+        if let Some(task) = task {
+            let _ = task.await;
+        }
+        let slots = std::mem::take(&mut *self.inner.slots());
+        for task in slots.running.into_values().map(|slot| slot.task).chain(slots.ending.into_values()) {
+            let _ = task.await;
+        }
+    }
+}
+
+/// Makes what runs equal to each new assignment, until the agent stops.
+async fn follow(inner: Arc<Inner>) {
+    let mut assignment = inner.assignment.subscribe();
+    loop {
+        let wanted = assignment.borrow_and_update().clone();
+        if let Some(wanted) = wanted {
+            inner.apply(&wanted);
+        }
+        tokio::select! {
+            _ = assignment.changed() => {}
+            () = inner.stop.cancelled() => return,
+        }
+    }
+}
+
+impl Inner {
+    fn slots(&self) -> MutexGuard<'_, Slots> {
+        self.slots.lock().expect("no panic while the workers are held")
+    }
+
+    fn apply(self: &Arc<Self>, wanted: &Assignment) {
+        let mut slots = self.slots();
+        slots.ending.retain(|_, task| !task.is_finished());
+        let actual = slots.running.iter().map(|(id, slot)| (id.clone(), slot.replica.spec.clone())).collect();
+        let actions = reconcile(&wanted.workers, &actual);
+        if actions.is_empty() {
+            return;
+        }
+        let Generation { incarnation, applied } = wanted.generation;
+        log::info!(workers = wanted.workers.len(), changes = actions.len(), incarnation, applied; "assignment changed");
+        for action in actions {
+            match action {
+                Action::Stop(id) => slots.retire(&id),
+                Action::Replace(spec) => {
+                    slots.retire(&spec.worker);
+                    self.launch(&mut slots, spec, wanted.workers.len());
+                }
+                Action::Start(spec) => self.launch(&mut slots, spec, wanted.workers.len()),
+            }
+        }
+        drop(slots);
+        self.changed.send_replace(());
+    }
+
+    /// Starts a worker's task, after the end of an older one of the same name.
+    fn launch(self: &Arc<Self>, slots: &mut Slots, spec: WorkerSpec, workers: usize) {
+        let id = spec.worker.clone();
+        let threads = threads(spec.engine.threads, self.options.threads, self.options.cores, workers);
+        let replica = Arc::new(Replica::new(spec, threads, self.changed.clone()));
+        let (stop, before) = (self.stop.child_token(), slots.ending.remove(&id));
+        let (inner, own, token) = (self.clone(), replica.clone(), stop.clone());
+        let task = tokio::spawn(async move {
+            if let Some(before) = before {
+                let _ = before.await;
+            }
+            own.run(&inner.options, &inner.store, &inner.sources, &token).await;
+        });
+        slots.running.insert(id, Slot { replica, stop, task });
+    }
+}
+
+impl Slots {
+    fn retire(&mut self, id: &WorkerId) {
+        if let Some(slot) = self.running.remove(id) {
+            slot.stop.cancel();
+            self.ending.insert(id.clone(), slot.task);
+        }
+    }
+}

@@ -1,0 +1,127 @@
+//! One worker process: started, spoken with over a Unix socket pair, ended.
+//!
+//! The child's end of the pair is its standard input: inheriting it needs no unsafe code. When this agent dies, the
+//! kernel closes the other end, and the worker ends itself.
+
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream as StdStream;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use izar_common::id::WorkerId;
+use izar_common::manifest::Manifest;
+use izar_common::wire::agent::EngineOptions;
+use izar_common::wire::worker::{FromWorker, ToWorker};
+use izar_common::wire::{Reader, Writer};
+use tokio::net::UnixStream;
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::process::{Child, Command};
+
+use super::jobs::Jobs;
+
+/// How long a model may take to load. Hundreds of gigabytes from a slow disk take a quarter of an hour.
+const LOAD_LIMIT: Duration = Duration::from_secs(30 * 60);
+
+/// How long a worker may take to end after its socket was closed, before it is killed.
+const END_LIMIT: Duration = Duration::from_secs(2);
+
+/// A running worker process.
+pub struct Process {
+    child: Child,
+    rx: Reader<OwnedReadHalf>,
+    tx: Writer<OwnedWriteHalf>,
+}
+
+impl Process {
+    /// Starts `exe worker`, in a process group of its own so that a terminal's Ctrl-C reaches only the agent, which
+    /// then ends it in order.
+    pub fn spawn(exe: &Path, name: &WorkerId, log_level: Option<&str>) -> std::io::Result<Self> {
+        let (ours, theirs) = StdStream::pair()?;
+        ours.set_nonblocking(true)?;
+        let mut command = Command::new(exe);
+        command.arg("worker").arg("--name").arg(name.as_str()).process_group(0).kill_on_drop(true);
+        if let Some(level) = log_level {
+            command.arg("--log-level").arg(level);
+        }
+        command.stdin(Stdio::from(OwnedFd::from(theirs))).stdout(Stdio::null()).stderr(Stdio::inherit());
+        let child = command.spawn()?;
+        // The command still holds the child's end; while anybody here did, its death would not be seen.
+        drop(command);
+        let (rx, tx) = UnixStream::from_std(ours)?.into_split();
+        Ok(Self { child, rx: Reader::new(rx), tx: Writer::new(tx) })
+    }
+
+    pub fn pid(&self) -> Option<u32> {
+        self.child.id()
+    }
+
+    /// Makes the worker load its model; says why if it cannot.
+    pub async fn load(
+        &mut self,
+        manifest: &Manifest,
+        files: Vec<PathBuf>,
+        engine: EngineOptions,
+    ) -> Result<(), String> {
+        let load = ToWorker::Load { manifest: manifest.clone(), files, engine };
+        if let Err(error) = self.tx.send(&load).await {
+            return Err(format!("the worker died before it could load: {error}"));
+        }
+        match tokio::time::timeout(LOAD_LIMIT, self.rx.next::<FromWorker>()).await {
+            Ok(Ok(Some(FromWorker::Ready))) => Ok(()),
+            Ok(Ok(Some(FromWorker::Unloadable { reason }))) => Err(format!("the model cannot be loaded: {reason}")),
+            Ok(Ok(Some(FromWorker::Step { .. }))) => Err("the worker answered before it was ready".into()),
+            Ok(Ok(None)) => Err("the worker died while loading".into()),
+            Ok(Err(error)) => Err(format!("the worker died while loading: {error}")),
+            Err(_) => Err(format!("the model was not loaded within {} s", LOAD_LIMIT.as_secs())),
+        }
+    }
+
+    /// Carries jobs and events until the worker is lost; says why. `load` is told running and waiting after each step.
+    pub async fn carry(&mut self, jobs: &Jobs, load: impl Fn(u32, u32)) -> String {
+        let (rx, tx) = (&mut self.rx, &mut self.tx);
+        let reading = async {
+            loop {
+                match rx.next::<FromWorker>().await {
+                    Ok(Some(FromWorker::Step { events, running, waiting })) => {
+                        jobs.deliver(events);
+                        load(running, waiting);
+                    }
+                    Ok(Some(FromWorker::Unloadable { reason })) => return reason,
+                    Ok(Some(FromWorker::Ready)) => return "the worker got ready twice".to_owned(),
+                    Ok(None) => return "the worker died".to_owned(),
+                    Err(error) => return format!("the worker died: {error}"),
+                }
+            }
+        };
+        let writing = async {
+            loop {
+                for frame in jobs.outgoing().await {
+                    tx.put(&frame);
+                }
+                if let Err(error) = tx.flush().await {
+                    return format!("the worker died: {error}");
+                }
+            }
+        };
+        tokio::select! {
+            reason = reading => reason,
+            reason = writing => reason,
+        }
+    }
+
+    /// Closes the socket, waits, kills if need be; returns how the process ended, in words.
+    pub async fn end(self) -> String {
+        let Self { mut child, rx, tx } = self;
+        drop((rx, tx));
+        let ended = match tokio::time::timeout(END_LIMIT, child.wait()).await {
+            Ok(ended) => ended,
+            Err(_) => {
+                // The error would mean that it has just ended, which `wait` tells.
+                let _ = child.start_kill();
+                child.wait().await
+            }
+        };
+        ended.map_or_else(|error| error.to_string(), |status| status.to_string())
+    }
+}

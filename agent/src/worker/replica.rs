@@ -1,0 +1,204 @@
+//! The life of one worker: fetch, load, serve, and again after it died, until it is stopped.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use izar_common::blob::Store;
+use izar_common::chat::Job;
+use izar_common::health::{WorkerReport, WorkerState};
+use izar_common::wire::agent::{EngineOptions, WorkerSpec};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use super::Options;
+use super::files::Sources;
+use super::jobs::{Jobs, RunningJob};
+use super::process::Process;
+use crate::backoff::Backoff;
+
+/// Waits before a worker is started again: soon after an accident, seldom when it cannot run at all.
+const RESTART_FIRST: Duration = Duration::from_millis(200);
+const RESTART_MOST: Duration = Duration::from_secs(10);
+
+/// A worker that served this long was well: its next death begins with the first wait again.
+const HEALTHY: Duration = Duration::from_secs(60);
+
+/// Characters of a report's detail: reports of 64 workers must fit a frame of 1 MiB.
+const DETAIL: usize = 500;
+
+/// One worker's state and its jobs, seen from outside its task.
+pub struct Replica {
+    pub spec: WorkerSpec,
+    /// Threads that its engine gets.
+    threads: u32,
+    seen: Mutex<Seen>,
+    /// Told whenever a report would look different.
+    changed: watch::Sender<()>,
+}
+
+#[derive(Clone, PartialEq, Eq)]
+struct Status {
+    state: WorkerState,
+    pid: Option<u32>,
+    running: u32,
+    waiting: u32,
+    restarts: u32,
+    detail: String,
+}
+
+struct Seen {
+    status: Status,
+    /// While it is ready.
+    jobs: Option<Arc<Jobs>>,
+}
+
+/// Why one run of the worker ended.
+enum End {
+    Stopped,
+    /// It failed, after it had been ready for so long (if at all).
+    Failed { reason: String, ready: Option<Duration> },
+}
+
+impl Replica {
+    pub fn new(spec: WorkerSpec, threads: u32, changed: watch::Sender<()>) -> Self {
+        let detail = "starting".to_owned();
+        let status =
+            Status { state: WorkerState::Fetching, pid: None, running: 0, waiting: 0, restarts: 0, detail };
+        Self { spec, threads, seen: Mutex::new(Seen { status, jobs: None }), changed }
+    }
+
+    fn seen(&self) -> MutexGuard<'_, Seen> {
+        self.seen.lock().expect("no panic while a worker's state is held")
+    }
+
+    /// Changes the status and, if it looks different now, wakes those who report it.
+    fn note(&self, change: impl FnOnce(&mut Status)) {
+        let mut seen = self.seen();
+        let before = seen.status.clone();
+        change(&mut seen.status);
+        if seen.status.detail.len() > DETAIL {
+            seen.status.detail = seen.status.detail.chars().take(DETAIL).collect();
+        }
+        if seen.status != before {
+            drop(seen);
+            self.changed.send_replace(());
+        }
+    }
+
+    pub fn report(&self) -> WorkerReport {
+        let status = self.seen().status.clone();
+        WorkerReport {
+            worker: self.spec.worker.clone(),
+            deployment: self.spec.deployment.clone(),
+            revision: self.spec.revision,
+            state: status.state,
+            pid: status.pid,
+            running: status.running,
+            waiting: status.waiting,
+            max_batch: self.spec.engine.max_batch,
+            restarts: status.restarts,
+            detail: status.detail,
+        }
+    }
+
+    /// Gives the worker a job, or says why it cannot take it now.
+    pub fn submit(&self, job: Job) -> Result<RunningJob, String> {
+        if job.revision != self.spec.revision {
+            return Err("the worker runs another revision of the model".into());
+        }
+        let jobs = self.seen().jobs.clone();
+        jobs.ok_or("the worker is not ready")?.submit(job)
+    }
+
+    /// Runs until `stop`; then no process is left.
+    pub async fn run(&self, options: &Options, store: &Store, sources: &Sources, stop: &CancellationToken) {
+        let worker = &self.spec.worker;
+        let mut backoff = Backoff::new(RESTART_FIRST, RESTART_MOST);
+        loop {
+            let (reason, ready) = match self.live(options, store, sources, stop).await {
+                End::Stopped => break,
+                End::Failed { reason, ready } => (reason, ready),
+            };
+            if ready.is_some_and(|time| time >= HEALTHY) {
+                backoff.reset();
+            }
+            let wait = backoff.wait();
+            log::warn!(worker:%, reason, wait_ms = wait.as_millis() as u64; "worker failed and will be started again");
+            self.note(|status| {
+                *status = Status {
+                    state: WorkerState::Backoff,
+                    pid: None,
+                    running: 0,
+                    waiting: 0,
+                    restarts: status.restarts + 1,
+                    detail: reason,
+                };
+            });
+            if stop.run_until_cancelled(tokio::time::sleep(wait)).await.is_none() {
+                break;
+            }
+        }
+        log::info!(worker:%; "worker stopped");
+    }
+
+    /// One run, from the files to the end of the process.
+    async fn live(&self, options: &Options, store: &Store, sources: &Sources, stop: &CancellationToken) -> End {
+        let failed = |reason| End::Failed { reason, ready: None };
+        let tell = |detail| self.note(|status| status.detail = detail);
+        self.note(|status| status.state = WorkerState::Fetching);
+        let bringing = stop.run_until_cancelled(sources.bring(&self.spec.manifest, store, tell));
+        let files = match bringing.await {
+            None => return End::Stopped,
+            Some(Err(error)) => return failed(error.to_string()),
+            Some(Ok(files)) => files,
+        };
+        let spawned = Process::spawn(&options.exe, &self.spec.worker, options.log_level.as_deref());
+        let mut process = match spawned {
+            Ok(process) => process,
+            Err(error) => return failed(format!("cannot start {}: {error}", options.exe.display())),
+        };
+        self.note(|status| {
+            status.state = WorkerState::Loading;
+            status.pid = process.pid();
+            status.detail = "loading the model".into();
+        });
+        let served = stop.run_until_cancelled(self.serve(&mut process, files)).await;
+        // Stopped or failed: jobs end now, before the process is waited for, and no more are asked for.
+        let jobs = self.seen().jobs.take();
+        if let Some(jobs) = jobs {
+            jobs.close("the worker was stopped");
+        }
+        self.note(|status| {
+            (status.state, status.running, status.waiting) = (WorkerState::Backoff, 0, 0);
+            status.detail = "ending".into();
+        });
+        let status = process.end().await;
+        match served {
+            None => End::Stopped,
+            Some((reason, ready)) => End::Failed { reason: format!("{reason} ({status})"), ready },
+        }
+    }
+
+    /// Loads and serves until the worker fails; says why, and how long it was ready.
+    async fn serve(&self, process: &mut Process, files: Vec<PathBuf>) -> (String, Option<Duration>) {
+        let worker = &self.spec.worker;
+        let begun = Instant::now();
+        let engine = EngineOptions { threads: self.threads, ..self.spec.engine.clone() };
+        if let Err(reason) = process.load(&self.spec.manifest, files, engine).await {
+            return (reason, None);
+        }
+        let ready = Instant::now();
+        log::info!(worker:%, pid = process.pid(), load_ms = begun.elapsed().as_millis() as u64; "worker ready");
+        let jobs = Arc::new(Jobs::new(self.spec.engine.max_batch));
+        self.seen().jobs = Some(jobs.clone());
+        self.note(|status| {
+            status.state = WorkerState::Ready;
+            status.detail = String::new();
+        });
+        let load = |running, waiting| self.note(|status| (status.running, status.waiting) = (running, waiting));
+        let reason = process.carry(&jobs, load).await;
+        jobs.close(&reason);
+        (reason, Some(ready.elapsed()))
+    }
+}

@@ -1,0 +1,22 @@
+//! Words that both daemons share: bytes that leave a process, identities, text. No policy lives here.
+//!
+//! `id` and `clock` name things and order them; `chat` and `health` are the nouns of a request and of a report;
+//! `wire` turns messages into bytes, `quic` and `tls` carry them between nodes that know each other's role;
+//! `seal` and `blob` keep secrets and files; `gguf` and `text` read model files far enough to speak their language;
+//! `config` and `logging` are how a daemon is told things and how it tells.
+#![forbid(unsafe_code)]
+
+pub mod blob;
+pub mod chat;
+pub mod clock;
+pub mod config;
+pub mod gguf;
+pub mod health;
+pub mod id;
+pub mod logging;
+pub mod manifest;
+pub mod quic;
+pub mod seal;
+pub mod text;
+pub mod tls;
+pub mod wire;

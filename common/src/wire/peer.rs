@@ -1,0 +1,128 @@
+//! Between controllers: Raft's messages as structs of our own, proposals for the leader, and files by hash.
+//!
+//! Raft's protobuf is never parsed from the network or the disk; `controller/raft/message` converts by hand.
+
+use serde::{Deserialize, Serialize};
+
+use super::Wire;
+use crate::id::Hash;
+
+/// Bytes as one piece: the same frame as a sequence of bytes has, without a call for each.
+mod raw {
+    use serde::de::{Error, Visitor};
+    use serde::{Deserializer, Serializer};
+
+    pub fn serialize<S: Serializer>(bytes: &[u8], serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_bytes(bytes)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<u8>, D::Error> {
+        struct Bytes;
+        impl Visitor<'_> for Bytes {
+            type Value = Vec<u8>;
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("bytes")
+            }
+            fn visit_bytes<E: Error>(self, bytes: &[u8]) -> Result<Vec<u8>, E> {
+                Ok(bytes.to_vec())
+            }
+            fn visit_byte_buf<E: Error>(self, bytes: Vec<u8>) -> Result<Vec<u8>, E> {
+                Ok(bytes)
+            }
+        }
+        deserializer.deserialize_byte_buf(Bytes)
+    }
+}
+
+/// Mirrors `eraftpb::Message`.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct RaftMessage {
+    pub msg_type: i32,
+    pub to: u64,
+    pub from: u64,
+    pub term: u64,
+    pub log_term: u64,
+    pub index: u64,
+    pub entries: Vec<RaftEntry>,
+    pub commit: u64,
+    pub commit_term: u64,
+    pub request_snapshot: u64,
+    pub reject: bool,
+    pub reject_hint: u64,
+    #[serde(with = "raw")]
+    pub context: Vec<u8>,
+    pub priority: i64,
+}
+
+/// Mirrors `eraftpb::Entry`.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct RaftEntry {
+    /// 0 normal, 1 and 2 membership.
+    pub entry_type: i32,
+    pub term: u64,
+    pub index: u64,
+    #[serde(with = "raw")]
+    pub data: Vec<u8>,
+    #[serde(with = "raw")]
+    pub context: Vec<u8>,
+}
+
+/// Raft messages that travel together on one stream.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RaftBatch(pub Vec<RaftMessage>);
+impl Wire for RaftBatch {
+    const TYPE: u16 = 48;
+    const LIMIT: usize = 32 << 20;
+}
+
+/// A batch of commands (encoded by `controller/state/command`), passed to the leader. There is no answer: the
+/// origin sees the entry when it applies it, and sends it again when it does not.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Proposal(#[serde(with = "raw")] pub Vec<u8>);
+impl Wire for Proposal {
+    const TYPE: u16 = 49;
+    const LIMIT: usize = 8 << 20;
+}
+
+/// Asks for a file from `offset` on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BlobRequest {
+    pub hash: Hash,
+    pub offset: u64,
+}
+impl Wire for BlobRequest {
+    const TYPE: u16 = 50;
+    const LIMIT: usize = 256;
+}
+
+/// The answer: the whole length, then that many bytes less the offset follow raw on the stream; or not here.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum BlobAnswer {
+    Found { bytes: u64 },
+    Missing,
+}
+impl Wire for BlobAnswer {
+    const TYPE: u16 = 51;
+    const LIMIT: usize = 64;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn raw_bytes_have_the_frame_of_a_sequence() {
+        #[derive(Serialize, Deserialize)]
+        struct AsSequence(Vec<u8>);
+        impl Wire for AsSequence {
+            const TYPE: u16 = Proposal::TYPE;
+            const LIMIT: usize = Proposal::LIMIT;
+        }
+        for length in [0, 1, 250, 251, 70_000] {
+            let bytes: Vec<u8> = (0..length).map(|i: u32| i as u8).collect();
+            let frame = crate::wire::to_bytes(&Proposal(bytes.clone()));
+            assert_eq!(frame, crate::wire::to_bytes(&AsSequence(bytes.clone())));
+            assert_eq!(crate::wire::decode::<Proposal>(&frame).unwrap().0, Proposal(bytes));
+        }
+    }
+}

@@ -1,0 +1,39 @@
+//! Between an agent and its worker processes, over a Unix socket pair.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::Wire;
+use super::agent::EngineOptions;
+use crate::chat::{Job, JobEvent};
+use crate::manifest::Manifest;
+
+/// From the agent. The first frame is `Load`; the end of the stream ends the worker.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum ToWorker {
+    /// `files`: where each of the manifest's `files` lies, in their order.
+    Load { manifest: Manifest, files: Vec<PathBuf>, engine: EngineOptions },
+    /// `id` is the agent's own number for the job.
+    Submit { id: u64, job: Job },
+    Cancel { id: u64 },
+}
+impl Wire for ToWorker {
+    const TYPE: u16 = 32;
+    const LIMIT: usize = 8 << 20;
+}
+
+/// From the worker.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum FromWorker {
+    /// The model is loaded and warm.
+    Ready,
+    /// The model cannot be loaded; the process ends after it.
+    Unloadable { reason: String },
+    /// What a step gave, for all its jobs together, and the load after it.
+    Step { events: Vec<(u64, JobEvent)>, running: u32, waiting: u32 },
+}
+impl Wire for FromWorker {
+    const TYPE: u16 = 33;
+    const LIMIT: usize = 4 << 20;
+}

@@ -1,0 +1,93 @@
+//! Sessions with agents: assignments down, reports up, a stream for each job.
+//!
+//! Every controller has a session with every agent of its site, so each can place jobs; the leader alone plans. What
+//! is known of agents is soft: a controller that restarts learns it again with the first reports.
+
+use std::sync::Arc;
+
+use izar_common::blob::Store;
+use izar_common::chat::Job;
+use izar_common::id::{SiteId, WorkerId};
+use izar_common::quic::Connection;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::fleet::Fleet;
+use crate::raft::Raft;
+
+mod assignment;
+#[cfg(test)]
+pub(crate) mod fixture;
+mod job;
+mod lead;
+mod roster;
+mod session;
+#[cfg(test)]
+mod tests;
+
+pub use crate::scheduler::NoPlace;
+pub use job::JobStream;
+use roster::Roster;
+
+/// The handle: give it connections, ask it for workers.
+#[derive(Clone)]
+pub struct Agents {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    raft: Raft,
+    store: Store,
+    site: SiteId,
+    roster: Arc<Roster>,
+    stop: CancellationToken,
+    tasks: TaskTracker,
+}
+
+impl Agents {
+    /// Starts planning (while this controller leads). `store` has the model files that agents fetch; agents of
+    /// another site than `site` are refused.
+    pub fn start(raft: Raft, store: Store, site: SiteId) -> Self {
+        let roster = Arc::new(Roster::new(raft.config()));
+        let inner = Inner { raft, store, site, roster, stop: CancellationToken::new(), tasks: TaskTracker::new() };
+        let agents = Self { inner: Arc::new(inner) };
+        let inner = agents.inner.clone();
+        agents.inner.tasks.spawn(async move {
+            tokio::select! {
+                () = lead::run(&inner) => {}
+                () = inner.stop.cancelled() => {}
+            }
+        });
+        agents
+    }
+
+    /// Serves one accepted connection of an agent until it ends. A second connection of the same agent replaces the
+    /// first.
+    pub async fn serve(&self, connection: Connection) {
+        session::serve(self, connection).await;
+    }
+
+    /// Sends a job to the least loaded worker that can do it, or says why none can.
+    ///
+    /// Dropping the future or the stream cancels the job.
+    pub async fn submit(&self, job: Job) -> Result<JobStream, NoPlace> {
+        self.inner.roster.submit(job, &[]).await
+    }
+
+    /// Like `submit`, for a job that some workers have just failed: they get it only if there is no other.
+    pub async fn submit_avoiding(&self, job: Job, avoid: &[WorkerId]) -> Result<JobStream, NoPlace> {
+        self.inner.roster.submit(job, avoid).await
+    }
+
+    /// A copy of what agents last said.
+    pub fn fleet(&self) -> Fleet {
+        self.inner.roster.fleet()
+    }
+
+    /// Closes every session and waits until all tasks have ended.
+    pub async fn stop(&self) {
+        self.inner.stop.cancel();
+        self.inner.tasks.close();
+        self.inner.tasks.wait().await;
+    }
+}

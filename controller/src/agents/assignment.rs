@@ -1,0 +1,58 @@
+//! What an agent is told to run, derived from replicated state alone. Pure.
+
+use izar_common::health::Generation;
+use izar_common::id::NodeId;
+use izar_common::wire::agent::{Assignment, WorkerSpec};
+
+use crate::planner::WORKERS_PER_AGENT;
+use crate::state::Config;
+
+/// Files in one assignment at most: with their names they stay below the frame's 4 MiB. The largest models published
+/// so far have fewer than 200.
+const FILES: usize = 8 * 1024;
+
+/// Returns the whole assignment of an agent.
+///
+/// A plan that exceeds what a frame can carry is cut at the limit, last workers first; the planner makes none such.
+pub fn assignment(config: &Config, agent: &NodeId) -> Assignment {
+    let mut files = 0;
+    let placed = config.plan.workers.iter().filter(|(_, placement)| placement.agent == *agent);
+    let specs = placed.filter_map(|(worker, placement)| {
+        let deployment = config.deployments.get(&placement.deployment)?;
+        let model = config.models.get(&deployment.revision)?;
+        Some(WorkerSpec {
+            worker: worker.clone(),
+            deployment: placement.deployment.clone(),
+            revision: deployment.revision,
+            manifest: model.manifest.clone(),
+            engine: deployment.engine.clone(),
+        })
+    });
+    let workers = specs.take(WORKERS_PER_AGENT).take_while(|spec| {
+        files += 1 + spec.manifest.files.len();
+        files <= FILES
+    });
+    let workers = workers.collect();
+    Assignment { generation: Generation { incarnation: config.incarnation, applied: config.applied }, workers }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::agents::fixture::config;
+
+    fn check(agent: &str, expected: &str) {
+        let config = config("m 2, n 1", "m.0@a1 m.1@a2 n.0@a2 gone.0@a2");
+        let assignment = assignment(&config, &agent.parse().unwrap());
+        let names: Vec<_> = assignment.workers.iter().map(|spec| spec.worker.as_str()).collect();
+        assert_eq!(names.join(" "), expected);
+        assert_eq!(assignment.generation, Generation { incarnation: config.incarnation, applied: config.applied });
+    }
+
+    #[test]
+    fn an_agent_gets_its_own_workers_and_nothing_that_is_not_deployed() {
+        check("a1", "m.0");
+        check("a2", "m.1 n.0");
+        check("a3", "");
+    }
+}

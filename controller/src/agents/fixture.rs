@@ -1,0 +1,89 @@
+//! Small configurations and fleets from words, for the tests of the pure modules.
+
+use izar_common::clock::Hlc;
+use izar_common::health::{Generation, Report, WorkerReport, WorkerState};
+use izar_common::id::{DeploymentId, Hash, NodeId, WorkerId};
+use izar_common::manifest::{File, Kind, Manifest};
+use izar_common::wire::agent::EngineOptions;
+
+use crate::fleet::Fleet;
+use crate::state::{Config, Deployment, Model, Placement};
+
+/// `wanted`: `deployment replicas`, separated by commas; `plan`: `worker@agent`, separated by spaces. Every deployment
+/// has revision 0101…
+pub fn config(wanted: &str, plan: &str) -> Config {
+    let mut config = Config { applied: 7, incarnation: 3, ..Config::default() };
+    let revision = Hash([1; 32]);
+    let text = File { name: "text.json".into(), hash: Hash([2; 32]), bytes: 2 };
+    let manifest = Manifest {
+        name: "echo".into(),
+        kind: Kind::Echo { first_token_us: 0, next_token_us: 0 },
+        files: Vec::new(),
+        text,
+        context: 4096,
+        vocabulary: 1024,
+        architecture: "echo".into(),
+    };
+    config.models.insert(revision, Model { revision, manifest, registered: Hlc::default() });
+    for part in wanted.split(',').filter(|part| !part.trim().is_empty()) {
+        let (id, replicas) = part.trim().split_once(' ').unwrap();
+        let id: DeploymentId = id.parse().unwrap();
+        let engine = EngineOptions { max_batch: 4, ..EngineOptions::default() };
+        let deployment = Deployment { id: id.clone(), revision, replicas: replicas.parse().unwrap(), engine };
+        config.deployments.insert(id, deployment);
+    }
+    for part in plan.split_whitespace() {
+        let (worker, agent) = part.split_once('@').unwrap();
+        let deployment = worker.rsplit_once('.').unwrap().0.parse().unwrap();
+        let placement = Placement { deployment, agent: agent.parse().unwrap() };
+        config.plan.workers.insert(worker.parse().unwrap(), placement);
+    }
+    config
+}
+
+/// One line for each worker: `agent worker state running waiting in_flight`, and `x` for another revision.
+pub fn fleet(said: &str, now_ms: u64) -> Fleet {
+    let mut fleet = Fleet::new(0);
+    for line in said.lines() {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let agent: NodeId = words[0].parse().unwrap();
+        let worker: WorkerId = words[1].parse().unwrap();
+        let number = |i: usize| words[i].parse::<u32>().unwrap();
+        if !fleet.agents.contains_key(&agent) {
+            fleet.connect(&agent, now_ms);
+        }
+        let mut report = fleet.agents[&agent].report.clone().unwrap_or_else(empty_report);
+        report.workers.push(WorkerReport {
+            worker: worker.clone(),
+            deployment: words[1].rsplit_once('.').unwrap().0.parse().unwrap(),
+            revision: Hash([if words.get(6) == Some(&"x") { 9 } else { 1 }; 32]),
+            state: match words[2] {
+                "ready" => WorkerState::Ready,
+                "loading" => WorkerState::Loading,
+                "fetching" => WorkerState::Fetching,
+                _ => WorkerState::Backoff,
+            },
+            pid: None,
+            running: number(3),
+            waiting: number(4),
+            max_batch: 4,
+            restarts: 0,
+            detail: String::new(),
+        });
+        fleet.report(&agent, report, now_ms);
+        (0..number(5)).for_each(|_| fleet.begin(&agent, &worker));
+    }
+    fleet
+}
+
+/// A report without workers.
+pub fn empty_report() -> Report {
+    Report {
+        generation: Generation::default(),
+        pid: 1,
+        version: "0".into(),
+        cores: 1,
+        memory_bytes: 1,
+        workers: Vec::new(),
+    }
+}

@@ -1,0 +1,96 @@
+//! A job that an agent works on: the stream of its events.
+//!
+//! There is no task behind it: whoever holds the stream reads the agent's QUIC stream itself.
+
+use std::sync::Arc;
+
+use izar_common::chat::JobEvent;
+use izar_common::id::{NodeId, WorkerId};
+use izar_common::quic::{self, Receiver, Sender};
+
+use super::roster::Roster;
+
+/// The events of a job, from the worker that it was placed on. Dropping it cancels the job.
+pub struct JobStream {
+    pub agent: NodeId,
+    pub worker: WorkerId,
+    /// `None` when the job has ended or its stream is lost.
+    streams: Option<(Sender, Receiver)>,
+    /// Why it ended before its first event, told once.
+    failed: Option<JobEvent>,
+    /// Counts the job until it ends.
+    counted: Option<Counted>,
+}
+
+/// A place in the count of a worker's jobs, given back on drop.
+pub(super) struct Counted {
+    pub roster: Arc<Roster>,
+    pub agent: NodeId,
+    pub worker: WorkerId,
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.roster.end(&self.agent, &self.worker);
+    }
+}
+
+fn failed(reason: String, retryable: bool) -> JobEvent {
+    JobEvent::Failed { reason, retryable }
+}
+
+impl JobStream {
+    pub(super) fn running(counted: Counted, tx: Sender, rx: Receiver) -> Self {
+        let (agent, worker) = (counted.agent.clone(), counted.worker.clone());
+        Self { agent, worker, streams: Some((tx, rx)), failed: None, counted: Some(counted) }
+    }
+
+    /// A job that has failed before it reached its worker.
+    pub(super) fn failed(counted: Counted, reason: String, retryable: bool) -> Self {
+        let (agent, worker) = (counted.agent.clone(), counted.worker.clone());
+        Self { agent, worker, streams: None, failed: Some(failed(reason, retryable)), counted: None }
+    }
+
+    /// The streams, while the job runs.
+    pub(super) fn streams(&mut self) -> Option<&mut (Sender, Receiver)> {
+        self.streams.as_mut()
+    }
+
+    /// Waits for the next event. A lost agent or stream is a `Failed` that may be retried; after the last event every
+    /// call gives a `Failed` that may not. Cancellation-safe.
+    pub async fn next(&mut self) -> JobEvent {
+        let Some((_, rx)) = &mut self.streams else {
+            return self.failed.take().unwrap_or_else(|| failed("the job has ended".into(), false));
+        };
+        match rx.next::<JobEvent>().await {
+            Ok(Some(event @ JobEvent::Tokens { .. })) => event,
+            Ok(Some(last)) => {
+                // Nothing is left to cancel: the send side was finished with the submission.
+                self.streams = None;
+                self.counted = None;
+                last
+            }
+            Ok(None) => self.lose(format!("agent {} ended the stream early", self.agent)),
+            Err(error) => self.lose(format!("lost agent {}: {error}", self.agent)),
+        }
+    }
+
+    fn lose(&mut self, reason: String) -> JobEvent {
+        self.cancel();
+        failed(reason, true)
+    }
+
+    fn cancel(&mut self) {
+        if let Some((mut tx, mut rx)) = self.streams.take() {
+            quic::reset(&mut tx);
+            quic::stop(&mut rx);
+        }
+        self.counted = None;
+    }
+}
+
+impl Drop for JobStream {
+    fn drop(&mut self) {
+        self.cancel();
+    }
+}

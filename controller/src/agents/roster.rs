@@ -1,0 +1,138 @@
+//! Who has a session here, and the jobs that are sent over it. Knows nothing of Raft.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use izar_common::chat::Job;
+use izar_common::clock::wall_ms;
+use izar_common::health::Report;
+use izar_common::id::{NodeId, WorkerId};
+use izar_common::quic::{self, Connection};
+use izar_common::wire::agent::Submit;
+use izar_common::wire::handshake::Open;
+use tokio::sync::{Notify, watch};
+
+use super::job::{Counted, JobStream};
+use crate::fleet::Fleet;
+use crate::scheduler::{self, Ask, NoPlace};
+use crate::state::Config;
+
+/// Tokens of prompt and delivered answer that one job may carry: what the frame's limit allows. Contexts are far
+/// shorter, and the gateway refuses longer prompts before.
+pub const JOB_TOKENS: usize = 1_000_000;
+
+/// Sessions and the fleet, under one lock that is never held over an await.
+pub struct Roster {
+    config: watch::Receiver<Arc<Config>>,
+    soft: Mutex<Soft>,
+    asks: AtomicU64,
+    /// Told when an agent comes or goes.
+    pub moved: Notify,
+}
+
+struct Soft {
+    fleet: Fleet,
+    sessions: HashMap<NodeId, Connection>,
+}
+
+impl Roster {
+    pub fn new(config: watch::Receiver<Arc<Config>>) -> Self {
+        let soft = Soft { fleet: Fleet::new(wall_ms()), sessions: HashMap::new() };
+        Self { config, soft: Mutex::new(soft), asks: AtomicU64::new(0), moved: Notify::new() }
+    }
+
+    fn soft(&self) -> MutexGuard<'_, Soft> {
+        self.soft.lock().expect("no panic while the fleet is held")
+    }
+
+    /// A copy of what is known now.
+    pub fn fleet(&self) -> Fleet {
+        self.soft().fleet.clone()
+    }
+
+    /// Takes an agent in; its older session, if any, is closed. Returns false if the fleet is full.
+    pub fn join(&self, agent: &NodeId, connection: &Connection) -> bool {
+        let mut soft = self.soft();
+        if !soft.fleet.connect(agent, wall_ms()) {
+            return false;
+        }
+        if let Some(old) = soft.sessions.insert(agent.clone(), connection.clone()) {
+            old.close("replaced by a newer session of the same agent");
+        }
+        drop(soft);
+        self.moved.notify_one();
+        true
+    }
+
+    /// Lets an agent go, unless a newer session has replaced this one.
+    pub fn leave(&self, agent: &NodeId, connection: &Connection) -> bool {
+        let mut soft = self.soft();
+        let current = soft.sessions.get(agent).map(Connection::stable_id);
+        if current != Some(connection.stable_id()) {
+            return false;
+        }
+        soft.sessions.remove(agent);
+        soft.fleet.disconnect(agent);
+        drop(soft);
+        self.moved.notify_one();
+        true
+    }
+
+    /// Takes a report of a session, unless a newer session has replaced it.
+    pub fn report(&self, agent: &NodeId, connection: &Connection, report: Report) {
+        let mut soft = self.soft();
+        if soft.sessions.get(agent).map(Connection::stable_id) == Some(connection.stable_id()) {
+            soft.fleet.report(agent, report, wall_ms());
+        }
+    }
+
+    pub(super) fn end(&self, agent: &NodeId, worker: &WorkerId) {
+        self.soft().fleet.end(agent, worker);
+    }
+
+    /// Chooses a worker and counts the job for it.
+    fn place(self: &Arc<Self>, job: &Job, avoid: &[WorkerId]) -> Result<(Counted, Connection), NoPlace> {
+        let config = self.config.borrow().clone();
+        let ask = Ask {
+            deployment: &job.deployment,
+            revision: job.revision,
+            avoid,
+            now_ms: wall_ms(),
+            rotation: self.asks.fetch_add(1, Ordering::Relaxed),
+        };
+        let mut soft = self.soft();
+        let place = scheduler::place(&soft.fleet, &config, &ask)?;
+        let connection = soft.sessions.get(&place.agent).expect("a connected agent has a session").clone();
+        soft.fleet.begin(&place.agent, &place.worker);
+        Ok((Counted { roster: self.clone(), agent: place.agent, worker: place.worker }, connection))
+    }
+
+    /// Sends a job to the best worker; `avoid` names workers that have just failed it.
+    ///
+    /// Dropping the future cancels the job.
+    pub async fn submit(self: &Arc<Self>, job: Job, avoid: &[WorkerId]) -> Result<JobStream, NoPlace> {
+        let (counted, connection) = self.place(&job, avoid)?;
+        let tokens = job.prompt.len() + job.delivered.len();
+        if tokens > JOB_TOKENS {
+            let reason = format!("the job has {tokens} tokens, the limit is {JOB_TOKENS}");
+            return Ok(JobStream::failed(counted, reason, false));
+        }
+        let (tx, rx) = match connection.open_bi(Open::Job).await {
+            Ok(streams) => streams,
+            Err(error) => {
+                let reason = format!("cannot reach agent {}: {error}", counted.agent);
+                return Ok(JobStream::failed(counted, reason, true));
+            }
+        };
+        let submit = Submit { worker: counted.worker.clone(), job };
+        let mut stream = JobStream::running(counted, tx, rx);
+        if let Some((tx, _)) = stream.streams() {
+            // A failed write means a lost connection or a refusal, which reading tells as well, with its reason.
+            if tx.send(&submit).await.is_ok() {
+                quic::finish(tx);
+            }
+        }
+        Ok(stream)
+    }
+}

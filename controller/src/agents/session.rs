@@ -1,0 +1,117 @@
+//! One agent's connection: its session (assignments down, reports up) and the files it fetches.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use izar_common::blob;
+use izar_common::id::NodeId;
+use izar_common::quic::{self, Connection, Receiver, Sender};
+use izar_common::wire;
+use izar_common::wire::agent::{Down, Up};
+use izar_common::wire::handshake::Open;
+use tokio::sync::Semaphore;
+
+use super::assignment::assignment;
+use super::{Agents, Inner};
+
+/// Files that one agent fetches from this controller at once; more wait their turn. An agent asks for one at a time,
+/// twice that covers a fetch that was just given up.
+const BLOBS_PER_AGENT: usize = 2;
+
+/// Time between attempts to learn that the state here is fresh, while there is no quorum.
+const FRESH_RETRY: Duration = Duration::from_millis(200);
+
+/// Serves a connection until it ends or the controller stops.
+pub(super) async fn serve(agents: &Agents, connection: Connection) {
+    let agent = connection.peer().node.clone();
+    if connection.peer().site != agents.inner.site {
+        log::warn!(agent:%, site:% = connection.peer().site; "refused an agent of another site");
+        return connection.close("this controller is of another site");
+    }
+    let blobs = Arc::new(Semaphore::new(BLOBS_PER_AGENT));
+    let mut begun = false;
+    loop {
+        let accepted = tokio::select! {
+            accepted = connection.accept_bi() => accepted,
+            () = agents.inner.stop.cancelled() => break connection.close("the controller stops"),
+        };
+        match accepted {
+            Ok((Open::Session, tx, rx)) if !begun => {
+                begun = true;
+                let (inner, agent, connection) = (agents.inner.clone(), agent.clone(), connection.clone());
+                agents.inner.tasks.spawn(async move { session(&inner, &agent, &connection, tx, rx).await });
+            }
+            Ok((Open::Blob, tx, rx)) => {
+                let (store, blobs, agent) = (agents.inner.store.clone(), blobs.clone(), agent.clone());
+                agents.inner.tasks.spawn(async move {
+                    let _permit = blobs.acquire().await.expect("the semaphore is never closed");
+                    if let Err(error) = blob::serve(&store, tx, rx).await {
+                        log::debug!(agent:%, error:%; "a file was not sent whole");
+                    }
+                });
+            }
+            Ok((open, mut tx, mut rx)) => {
+                log::warn!(agent:%, open:?; "refused a stream that an agent has no use for");
+                quic::reset(&mut tx);
+                quic::stop(&mut rx);
+            }
+            Err(_) => break,
+        }
+    }
+}
+
+async fn session(inner: &Inner, agent: &NodeId, connection: &Connection, tx: Sender, rx: Receiver) {
+    if !inner.roster.join(agent, connection) {
+        log::error!(agent:%; "refused an agent: too many are connected");
+        return connection.close("too many agents");
+    }
+    log::info!(agent:%; "agent connected");
+    let ended = tokio::select! {
+        ended = read_reports(inner, agent, connection, rx) => ended,
+        ended = write_assignments(inner, agent, tx) => ended,
+    };
+    if let Err(error) = &ended {
+        connection.refuse_frame(error);
+    }
+    connection.close("the session ended");
+    if inner.roster.leave(agent, connection) {
+        let reason = ended.err().map_or("closed by the agent".into(), |error| error.to_string());
+        log::info!(agent:%, reason; "agent disconnected");
+    }
+}
+
+/// Takes reports until the stream ends; only the newest is kept.
+async fn read_reports(
+    inner: &Inner,
+    agent: &NodeId,
+    connection: &Connection,
+    mut rx: Receiver,
+) -> Result<(), wire::Error> {
+    while let Some(Up::Report(report)) = rx.next().await? {
+        inner.roster.report(agent, connection, report);
+    }
+    Ok(())
+}
+
+/// Sends the whole assignment once the state here is known to be fresh, and again whenever it changes.
+///
+/// A controller cut off from the others thus never tells an agent anything old; and what changes later is newer.
+async fn write_assignments(inner: &Inner, agent: &NodeId, mut tx: Sender) -> Result<(), wire::Error> {
+    while inner.raft.read_index().await.is_err() {
+        tokio::time::sleep(FRESH_RETRY).await;
+    }
+    let mut config = inner.raft.config();
+    let mut sent = None;
+    loop {
+        let wanted = assignment(&config.borrow_and_update().clone(), agent);
+        if sent.as_ref() != Some(&wanted.workers) {
+            log::debug!(agent:%, workers = wanted.workers.len(), applied = wanted.generation.applied; "assignment sent");
+            sent = Some(wanted.workers.clone());
+            tx.send(&Down::Assignment(wanted)).await?;
+        }
+        if config.changed().await.is_err() {
+            // Raft has stopped; the session ends with the controller.
+            std::future::pending::<()>().await;
+        }
+    }
+}

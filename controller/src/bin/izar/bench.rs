@@ -1,0 +1,314 @@
+//! `izar bench api`: drives any OpenAI endpoint and tells rates, times and errors.
+//!
+//! The generator is lean (own HTTP/1.1 on kept connections, scanning instead of parsing JSON) and says what it costs
+//! itself, so that a figure is not the generator's: `--ceiling` measures it alone, against canned answers.
+
+mod ceiling;
+mod client;
+mod cpu;
+mod load;
+mod parser;
+mod report;
+mod schedule;
+mod stats;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, ensure};
+use clap::{Args, Subcommand};
+use serde_json::json;
+
+use crate::http::Endpoint;
+use crate::ready::Ready;
+use crate::show;
+use load::{Load, Loop, Until};
+use report::{About, Report};
+use schedule::Arrivals;
+
+/// More generator threads than this measure the machine.
+const MAX_THREADS: usize = 16;
+
+/// Connections of one run; each costs two file descriptors and some tens of KiB on both sides.
+const MAX_CONCURRENCY: usize = 10_000;
+
+/// Connections when nobody says how many: in the closed loop, and at most in the open one.
+const CLOSED_CONNECTIONS: usize = 32;
+const OPEN_CONNECTIONS: usize = 256;
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Drive an OpenAI endpoint: closed loop (--concurrency) or open loop (--rate)
+    Api(Box<Options>),
+}
+
+#[derive(Debug, Args)]
+pub struct Options {
+    /// The API, https://host:port or http://host:port; several are used in turn [default: the ready file's]
+    #[arg(long = "endpoint", value_name = "URL")]
+    endpoints: Vec<String>,
+    /// The CA's file, for https [default: the ready file's]
+    #[arg(long)]
+    ca: Option<PathBuf>,
+    /// The key [default: $IZAR_KEY, else the ready file's]
+    #[arg(long)]
+    key: Option<String>,
+    /// What `izar dev --ready-file` wrote: endpoint, CA, key, model and the processes whose CPU time is shown
+    #[arg(long)]
+    ready_file: Option<PathBuf>,
+    /// The model [default: the ready file's, else echo]
+    #[arg(long)]
+    model: Option<String>,
+    /// Length of the prompt: bytes for the model `echo` (one is one token), short words for others
+    #[arg(long, default_value_t = 32)]
+    prompt_tokens: usize,
+    /// Most tokens of an answer
+    #[arg(long, default_value_t = 16)]
+    max_tokens: u32,
+    /// Ask for streamed answers
+    #[arg(long)]
+    stream: bool,
+    /// Connections: each asks again as soon as it is answered [default: 32; with --rate 256, as many as are needed]
+    #[arg(long)]
+    concurrency: Option<usize>,
+    /// Requests begun each second, whether or not earlier ones are answered
+    #[arg(long)]
+    rate: Option<f64>,
+    /// With --rate: how arrivals are spread
+    #[arg(long, value_enum, default_value_t = Arrivals::Poisson)]
+    arrivals: Arrivals,
+    /// With --rate: the seed of the arrivals
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Measure this many requests
+    #[arg(long, conflicts_with = "duration")]
+    requests: Option<u64>,
+    /// Measure this many seconds [default: 10]
+    #[arg(long)]
+    duration: Option<f64>,
+    /// Seconds before measuring begins
+    #[arg(long, default_value_t = 2.0)]
+    warmup: f64,
+    /// Seconds after which a request is given up
+    #[arg(long, default_value_t = 60.0)]
+    timeout: f64,
+    /// Also show latency less this: what the worker itself takes, in milliseconds
+    #[arg(long, value_name = "MS")]
+    subtract_ms: Option<f64>,
+    /// Threads of the generator
+    #[arg(long, default_value_t = 1)]
+    threads: usize,
+    /// Show CPU seconds of these processes [default: the ready file's]
+    #[arg(long, value_delimiter = ',')]
+    pids: Vec<u32>,
+    /// Measure the generator alone, against canned answers over TLS in this process
+    #[arg(long, conflicts_with_all = ["endpoints", "ready_file", "pids"])]
+    ceiling: bool,
+}
+
+pub fn run(command: Command, as_json: bool) -> anyhow::Result<()> {
+    let Command::Api(options) = command;
+    options.check()?;
+    let report = if options.ceiling { ceiling(&options)? } else { measure(&options)? };
+    show::print(as_json, &report, Report::text)
+}
+
+impl Options {
+    fn check(&self) -> anyhow::Result<()> {
+        ensure!((1..=MAX_THREADS).contains(&self.threads), "--threads {}: use 1 to {MAX_THREADS}", self.threads);
+        let connections = self.connections();
+        ensure!((1..=MAX_CONCURRENCY).contains(&connections), "--concurrency {connections}: use 1 to {MAX_CONCURRENCY}");
+        if let Some(rate) = self.rate {
+            ensure!(rate > 0.0 && rate <= 1e6, "--rate {rate}: use more than 0, and at most 1000000");
+        }
+        ensure!(self.requests != Some(0), "--requests 0: nothing would be measured");
+        let seconds = |flag: &str, value: f64, least: f64| {
+            ensure!((least..=86_400.0).contains(&value), "{flag} {value}: use {least} to 86400 seconds");
+            Ok(())
+        };
+        seconds("--duration", self.duration.unwrap_or(10.0), 0.1)?;
+        seconds("--warmup", self.warmup, 0.0)?;
+        seconds("--timeout", self.timeout, 0.01)?;
+        ensure!(self.prompt_tokens >= 1 && self.prompt_tokens <= 1 << 20, "--prompt-tokens: use 1 to {}", 1 << 20);
+        ensure!(self.max_tokens >= 1, "--max-tokens 0: an answer has at least one token");
+        Ok(())
+    }
+
+    fn connections(&self) -> usize {
+        let default = if self.rate.is_some() { OPEN_CONNECTIONS } else { CLOSED_CONNECTIONS };
+        self.concurrency.unwrap_or(default)
+    }
+
+    fn load(&self, endpoints: Vec<Endpoint>, model: &str, key: &str) -> Load {
+        let until = match self.requests {
+            Some(requests) => Until::Requests(requests),
+            None => Until::Elapsed(Duration::from_secs_f64(self.duration.unwrap_or(10.0))),
+        };
+        let how = match self.rate {
+            Some(rate) => Loop::Open { rate, arrivals: self.arrivals, seed: self.seed },
+            None => Loop::Closed,
+        };
+        let requests = endpoints.iter().map(|e| self.request(e, model, key).into()).collect();
+        Load {
+            endpoints,
+            requests,
+            connections: self.connections(),
+            threads: self.threads.min(self.connections()),
+            how,
+            until,
+            warmup: Duration::from_secs_f64(self.warmup),
+            timeout: Duration::from_secs_f64(self.timeout),
+        }
+    }
+
+    /// The bytes of a request, the same every time.
+    fn request(&self, endpoint: &Endpoint, model: &str, key: &str) -> Vec<u8> {
+        let body = json!({
+            "model": model,
+            "messages": [{ "role": "user", "content": prompt(model, self.prompt_tokens) }],
+            "max_tokens": self.max_tokens,
+            "temperature": 0,
+            "stream": self.stream,
+        })
+        .to_string();
+        let head = format!(
+            "POST /v1/chat/completions HTTP/1.1\r\nhost: {}\r\nauthorization: Bearer {key}\r\n\
+             content-type: application/json\r\ncontent-length: {}\r\n\r\n",
+            endpoint.authority(),
+            body.len()
+        );
+        (head + &body).into_bytes()
+    }
+
+    fn about(&self, endpoints: Vec<String>, model: String) -> About {
+        About {
+            endpoints,
+            model,
+            prompt_tokens: self.prompt_tokens,
+            max_tokens: self.max_tokens,
+            stream: self.stream,
+            connections: self.connections(),
+            rate: self.rate,
+            seed: self.rate.map(|_| self.seed),
+            warmup_s: self.warmup,
+            threads: self.threads,
+            subtract_ms: self.subtract_ms,
+            ceiling: self.ceiling,
+        }
+    }
+}
+
+/// Text of about this many tokens.
+fn prompt(model: &str, tokens: usize) -> String {
+    const WORDS: [&str; 8] = ["the ", "sea ", "is ", "calm ", "and ", "far ", "from ", "here "];
+    let words = WORDS.iter().cycle();
+    if model == "echo" {
+        words.flat_map(|w| w.chars()).take(tokens).collect()
+    } else {
+        words.take(tokens).copied().collect()
+    }
+}
+
+fn measure(options: &Options) -> anyhow::Result<Report> {
+    let ready = options.ready_file.as_deref().map(Ready::read).transpose()?;
+    let urls = match (&ready, options.endpoints.is_empty()) {
+        (Some(ready), true) => vec![ready.endpoint.clone()],
+        _ => options.endpoints.clone(),
+    };
+    ensure!(!urls.is_empty(), "no endpoint: give --endpoint or --ready-file");
+    let ca = options.ca.clone().or_else(|| ready.as_ref().map(|r| r.ca.clone()));
+    let key = options
+        .key
+        .clone()
+        .or_else(|| std::env::var("IZAR_KEY").ok())
+        .or_else(|| ready.as_ref().map(|r| r.key.clone()))
+        .context("no key: give --key, IZAR_KEY or --ready-file")?;
+    ensure!(key.bytes().all(|b| b.is_ascii_graphic()), "--key: a key is one word of visible characters");
+    let model = options.model.clone().or_else(|| ready.as_ref().map(|r| r.model.clone()));
+    let model = model.unwrap_or_else(|| "echo".to_owned());
+    let endpoints: Vec<Endpoint> =
+        urls.iter().map(|url| Endpoint::new(url, ca.as_deref())).collect::<anyhow::Result<_>>()?;
+    let mut watched: Vec<cpu::Watched> = options.pids.iter().map(|&pid| cpu::Watched::pid(pid)).collect();
+    if let (Some(ready), true) = (&ready, watched.is_empty()) {
+        watched = ready.processes.iter().map(|p| cpu::Watched { name: p.id.clone(), pid: p.pid }).collect();
+    }
+    let measured = load::run(options.load(endpoints, &model, &key), &watched)?;
+    Ok(Report::new(options.about(urls, model), measured))
+}
+
+fn ceiling(options: &Options) -> anyhow::Result<Report> {
+    let server = ceiling::Server::start(options.max_tokens, options.stream)?;
+    let url = server.url();
+    let endpoint = Endpoint::new(&url, Some(server.ca()))?;
+    let measured = load::run(options.load(vec![endpoint], "echo", "none"), &[])?;
+    Ok(Report::new(options.about(vec![url], "canned".to_owned()), measured))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Debug, Parser)]
+    struct Line {
+        #[command(flatten)]
+        options: Options,
+    }
+
+    fn options(arguments: &[&str]) -> Options {
+        Line::parse_from(["api"].iter().chain(arguments)).options
+    }
+
+    #[test]
+    fn arguments_out_of_range_are_named() {
+        for (arguments, part) in [
+            (["--threads", "0"], "--threads 0"),
+            (["--concurrency", "0"], "--concurrency 0"),
+            (["--rate", "0"], "--rate 0"),
+            (["--requests", "0"], "--requests 0"),
+            (["--duration", "0"], "--duration 0"),
+            (["--prompt-tokens", "0"], "--prompt-tokens"),
+        ] {
+            let error = options(&arguments).check().unwrap_err().to_string();
+            assert!(error.contains(part), "{error}");
+        }
+        options(&[]).check().unwrap();
+        assert!(Line::try_parse_from(["api", "--requests", "1", "--duration", "1"]).is_err());
+    }
+
+    #[test]
+    fn an_echo_prompt_has_a_byte_for_a_token() {
+        assert_eq!(prompt("echo", 32).len(), 32);
+        assert_eq!(prompt("smollm2-135m", 9).split_whitespace().count(), 9);
+    }
+
+    #[test]
+    fn a_request_says_its_own_length() {
+        let options = options(&["--stream"]);
+        let bytes = options.request(&Endpoint::new("http://h:1", None).unwrap(), "echo", "k");
+        let text = String::from_utf8(bytes).unwrap();
+        let (head, body) = text.split_once("\r\n\r\n").unwrap();
+        assert!(head.contains(&format!("content-length: {}", body.len())));
+        let body: serde_json::Value = serde_json::from_str(body).unwrap();
+        assert_eq!(body["stream"], true);
+    }
+
+    /// Drives the generator against its own canned server: the whole path without a cluster.
+    #[test]
+    fn the_ceiling_counts_every_request_and_token() {
+        for (stream, how) in [(false, None), (true, None), (true, Some("2000"))] {
+            let mut arguments = vec!["--ceiling", "--requests", "200", "--warmup", "0", "--concurrency", "4"];
+            if stream {
+                arguments.push("--stream");
+            }
+            if let Some(rate) = how {
+                arguments.extend(["--rate", rate]);
+            }
+            let report = ceiling(&options(&arguments)).unwrap();
+            assert_eq!((report.requests, report.tokens), (200, 3200), "{arguments:?}: {report:?}");
+            assert!(report.errors.is_empty(), "{:?}", report.errors);
+            assert_eq!(report.ttft_ms.is_some(), stream);
+            assert_eq!(report.from_schedule_ms.is_some(), how.is_some());
+        }
+    }
+}

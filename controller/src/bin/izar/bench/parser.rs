@@ -1,0 +1,303 @@
+//! Reads an HTTP/1.1 response as it comes, as cheaply as a load generator must, and counts the tokens in it. Pure.
+
+use crate::sse::{Scanner, after_key};
+
+/// The longest head taken.
+const HEAD_LIMIT: usize = 16 << 10;
+
+/// The longest body kept for counting; the rest of a longer one is read and dropped.
+const BODY_LIMIT: usize = 1 << 20;
+
+/// The most digits of a chunk's length: 64 bits.
+const CHUNK_DIGITS: usize = 16;
+
+/// Why the bytes are no response.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("malformed response")]
+pub struct Malformed;
+
+/// Where in a response the next byte belongs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum At {
+    Head,
+    /// In a body of known length, this many bytes before its end.
+    Length(u64),
+    /// In the line that gives a chunk's length.
+    ChunkSize { digits: usize, size: u64, extension: bool },
+    /// In a chunk, this many bytes before its end.
+    Chunk(u64),
+    /// In the line end after a chunk.
+    ChunkEnd,
+    /// In the lines after the last chunk; `blank` while the line has no byte yet.
+    Trailer { blank: bool },
+    Done,
+}
+
+/// One response. `reset` makes it ready for the next, without giving memory back.
+#[derive(Debug)]
+pub struct Parser {
+    at: At,
+    head: Vec<u8>,
+    body: Vec<u8>,
+    scanner: Scanner,
+    pub status: u16,
+    stream: bool,
+    /// The server will close the connection.
+    pub closes: bool,
+    pub tokens: u32,
+    /// The stream carried an error instead of an answer.
+    pub failed: bool,
+    /// The stream ended as it should.
+    pub ended: bool,
+}
+
+impl Default for Parser {
+    fn default() -> Self {
+        Self {
+            at: At::Head,
+            head: Vec::new(),
+            body: Vec::new(),
+            scanner: Scanner::default(),
+            status: 0,
+            stream: false,
+            closes: false,
+            tokens: 0,
+            failed: false,
+            ended: false,
+        }
+    }
+}
+
+impl Parser {
+    pub fn reset(&mut self) {
+        self.at = At::Head;
+        self.head.clear();
+        self.body.clear();
+        self.scanner.clear();
+        (self.status, self.tokens) = (0, 0);
+        (self.stream, self.closes, self.failed, self.ended) = (false, false, false, false);
+    }
+
+    /// Whether no byte of the response has come.
+    pub fn is_fresh(&self) -> bool {
+        self.at == At::Head && self.head.is_empty()
+    }
+
+    /// Whether the answer is a whole one: a stream that was not cut, without an error in it.
+    pub fn is_whole(&self) -> bool {
+        !self.failed && (!self.stream || self.ended)
+    }
+
+    /// Takes the next bytes; returns true when the response is complete. Bytes after it are an error, for one request
+    /// is answered at a time.
+    pub fn push(&mut self, bytes: &[u8]) -> Result<bool, Malformed> {
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            rest = match self.at {
+                At::Head => self.head(rest)?,
+                At::Length(left) => {
+                    let (data, after) = split(rest, left);
+                    self.data(data)?;
+                    let left = left - data.len() as u64;
+                    self.at = if left == 0 { self.complete() } else { At::Length(left) };
+                    after
+                }
+                At::Chunk(left) => {
+                    let (data, after) = split(rest, left);
+                    self.data(data)?;
+                    let left = left - data.len() as u64;
+                    self.at = if left == 0 { At::ChunkEnd } else { At::Chunk(left) };
+                    after
+                }
+                At::ChunkSize { digits, size, extension } => {
+                    self.at = chunk_size(rest[0], digits, size, extension)?;
+                    &rest[1..]
+                }
+                At::ChunkEnd => {
+                    match rest[0] {
+                        b'\r' => {}
+                        b'\n' => self.at = At::ChunkSize { digits: 0, size: 0, extension: false },
+                        _ => return Err(Malformed),
+                    }
+                    &rest[1..]
+                }
+                At::Trailer { blank } => {
+                    self.at = match rest[0] {
+                        b'\r' => At::Trailer { blank },
+                        b'\n' if blank => self.complete(),
+                        b'\n' => At::Trailer { blank: true },
+                        _ => At::Trailer { blank: false },
+                    };
+                    &rest[1..]
+                }
+                At::Done => return Err(Malformed),
+            };
+        }
+        Ok(self.at == At::Done)
+    }
+
+    /// Gathers the head; returns what follows it.
+    fn head<'a>(&mut self, bytes: &'a [u8]) -> Result<&'a [u8], Malformed> {
+        let before = self.head.len();
+        self.head.extend_from_slice(&bytes[..bytes.len().min(HEAD_LIMIT + 1 - before.min(HEAD_LIMIT))]);
+        let mut headers = [httparse::EMPTY_HEADER; 32];
+        let mut response = httparse::Response::new(&mut headers);
+        let httparse::Status::Complete(length) = response.parse(&self.head).map_err(|_| Malformed)? else {
+            return if self.head.len() > HEAD_LIMIT { Err(Malformed) } else { Ok(&[]) };
+        };
+        self.status = response.code.ok_or(Malformed)?;
+        let mut body_length = None;
+        let mut chunked = false;
+        for header in response.headers.iter() {
+            if header.name.eq_ignore_ascii_case("content-length") {
+                let text = std::str::from_utf8(header.value).map_err(|_| Malformed)?;
+                body_length = Some(text.trim().parse::<u64>().map_err(|_| Malformed)?);
+            } else if header.name.eq_ignore_ascii_case("transfer-encoding") {
+                chunked = header.value.eq_ignore_ascii_case(b"chunked");
+            } else if header.name.eq_ignore_ascii_case("content-type") {
+                self.stream = header.value.starts_with(b"text/event-stream");
+            } else if header.name.eq_ignore_ascii_case("connection") {
+                self.closes = header.value.eq_ignore_ascii_case(b"close");
+            }
+        }
+        self.at = match (chunked, body_length) {
+            (true, _) => At::ChunkSize { digits: 0, size: 0, extension: false },
+            (false, Some(0)) => self.complete(),
+            (false, Some(length)) => At::Length(length),
+            // A body that ends with the connection: no server that keeps connections sends one.
+            (false, None) => return Err(Malformed),
+        };
+        Ok(&bytes[length - before..])
+    }
+
+    fn data(&mut self, bytes: &[u8]) -> Result<(), Malformed> {
+        if !self.stream {
+            let room = BODY_LIMIT.saturating_sub(self.body.len());
+            self.body.extend_from_slice(&bytes[..bytes.len().min(room)]);
+            return Ok(());
+        }
+        let Self { scanner, tokens, failed, ended, .. } = self;
+        let scanned = scanner.push(bytes, |event| {
+            if event == b"[DONE]" {
+                *ended = true;
+            } else if has_text(event) {
+                *tokens += 1;
+            } else if event.starts_with(b"{\"error\"") {
+                *failed = true;
+            }
+        });
+        scanned.map_err(|_| Malformed)
+    }
+
+    fn complete(&mut self) -> At {
+        if !self.stream {
+            self.tokens = completion_tokens(&self.body);
+        }
+        At::Done
+    }
+}
+
+fn split(bytes: &[u8], left: u64) -> (&[u8], &[u8]) {
+    bytes.split_at(usize::try_from(left).map_or(bytes.len(), |left| left.min(bytes.len())))
+}
+
+fn chunk_size(byte: u8, digits: usize, size: u64, extension: bool) -> Result<At, Malformed> {
+    Ok(match byte {
+        b'\n' if digits == 0 => return Err(Malformed),
+        b'\n' if size == 0 => At::Trailer { blank: true },
+        b'\n' => At::Chunk(size),
+        b'\r' | b' ' | b'\t' => At::ChunkSize { digits, size, extension },
+        b';' => At::ChunkSize { digits, size, extension: true },
+        _ if extension => At::ChunkSize { digits, size, extension },
+        _ => {
+            let digit = char::from(byte).to_digit(16).ok_or(Malformed)?;
+            if digits == CHUNK_DIGITS {
+                return Err(Malformed);
+            }
+            At::ChunkSize { digits: digits + 1, size: size << 4 | u64::from(digit), extension }
+        }
+    })
+}
+
+/// Whether an event carries a piece of the answer.
+fn has_text(event: &[u8]) -> bool {
+    let value = after_key(event, b"\"content\":").or_else(|| after_key(event, b"\"text\":"));
+    value.is_some_and(|v| v.first() == Some(&b'"') && v.get(1) != Some(&b'"'))
+}
+
+/// `usage.completion_tokens` of an answer that is no stream; 0 if it has none.
+fn completion_tokens(body: &[u8]) -> u32 {
+    let digits = after_key(body, b"\"completion_tokens\":").unwrap_or_default();
+    digits.iter().take_while(|b| b.is_ascii_digit()).fold(0, |n: u32, b| {
+        n.saturating_mul(10).saturating_add(u32::from(b - b'0'))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PLAIN: &str = "HTTP/1.1 200 OK\r\nContent-Length: 35\r\n\r\n{\"usage\":{\"completion_tokens\": 16}}";
+
+    fn streamed() -> String {
+        let mut text = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n".to_owned();
+        for event in [
+            r#"data: {"choices":[{"delta":{"role":"assistant","content":""}}]}"#,
+            r#"data: {"choices":[{"delta":{"content":" one"}}]}"#,
+            r#"data: {"choices":[{"delta":{"content": " two"}}]}"#,
+            r#"data: {"choices":[{"delta":{},"finish_reason":"stop"}]}"#,
+            "data: [DONE]",
+        ] {
+            text += &format!("{:x};ext=1\r\n{event}\n\n\r\n", event.len() + 2);
+        }
+        text + "0\r\ntrailer: x\r\n\r\n"
+    }
+
+    /// Reads a response cut at every place, byte by byte and whole.
+    fn check(response: &str, expected: (u16, u32, bool)) {
+        let bytes = response.as_bytes();
+        let mut parser = Parser::default();
+        let mut cuts: Vec<Vec<&[u8]>> = (0..bytes.len()).map(|i| vec![&bytes[..i], &bytes[i..]]).collect();
+        cuts.push(bytes.chunks(1).collect());
+        for cut in cuts {
+            parser.reset();
+            let mut done = false;
+            for piece in cut.into_iter().filter(|p| !p.is_empty()) {
+                assert!(!done);
+                done = parser.push(piece).unwrap();
+            }
+            assert!(done);
+            assert_eq!((parser.status, parser.tokens, parser.is_whole()), expected);
+        }
+    }
+
+    #[test]
+    fn responses_are_read_wherever_they_are_cut() {
+        check(PLAIN, (200, 16, true));
+        check(&streamed(), (200, 2, true));
+        check("HTTP/1.1 429 Too Many Requests\r\ncontent-length: 0\r\n\r\n", (429, 0, true));
+    }
+
+    #[test]
+    fn a_stream_that_was_cut_or_failed_is_not_whole() {
+        check(&streamed().replace("[DONE]", "[DROP]"), (200, 2, false));
+        let failed = streamed().replace(r#"{"choices":[{"delta":{},"finish_reason":"stop"}]}"#, &format!("{:<49}", r#"{"error":{"message":"no"}}"#));
+        check(&failed, (200, 2, false));
+    }
+
+    #[test]
+    fn what_is_no_response_is_refused() {
+        for bad in [
+            "HTTP/2 200\r\n\r\n",
+            "HTTP/1.1 200 OK\r\ncontent-length: -1\r\n\r\n",
+            "HTTP/1.1 200 OK\r\n\r\n",
+            "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n",
+            "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n\r\n",
+            "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n11111111111111111\r\n",
+            "HTTP/1.1 200 OK\r\ncontent-length: 1\r\n\r\nab",
+            &format!("HTTP/1.1 200 OK\r\nx: {}", "y".repeat(HEAD_LIMIT)),
+        ] {
+            assert_eq!(Parser::default().push(bad.as_bytes()), Err(Malformed), "{bad:.60}");
+        }
+    }
+}

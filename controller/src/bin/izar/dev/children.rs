@@ -1,0 +1,239 @@
+//! Runs the daemons as child processes: starts one again when it dies, and ends them all with nothing left.
+//!
+//! Each child leads a process group of its own, so that the terminal's Ctrl-C reaches `izar dev` alone, and holds the
+//! reading end of a pipe: should `izar dev` be killed outright, the pipe ends and so do they. `izar dev` is the reaper
+//! of its descendants, so workers that lose their agent are waited for here.
+
+use std::fs::OpenOptions;
+use std::path::PathBuf;
+use std::process::{ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use nix::errno::Errno;
+use nix::sys::signal::{Signal, kill, killpg};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::Pid;
+use tokio::process::{Child, Command};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::ready::Role;
+
+/// The first wait before a child is started again; it doubles up to the longest.
+const FIRST_BACKOFF: Duration = Duration::from_millis(200);
+const LONGEST_BACKOFF: Duration = Duration::from_secs(5);
+
+/// A child that ran this long is healthy: its next death is a first one.
+const HEALTHY: Duration = Duration::from_secs(10);
+
+/// How long a child may take to end when asked, before it is killed. Longer than a controller's drain.
+const STOP_LIMIT: Duration = Duration::from_secs(10);
+
+/// How long the workers of an agent that ended may take: they end when its socket does.
+const ORPHAN_LIMIT: Duration = Duration::from_secs(3);
+
+/// A daemon to run.
+#[derive(Debug, Clone)]
+pub struct Spec {
+    pub id: String,
+    pub role: Role,
+    pub program: PathBuf,
+    pub config: PathBuf,
+    pub log: PathBuf,
+}
+
+/// What is known of a child.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct State {
+    pub id: String,
+    pub role: Role,
+    /// While it runs.
+    pub pid: Option<u32>,
+    /// Deaths in a row without a healthy run between them.
+    pub deaths: u32,
+}
+
+/// The running children.
+#[derive(Debug)]
+pub struct Children {
+    states: watch::Sender<Vec<State>>,
+    stop: CancellationToken,
+    tasks: TaskTracker,
+}
+
+impl Children {
+    /// Starts all of them.
+    pub fn start(specs: Vec<Spec>) -> anyhow::Result<Self> {
+        nix::sys::prctl::set_child_subreaper(true).context("become the reaper of orphaned workers")?;
+        let state = |spec: &Spec| State { id: spec.id.clone(), role: spec.role, pid: None, deaths: 0 };
+        let states = watch::Sender::new(specs.iter().map(state).collect::<Vec<_>>());
+        let (stop, tasks) = (CancellationToken::new(), TaskTracker::new());
+        for (index, spec) in specs.into_iter().enumerate() {
+            tasks.spawn(supervise(index, spec, states.clone(), stop.clone()));
+        }
+        Ok(Self { states, stop, tasks })
+    }
+
+    pub fn states(&self) -> watch::Receiver<Vec<State>> {
+        self.states.subscribe()
+    }
+
+    /// Ends all children; returns when no process of them is left.
+    pub async fn stop(&self) {
+        self.stop.cancel();
+        self.tasks.close();
+        self.tasks.wait().await;
+    }
+}
+
+/// Keeps one daemon running until the end is asked for.
+async fn supervise(index: usize, spec: Spec, states: watch::Sender<Vec<State>>, stop: CancellationToken) {
+    let mut backoff = FIRST_BACKOFF;
+    loop {
+        let started = Instant::now();
+        let how = match spawn(&spec) {
+            Err(error) => format!("could not be started ({error:#})"),
+            Ok(mut child) => {
+                let pid = child.id();
+                states.send_modify(|s| s[index].pid = pid);
+                // Held apart, since `wait` would close it, and a daemon ends when its standard input does.
+                let lifeline = child.stdin.take();
+                let status = tokio::select! {
+                    status = child.wait() => Some(status),
+                    () = stop.cancelled() => None,
+                };
+                if status.is_none() {
+                    end(&mut child).await;
+                }
+                drop(lifeline);
+                if let Some(pid) = pid {
+                    reap_group(pid).await;
+                }
+                match status {
+                    None => return,
+                    Some(Ok(status)) => format!("ended ({})", describe(status)),
+                    Some(Err(error)) => format!("was lost ({error})"),
+                }
+            }
+        };
+        if started.elapsed() >= HEALTHY {
+            backoff = FIRST_BACKOFF;
+        }
+        states.send_modify(|s| {
+            s[index].pid = None;
+            s[index].deaths = if started.elapsed() >= HEALTHY { 1 } else { s[index].deaths + 1 };
+        });
+        eprintln!("izar dev: {} {how}; starting it again in {} ms", spec.id, backoff.as_millis());
+        if stop.run_until_cancelled(tokio::time::sleep(backoff)).await.is_none() {
+            return;
+        }
+        backoff = (backoff * 2).min(LONGEST_BACKOFF);
+    }
+}
+
+fn spawn(spec: &Spec) -> anyhow::Result<Child> {
+    let log = OpenOptions::new().create(true).append(true).open(&spec.log);
+    let log = log.with_context(|| format!("open {}", spec.log.display()))?;
+    let errors = log.try_clone().context("share the log file")?;
+    Command::new(&spec.program)
+        .arg("--config")
+        .arg(&spec.config)
+        .arg("--stdin-lifeline")
+        // Under journald this program's own stderr may be a journal stream; the child's is a file.
+        .env_remove("JOURNAL_STREAM")
+        .stdin(Stdio::piped())
+        .stdout(log)
+        .stderr(errors)
+        .process_group(0)
+        .spawn()
+        .with_context(|| format!("start {}", spec.program.display()))
+}
+
+/// Asks a child to end, and makes it.
+async fn end(child: &mut Child) {
+    let Some(pid) = child.id() else { return };
+    // It may have ended already; its status is then waiting below.
+    let _ = kill(as_pid(pid), Signal::SIGTERM);
+    if tokio::time::timeout(STOP_LIMIT, child.wait()).await.is_err() {
+        eprintln!("izar dev: process {pid} did not end within {} s; killing it", STOP_LIMIT.as_secs());
+        let _ = child.kill().await;
+    }
+}
+
+/// Waits for what a child that ended left in its group, then kills it.
+async fn reap_group(leader: u32) {
+    let group = as_pid(leader);
+    let begun = Instant::now();
+    loop {
+        match waitpid(Pid::from_raw(-group.as_raw()), Some(WaitPidFlag::WNOHANG)) {
+            Ok(WaitStatus::StillAlive) if begun.elapsed() >= ORPHAN_LIMIT => {
+                let _ = killpg(group, Signal::SIGKILL);
+            }
+            Ok(WaitStatus::StillAlive) => {}
+            Ok(_) | Err(Errno::EINTR) => continue,
+            // No member is left.
+            Err(_) => return,
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+fn as_pid(pid: u32) -> Pid {
+    Pid::from_raw(pid.cast_signed())
+}
+
+fn describe(status: ExitStatus) -> String {
+    use std::os::unix::process::ExitStatusExt;
+    match (status.code(), status.signal()) {
+        (Some(code), _) => format!("exit status {code}"),
+        (_, Some(signal)) => match Signal::try_from(signal) {
+            Ok(name) => format!("killed by {name}"),
+            Err(_) => format!("killed by signal {signal}"),
+        },
+        _ => "for no known reason".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    /// A daemon that is a shell script with a child of its own.
+    fn script(dir: &std::path::Path, text: &str) -> Spec {
+        let program = dir.join("daemon");
+        std::fs::write(&program, format!("#!/bin/sh\n{text}\n")).unwrap();
+        std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+        Spec { id: "d".into(), role: Role::Agent, program, config: dir.join("c"), log: dir.join("log") }
+    }
+
+    #[tokio::test]
+    async fn a_child_that_dies_is_started_again_and_all_end_with_their_children() {
+        let dir = tempfile::tempdir().unwrap();
+        let spec = script(dir.path(), "sleep 1000 &\necho began\nread line");
+        let log = spec.log.clone();
+        let children = Children::start(vec![spec]).unwrap();
+        let mut states = children.states();
+        let limit = Duration::from_secs(30);
+        let first = tokio::time::timeout(limit, states.wait_for(|s| s[0].pid.is_some())).await.unwrap().unwrap()[0].pid;
+        kill(as_pid(first.unwrap()), Signal::SIGKILL).unwrap();
+        let again = states.wait_for(|s| s[0].pid.is_some() && s[0].pid != first);
+        let again = tokio::time::timeout(limit, again).await.unwrap().unwrap()[0].clone();
+        assert_eq!(again.deaths, 1);
+        tokio::time::timeout(limit, children.stop()).await.unwrap();
+        // Nobody is left in either group.
+        for pid in [first, again.pid] {
+            assert_eq!(killpg(as_pid(pid.unwrap()), None), Err(Errno::ESRCH));
+        }
+        assert!(log.exists());
+    }
+
+    #[test]
+    fn ends_are_described() {
+        use std::os::unix::process::ExitStatusExt;
+        assert_eq!(describe(ExitStatus::from_raw(9)), "killed by SIGKILL");
+        assert_eq!(describe(ExitStatus::from_raw(1 << 8)), "exit status 1");
+    }
+}

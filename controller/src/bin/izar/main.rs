@@ -1,0 +1,143 @@
+//! `izar`: the operator's tool. A thin client of a controller's admin socket, and the way to try everything on one
+//! machine (`izar dev`, `izar chat`, `izar bench api`).
+//!
+//! It decides nothing that a controller decides: it asks, and shows the answer as a short table or, with `--json`, as
+//! the controller gave it.
+#![forbid(unsafe_code)]
+
+mod admin;
+mod bench;
+mod chat;
+mod dev;
+mod http;
+mod keys;
+mod listings;
+mod models;
+mod pki;
+mod programs;
+mod ready;
+mod show;
+mod sse;
+mod status;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::{Args, Parser, Subcommand};
+
+/// Operate an Izar cluster, or run one on this machine (`izar dev`).
+#[derive(Debug, Parser)]
+#[command(version, max_term_width = 110)]
+struct Arguments {
+    #[command(flatten)]
+    common: Common,
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// What every command understands.
+#[derive(Debug, Clone, Args)]
+pub struct Common {
+    /// The controller's admin socket [default: $IZAR_SOCKET, else /run/izar/admin.sock]
+    #[arg(long, global = true, value_name = "PATH")]
+    socket: Option<PathBuf>,
+    /// Print JSON instead of a table
+    #[arg(long, global = true)]
+    pub json: bool,
+}
+
+impl Common {
+    /// The client of the chosen controller.
+    pub fn admin(&self) -> admin::Admin {
+        let socket = self.socket.clone().or_else(|| std::env::var_os("IZAR_SOCKET").map(PathBuf::from));
+        admin::Admin::new(socket.unwrap_or_else(|| PathBuf::from(admin::DEFAULT_SOCKET)))
+    }
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Show the node, its leader, what is wanted and what is reached
+    Status,
+    /// API keys
+    #[command(subcommand)]
+    Keys(keys::Command),
+    /// Models and their deployments
+    #[command(subcommand)]
+    Models(models::Command),
+    /// Agents and their workers
+    #[command(subcommand)]
+    Agents(listings::Agents),
+    /// Requests that run on this controller now
+    #[command(subcommand)]
+    Requests(listings::Requests),
+    /// The record of requests
+    #[command(subcommand)]
+    Turns(listings::Turns),
+    /// Talk to a model in the terminal
+    Chat(chat::Options),
+    /// The private CA and the certificates of nodes
+    #[command(subcommand)]
+    Pki(pki::Command),
+    /// Measure
+    #[command(subcommand)]
+    Bench(bench::Command),
+    /// Run a whole cluster on this machine until Ctrl-C
+    Dev(dev::Options),
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    match run(arguments) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("izar: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
+    let common = arguments.common;
+    let command = match arguments.command {
+        // These have their own threads, or none.
+        Command::Bench(command) => return bench::run(command, common.json).map(|()| ExitCode::SUCCESS),
+        Command::Pki(command) => return pki::run(command, common.json).map(|()| ExitCode::SUCCESS),
+        other => other,
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
+    let result = runtime.block_on(async {
+        match command {
+            Command::Status => status::run(&common).await,
+            Command::Keys(command) => keys::run(command, &common).await,
+            Command::Models(command) => models::run(command, &common).await,
+            Command::Agents(command) => listings::agents(command, &common).await,
+            Command::Requests(command) => listings::requests(command, &common).await,
+            Command::Turns(command) => listings::turns(command, &common).await,
+            Command::Chat(options) => chat::run(options).await,
+            Command::Dev(options) => dev::run(options).await,
+            Command::Bench(_) | Command::Pki(_) => unreachable!("returned above"),
+        }
+    });
+    // A thread may still wait for a line of standard input; it must not keep the program alive.
+    runtime.shutdown_background();
+    result.map(|()| ExitCode::SUCCESS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn global_flags_stand_anywhere() {
+        let arguments = Arguments::try_parse_from(["izar", "keys", "list", "--json", "--socket", "/s"]).unwrap();
+        assert!(arguments.common.json);
+        assert_eq!(arguments.common.socket.unwrap(), PathBuf::from("/s"));
+    }
+}

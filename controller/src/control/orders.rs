@@ -1,0 +1,378 @@
+//! What is changed through the admin socket: each order is checked here, then proposed as one command.
+
+use std::path::PathBuf;
+
+use axum::Json;
+use axum::body::Body;
+use axum::extract::{Path, State as Extract};
+use izar_common::id::{DeploymentId, Hash, KeyId, ProjectId};
+use izar_common::manifest::Manifest;
+use izar_common::wire::agent::EngineOptions;
+use rand::Rng;
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+
+use super::error::Error;
+use super::view::{self, CreatedKey, DeploymentView, KeyView, ModelView};
+use super::{Control, Shared};
+use crate::state::command::{Command, Reply};
+use crate::state::tenants::DEFAULT;
+use crate::state::{Config, Deployment, Key, KeyStatus, Model, REPLICA_LIMIT};
+use crate::import;
+
+/// An order is a few fields; a path has at most 4 KiB.
+const BODY_LIMIT: usize = 64 << 10;
+
+/// Requests of one key that may run at once through one controller, if nobody says how many; and at most.
+const DEFAULT_CONCURRENT: u32 = 256;
+const MAX_CONCURRENT: u32 = 100_000;
+
+/// A note is a line.
+const NOTE_BYTES: usize = 256;
+
+/// Sequences in a batch: beyond this a step takes seconds on any processor.
+const MAX_BATCH: u32 = 4096;
+
+/// An echo that takes longer than this for a token is a typing error.
+const MAX_ECHO_US: u64 = 60_000_000;
+
+/// The beginning of every key, so that a key that leaked is recognised as one.
+const KEY_PREFIX: &str = "sk-izar-";
+
+/// Characters of a key after its prefix: 62^40 is 238 bits.
+const KEY_CHARACTERS: usize = 40;
+
+/// Digits of a revision that name it, at least.
+const MIN_PREFIX: usize = 6;
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct CreateKey {
+    #[serde(default)]
+    note: String,
+    max_concurrent: Option<u32>,
+    project: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Import {
+    name: String,
+    path: Option<PathBuf>,
+    sha256: Option<Hash>,
+    echo: Option<Echo>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Echo {
+    first_token_us: u64,
+    next_token_us: u64,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Deploy {
+    name: Option<String>,
+    model: String,
+    replicas: Option<u32>,
+    max_batch: Option<u32>,
+    max_context: Option<u32>,
+}
+
+async fn read<T: DeserializeOwned>(body: Body) -> Result<T, Error> {
+    let bytes = axum::body::to_bytes(body, BODY_LIMIT).await;
+    let bytes = bytes.map_err(|e| Error::Invalid(format!("the body could not be read: {e}")))?;
+    parse(&bytes)
+}
+
+fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Error> {
+    let mut json = serde_json::Deserializer::from_slice(bytes);
+    serde_path_to_error::deserialize(&mut json).map_err(|error| {
+        let path = error.path().to_string();
+        let field = if path == "." { "the body".to_owned() } else { path };
+        Error::Invalid(format!("{field}: {}", error.into_inner()))
+    })
+}
+
+impl Control {
+    async fn order(&self, command: Command) -> Result<(), Error> {
+        match self.parts.raft.propose(command).await? {
+            Reply::Done => Ok(()),
+            Reply::Refused(refusal) => Err(refusal.into()),
+        }
+    }
+
+    async fn current(&self) -> Result<std::sync::Arc<Config>, Error> {
+        self.parts.raft.read_index().await?;
+        Ok(self.parts.raft.config().borrow().clone())
+    }
+}
+
+pub async fn create_key(Extract(control): Shared, body: Body) -> Result<Json<CreatedKey>, Error> {
+    let order: CreateKey = read(body).await?;
+    let secret = new_secret();
+    let at = control.parts.raft.clock().now();
+    let key = Key {
+        id: new_key_id(),
+        project: check_project(order.project.as_deref())?,
+        secret_hash: control.parts.pepper.keyed_hash(&secret),
+        max_concurrent: check_concurrent(order.max_concurrent)?,
+        status: KeyStatus::Active,
+        created: at,
+        note: check_note(order.note)?,
+    };
+    let view = KeyView::from(&key);
+    control.order(Command::CreateKey(key)).await?;
+    log::info!(key:% = view.id; "key is created");
+    Ok(Json(CreatedKey { key: secret, view }))
+}
+
+fn new_secret() -> String {
+    let random = rand::rng().sample_iter(rand::distr::Alphanumeric).take(KEY_CHARACTERS).map(char::from);
+    KEY_PREFIX.chars().chain(random).collect()
+}
+
+fn new_key_id() -> KeyId {
+    let random: u64 = rand::random();
+    KeyId::new(&format!("key-{random:016x}")).expect("`key-` and hexadecimal digits are a name")
+}
+
+fn check_project(project: Option<&str>) -> Result<ProjectId, Error> {
+    ProjectId::new(project.unwrap_or(DEFAULT)).map_err(|e| Error::Invalid(format!("project: {e}")))
+}
+
+fn check_concurrent(wanted: Option<u32>) -> Result<u32, Error> {
+    in_range("max_concurrent", wanted.unwrap_or(DEFAULT_CONCURRENT), 1, MAX_CONCURRENT)
+}
+
+fn check_note(note: String) -> Result<String, Error> {
+    if note.len() > NOTE_BYTES {
+        return Err(Error::Invalid(format!("note: {} bytes are more than {NOTE_BYTES}", note.len())));
+    }
+    if note.chars().any(char::is_control) {
+        return Err(Error::Invalid("note: control characters are not allowed".into()));
+    }
+    Ok(note)
+}
+
+fn in_range(field: &str, value: u32, low: u32, high: u32) -> Result<u32, Error> {
+    if (low..=high).contains(&value) {
+        Ok(value)
+    } else {
+        Err(Error::Invalid(format!("{field}: {value} is not in {low}..={high}")))
+    }
+}
+
+pub async fn revoke_key(Extract(control): Shared, Path(id): Path<String>) -> Result<Json<KeyView>, Error> {
+    let id = KeyId::new(&id).map_err(|e| Error::Invalid(format!("id: {e}")))?;
+    let config = control.current().await?;
+    let key = config.keys.get(&id).ok_or_else(|| Error::NotFound(format!("there is no key {id}")))?;
+    control.order(Command::RevokeKey(id)).await?;
+    log::info!(key:% = key.id; "key is revoked");
+    Ok(Json(KeyView { status: KeyStatus::Revoked, ..key.into() }))
+}
+
+pub async fn import(Extract(control): Shared, body: Body) -> Result<Json<ModelView>, Error> {
+    let order: Import = read(body).await?;
+    // Whatever is imported can be deployed under its own name.
+    DeploymentId::new(&order.name).map_err(|e| Error::Invalid(format!("name: {e}")))?;
+    let Ok(place) = control.importing.clone().try_acquire_owned() else {
+        return Err(Error::Conflict("another import runs on this controller; wait for it to end".into()));
+    };
+    let source = check_source(&order)?;
+    let (name, store) = (order.name, control.parts.store.clone());
+    // Reads and copies whole models; the place is held until the copy ends, even if the caller leaves.
+    let work = tokio::task::spawn_blocking(move || {
+        let _place = place;
+        match source {
+            Source::Files { path, sha256 } => import::import(&path, &name, sha256, &store),
+            Source::Echo(echo) => import::echo(&name, echo.first_token_us, echo.next_token_us, &store),
+        }
+    });
+    let manifest: Manifest = work
+        .await
+        .map_err(|_| Error::Internal("the import ended unexpectedly; see the controller's log".into()))?
+        .map_err(|e| Error::Invalid(format!("{:#}", anyhow::Error::from(e))))?;
+    let model = Model { revision: manifest.revision(), manifest, registered: control.parts.raft.clock().now() };
+    control.order(Command::RegisterModel(model.manifest.clone())).await?;
+    log::info!(model = model.manifest.name, revision:% = model.revision; "model is registered");
+    let config = control.parts.raft.config().borrow().clone();
+    let model = config.models.get(&model.revision).unwrap_or(&model);
+    Ok(Json(view::model(model, &config, |hash| control.parts.store.has(hash))))
+}
+
+/// What is imported.
+#[derive(Debug)]
+enum Source {
+    Files { path: PathBuf, sha256: Option<Hash> },
+    Echo(Echo),
+}
+
+fn check_source(order: &Import) -> Result<Source, Error> {
+    match (&order.path, &order.echo) {
+        (Some(path), None) if path.is_absolute() => Ok(Source::Files { path: path.clone(), sha256: order.sha256 }),
+        (Some(path), None) => Err(Error::Invalid(format!("path: {} is not absolute", path.display()))),
+        (None, Some(echo)) => {
+            for (field, us) in [("echo.first_token_us", echo.first_token_us), ("echo.next_token_us", echo.next_token_us)]
+            {
+                if us > MAX_ECHO_US {
+                    return Err(Error::Invalid(format!("{field}: {us} is more than {MAX_ECHO_US}")));
+                }
+            }
+            if order.sha256.is_some() {
+                return Err(Error::Invalid("sha256: the echo model has no file".into()));
+            }
+            Ok(Source::Echo(Echo { ..*echo }))
+        }
+        _ => Err(Error::Invalid("give either path or echo".into())),
+    }
+}
+
+pub async fn deploy(Extract(control): Shared, body: Body) -> Result<Json<DeploymentView>, Error> {
+    let order: Deploy = read(body).await?;
+    let config = control.current().await?;
+    let deployment = check_deployment(&order, &config)?;
+    control.order(Command::Deploy(deployment.clone())).await?;
+    log::info!(deployment:% = deployment.id, revision:% = deployment.revision, replicas = deployment.replicas; "deployment is wanted");
+    let config = control.parts.raft.config().borrow().clone();
+    Ok(Json(view::deployment(&deployment, &config, &control.parts.agents.fleet())))
+}
+
+fn check_deployment(order: &Deploy, config: &Config) -> Result<Deployment, Error> {
+    let model = find_model(&order.model, config)?;
+    let name = order.name.as_deref().unwrap_or(&model.manifest.name);
+    let id = DeploymentId::new(name).map_err(|e| Error::Invalid(format!("name: {e}")))?;
+    let defaults = EngineOptions::default();
+    let context = model.manifest.context;
+    let engine = EngineOptions {
+        max_batch: in_range("max_batch", order.max_batch.unwrap_or(defaults.max_batch), 1, MAX_BATCH)?,
+        max_context: match order.max_context {
+            Some(tokens) => in_range("max_context", tokens, 1, context)?,
+            None => defaults.max_context,
+        },
+        ..defaults
+    };
+    let replicas = in_range("replicas", order.replicas.unwrap_or(1), 1, REPLICA_LIMIT)?;
+    Ok(Deployment { id, revision: model.revision, replicas, engine })
+}
+
+/// Finds a model by its name (the newest revision of it) or by the beginning of a revision.
+fn find_model<'a>(wanted: &str, config: &'a Config) -> Result<&'a Model, Error> {
+    let named = config.models.values().filter(|m| m.manifest.name == wanted);
+    if let Some(newest) = named.max_by_key(|m| m.registered) {
+        return Ok(newest);
+    }
+    let is_prefix = wanted.len() >= MIN_PREFIX && wanted.bytes().all(|b| b.is_ascii_hexdigit());
+    let digits = wanted.to_ascii_lowercase();
+    let mut matching = config.models.values().filter(|m| is_prefix && m.revision.to_string().starts_with(&digits));
+    match (matching.next(), matching.next()) {
+        (Some(model), None) => Ok(model),
+        (Some(_), Some(_)) => Err(Error::Invalid(format!("model: more than one revision begins with {wanted}"))),
+        _ => {
+            let mut names: Vec<&str> = config.models.values().map(|m| m.manifest.name.as_str()).collect();
+            names.sort_unstable();
+            names.dedup();
+            let there = if names.is_empty() { "none is registered".into() } else { format!("there is {}", names.join(", ")) };
+            Err(Error::NotFound(format!("model: there is no {wanted}; {there}")))
+        }
+    }
+}
+
+pub async fn undeploy(Extract(control): Shared, Path(name): Path<String>) -> Result<Json<Value>, Error> {
+    let id = DeploymentId::new(&name).map_err(|e| Error::Invalid(format!("name: {e}")))?;
+    control.order(Command::Undeploy(id.clone())).await?;
+    log::info!(deployment:% = id; "deployment is no longer wanted");
+    Ok(Json(json!({ "undeployed": id })))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use izar_common::clock::Hlc;
+    use izar_common::manifest::{File, Kind};
+
+    fn config(names: &[(&str, u64)]) -> Config {
+        let mut config = Config::default();
+        for (name, registered) in names {
+            let manifest = Manifest {
+                name: (*name).to_owned(),
+                kind: Kind::Echo { first_token_us: *registered, next_token_us: 0 },
+                files: Vec::new(),
+                text: File { name: "text.json".into(), hash: Hash([0; 32]), bytes: 2 },
+                context: 2048,
+                vocabulary: 1,
+                architecture: "echo".into(),
+            };
+            let model = Model { revision: manifest.revision(), manifest, registered: Hlc::from_ms(*registered) };
+            config.models.insert(model.revision, model);
+        }
+        config
+    }
+
+    fn deploy(json: &str, config: &Config) -> Result<Deployment, String> {
+        let order = parse::<Deploy>(json.as_bytes()).map_err(|e| e.to_string())?;
+        check_deployment(&order, config).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn a_name_means_the_newest_revision_and_a_prefix_exactly_one() {
+        let config = config(&[("echo", 1), ("echo", 9), ("other", 5)]);
+        let newest = find_model("echo", &config).unwrap();
+        assert_eq!(newest.registered.ms(), 9);
+        let prefix = &newest.revision.to_string()[..12];
+        assert_eq!(find_model(prefix, &config).unwrap().revision, newest.revision);
+        assert_eq!(find_model(&prefix.to_uppercase(), &config).unwrap().revision, newest.revision);
+        let error = find_model("llama", &config).unwrap_err().to_string();
+        assert_eq!(error, "model: there is no llama; there is echo, other");
+        assert!(find_model(&prefix[..5], &config).is_err());
+    }
+
+    #[test]
+    fn a_deployment_out_of_range_names_the_field() {
+        let config = config(&[("echo", 1)]);
+        let good = deploy(r#"{"model":"echo","replicas":2,"max_context":100}"#, &config).unwrap();
+        assert_eq!((good.id.as_str(), good.replicas, good.engine.max_context), ("echo", 2, 100));
+        for (json, part) in [
+            (r#"{"model":"echo","replicas":0}"#, "replicas: 0"),
+            (r#"{"model":"echo","max_batch":5000}"#, "max_batch: 5000"),
+            (r#"{"model":"echo","max_context":4096}"#, "max_context: 4096 is not in 1..=2048"),
+            (r#"{"model":"echo","name":"Not a name"}"#, "name: `Not a name`"),
+            (r#"{"model":"echo","replica":1}"#, "unknown field `replica`"),
+            (r#"{"model":"echo","replicas":"two"}"#, "replicas: invalid type"),
+            (r#"{"model""#, "the body: EOF"),
+        ] {
+            let error = deploy(json, &config).unwrap_err();
+            assert!(error.contains(part), "{json}: {error}");
+        }
+    }
+
+    #[test]
+    fn an_import_has_one_source() {
+        let source = |json: &str| check_source(&parse::<Import>(json.as_bytes()).unwrap()).map_err(|e| e.to_string());
+        assert!(matches!(source(r#"{"name":"m","path":"/m.gguf"}"#), Ok(Source::Files { .. })));
+        assert!(source(r#"{"name":"m","path":"m.gguf"}"#).unwrap_err().contains("not absolute"));
+        assert!(source(r#"{"name":"m"}"#).unwrap_err().contains("either path or echo"));
+        let slow = r#"{"name":"m","echo":{"first_token_us":99000000,"next_token_us":0}}"#;
+        assert!(source(slow).unwrap_err().contains("echo.first_token_us"));
+    }
+
+    #[test]
+    fn keys_are_long_random_and_recognisable() {
+        let (a, b) = (new_secret(), new_secret());
+        assert_ne!(a, b);
+        assert_eq!(a.len(), KEY_PREFIX.len() + KEY_CHARACTERS);
+        assert!(a.strip_prefix(KEY_PREFIX).unwrap().bytes().all(|c| c.is_ascii_alphanumeric()));
+    }
+
+    #[test]
+    fn notes_and_bounds_are_checked() {
+        assert!(check_note("x".repeat(NOTE_BYTES)).is_ok());
+        assert!(check_note("x".repeat(NOTE_BYTES + 1)).unwrap_err().to_string().contains("note"));
+        assert!(check_note("a\nb".into()).is_err());
+        assert_eq!(check_concurrent(None).unwrap(), DEFAULT_CONCURRENT);
+        assert!(check_concurrent(Some(0)).unwrap_err().to_string().contains("max_concurrent: 0"));
+        assert!(check_project(Some("No")).unwrap_err().to_string().contains("project"));
+    }
+}

@@ -1,0 +1,477 @@
+//! What the admin socket shows: the JSON shapes that `izar` and scripts read, and how they come from the state and the
+//! fleet. Pure.
+//!
+//! Field names stay; new ones may come. Times are Unix milliseconds.
+
+use std::collections::BTreeMap;
+
+use izar_common::chat::{Finish, Usage};
+use izar_common::health::{Generation, WorkerReport, WorkerState};
+use izar_common::id::{DeploymentId, Hash, KeyId, NodeId, ProjectId, TurnId, WorkerId};
+use izar_common::manifest::{Kind, Manifest};
+use serde::{Deserialize, Serialize};
+
+use crate::fleet::{AgentView, Fleet};
+use crate::gateway::Running;
+use crate::raft::Leadership;
+use crate::state::turns::{Outcome, Turn};
+use crate::state::{Config, Deployment, Key, KeyStatus, Model};
+
+/// `GET /v1/status`. Answered without a quorum, too: then `leader` is null.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Status {
+    pub node: NodeId,
+    pub version: String,
+    /// `leader`, `follower`, or `alone` while no leader is known.
+    pub role: String,
+    pub leader: Option<NodeId>,
+    pub term: u64,
+    /// The last entry that this node applied.
+    pub applied: u64,
+    pub members: Vec<Member>,
+    pub api: Api,
+    pub agents: Vec<AgentSummary>,
+    pub deployments: Vec<DeploymentSummary>,
+    /// Requests that run on this controller.
+    pub running: usize,
+    /// What was turned away since the start: peers by their certificate, role or schema (`peers`), callers of this
+    /// socket (`admin`).
+    pub refused: BTreeMap<String, u64>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Member {
+    pub node: NodeId,
+    pub address: String,
+}
+
+/// Where this controller serves the API.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Api {
+    pub endpoint: String,
+    pub plaintext_endpoint: Option<String>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct AgentSummary {
+    pub agent: NodeId,
+    pub connected: bool,
+    pub workers: usize,
+    pub ready: usize,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct DeploymentSummary {
+    pub name: DeploymentId,
+    pub revision: Hash,
+    pub wanted: u32,
+    pub ready: u32,
+}
+
+/// A key, without its secret.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct KeyView {
+    pub id: KeyId,
+    pub project: ProjectId,
+    pub status: KeyStatus,
+    pub max_concurrent: u32,
+    pub created_ms: u64,
+    pub note: String,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Keys {
+    pub keys: Vec<KeyView>,
+}
+
+/// The answer to `POST /v1/keys`: the only time that the key itself is shown.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct CreatedKey {
+    pub key: String,
+    #[serde(flatten)]
+    pub view: KeyView,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ModelView {
+    pub revision: Hash,
+    pub name: String,
+    pub kind: Kind,
+    pub architecture: String,
+    pub context: u32,
+    pub vocabulary: u32,
+    /// All its files together.
+    pub bytes: u64,
+    pub registered_ms: u64,
+    /// Whether all its files lie on this controller.
+    pub here: bool,
+    /// The deployments that serve it.
+    pub deployments: Vec<DeploymentId>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Models {
+    pub models: Vec<ModelView>,
+}
+
+/// A deployment: what is wanted, and what is reached replica by replica.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct DeploymentView {
+    pub name: DeploymentId,
+    pub revision: Hash,
+    /// The name of the model.
+    pub model: String,
+    /// Replicas wanted.
+    pub wanted: u32,
+    /// Replicas that serve this revision now.
+    pub ready: u32,
+    pub max_batch: u32,
+    /// 0: what the model was made for.
+    pub max_context: u32,
+    /// Replicas that have no place yet.
+    pub unplaced: u32,
+    pub workers: Vec<ReplicaView>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Deployments {
+    pub deployments: Vec<DeploymentView>,
+}
+
+/// A replica of a deployment: planned, reported, or both.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ReplicaView {
+    pub worker: WorkerId,
+    pub agent: NodeId,
+    pub state: ReplicaState,
+    pub pid: Option<u32>,
+    pub restarts: u32,
+    /// Why it is not ready, in words; may be empty.
+    pub detail: String,
+}
+
+/// What is known of a replica.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ReplicaState {
+    /// Planned on an agent that is connected and has not spoken of it.
+    Assigned,
+    /// Planned on an agent that is not connected.
+    AgentAway,
+    Fetching,
+    Loading,
+    Ready,
+    Backoff,
+}
+
+impl From<WorkerState> for ReplicaState {
+    fn from(state: WorkerState) -> Self {
+        match state {
+            WorkerState::Fetching => Self::Fetching,
+            WorkerState::Loading => Self::Loading,
+            WorkerState::Ready => Self::Ready,
+            WorkerState::Backoff => Self::Backoff,
+        }
+    }
+}
+
+impl std::fmt::Display for ReplicaState {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Assigned => "assigned",
+            Self::AgentAway => "agent away",
+            Self::Fetching => "fetching",
+            Self::Loading => "loading",
+            Self::Ready => "ready",
+            Self::Backoff => "back-off",
+        })
+    }
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct AgentDetail {
+    pub agent: NodeId,
+    pub connected: bool,
+    /// When it last reported or connected.
+    pub last_report_ms: u64,
+    pub pid: Option<u32>,
+    pub version: Option<String>,
+    pub cores: Option<u32>,
+    pub memory_bytes: Option<u64>,
+    /// The assignment that it works on.
+    pub generation: Option<Generation>,
+    /// Jobs of this controller on it.
+    pub jobs: u32,
+    pub workers: Vec<WorkerReport>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Agents {
+    pub agents: Vec<AgentDetail>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Requests {
+    /// Oldest first.
+    pub requests: Vec<Running>,
+}
+
+/// A turn, flat.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct TurnView {
+    pub turn: TurnId,
+    pub project: ProjectId,
+    pub key: KeyId,
+    pub deployment: DeploymentId,
+    pub revision: Hash,
+    pub stream: bool,
+    /// The controller that took it.
+    pub node: NodeId,
+    pub opened_ms: u64,
+    pub closed_ms: Option<u64>,
+    /// `running`, `finished`, `cancelled`, `failed` or `abandoned`.
+    pub outcome: String,
+    pub finish: Option<Finish>,
+    pub reason: Option<String>,
+    /// Counted at the opening, so it is there while the turn runs.
+    pub prompt_tokens: u32,
+    pub max_tokens: u32,
+    pub completion_tokens: u32,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Turns {
+    /// Newest first.
+    pub turns: Vec<TurnView>,
+}
+
+impl From<&Key> for KeyView {
+    fn from(key: &Key) -> Self {
+        Self {
+            id: key.id.clone(),
+            project: key.project.clone(),
+            status: key.status,
+            max_concurrent: key.max_concurrent,
+            created_ms: key.created.ms(),
+            note: key.note.clone(),
+        }
+    }
+}
+
+impl From<&Turn> for TurnView {
+    fn from(turn: &Turn) -> Self {
+        let opening = &turn.opening;
+        let (outcome, finish, reason, usage) = match turn.closed.as_ref().map(|(_, outcome)| outcome) {
+            None => ("running", None, None, Usage::default()),
+            Some(Outcome::Finished { finish, usage }) => ("finished", Some(*finish), None, *usage),
+            Some(Outcome::Cancelled { usage }) => ("cancelled", None, None, *usage),
+            Some(Outcome::Failed { reason, usage }) => ("failed", None, Some(reason.clone()), *usage),
+            Some(Outcome::Abandoned) => ("abandoned", None, None, Usage::default()),
+        };
+        Self {
+            turn: opening.turn,
+            project: opening.project.clone(),
+            key: opening.key.clone(),
+            deployment: opening.deployment.clone(),
+            revision: opening.revision,
+            stream: opening.stream,
+            node: opening.origin.node.clone(),
+            opened_ms: turn.opened.ms(),
+            closed_ms: turn.closed.as_ref().map(|(at, _)| at.ms()),
+            outcome: outcome.to_owned(),
+            finish,
+            reason,
+            prompt_tokens: opening.prompt_tokens,
+            max_tokens: opening.max_tokens,
+            completion_tokens: usage.completion_tokens,
+        }
+    }
+}
+
+/// Shows a model; `here` says whether a file lies on this controller.
+pub fn model(model: &Model, config: &Config, here: impl Fn(&Hash) -> bool) -> ModelView {
+    let manifest: &Manifest = &model.manifest;
+    let serving = config.deployments.values().filter(|d| d.revision == model.revision);
+    ModelView {
+        revision: model.revision,
+        name: manifest.name.clone(),
+        kind: manifest.kind.clone(),
+        architecture: manifest.architecture.clone(),
+        context: manifest.context,
+        vocabulary: manifest.vocabulary,
+        bytes: manifest.all_files().map(|f| f.bytes).sum(),
+        registered_ms: model.registered.ms(),
+        here: manifest.all_files().all(|f| here(&f.hash)),
+        deployments: serving.map(|d| d.id.clone()).collect(),
+    }
+}
+
+/// Compares what a deployment wants with what the plan gives it and what agents say.
+pub fn deployment(wanted: &Deployment, config: &Config, fleet: &Fleet) -> DeploymentView {
+    let workers: Vec<ReplicaView> = config
+        .plan
+        .workers
+        .iter()
+        .filter(|(_, place)| place.deployment == wanted.id)
+        .map(|(worker, place)| replica(worker, &place.agent, wanted, fleet.agents.get(&place.agent)))
+        .collect();
+    let ready = workers.iter().filter(|w| w.state == ReplicaState::Ready).count() as u32;
+    let model = config.models.get(&wanted.revision).map_or_else(String::new, |m| m.manifest.name.clone());
+    DeploymentView {
+        name: wanted.id.clone(),
+        revision: wanted.revision,
+        model,
+        wanted: wanted.replicas,
+        ready,
+        max_batch: wanted.engine.max_batch,
+        max_context: wanted.engine.max_context,
+        unplaced: wanted.replicas.saturating_sub(workers.len() as u32),
+        workers,
+    }
+}
+
+fn replica(worker: &WorkerId, agent: &NodeId, wanted: &Deployment, view: Option<&AgentView>) -> ReplicaView {
+    let connected = view.is_some_and(|v| v.connected);
+    let report = view.and_then(|v| v.workers().iter().find(|r| r.worker == *worker)).filter(|_| connected);
+    let (state, detail) = match report {
+        None if connected => (ReplicaState::Assigned, String::new()),
+        None => (ReplicaState::AgentAway, String::new()),
+        Some(report) if report.revision != wanted.revision => {
+            (ReplicaState::Assigned, format!("still runs revision {}", report.revision))
+        }
+        Some(report) => (report.state.into(), report.detail.clone()),
+    };
+    ReplicaView {
+        worker: worker.clone(),
+        agent: agent.clone(),
+        state,
+        pid: report.and_then(|r| r.pid),
+        restarts: report.map_or(0, |r| r.restarts),
+        detail,
+    }
+}
+
+/// Shows an agent whole.
+pub fn agent(id: &NodeId, view: &AgentView) -> AgentDetail {
+    let report = view.report.as_ref();
+    AgentDetail {
+        agent: id.clone(),
+        connected: view.connected,
+        last_report_ms: view.last_report_ms,
+        pid: report.map(|r| r.pid),
+        version: report.map(|r| r.version.clone()),
+        cores: report.map(|r| r.cores),
+        memory_bytes: report.map(|r| r.memory_bytes),
+        generation: report.map(|r| r.generation),
+        jobs: view.jobs(),
+        workers: view.workers().to_vec(),
+    }
+}
+
+/// Shows an agent in a line. Of an agent that is away nothing is known to be ready.
+pub fn agent_summary(id: &NodeId, view: &AgentView) -> AgentSummary {
+    let ready = view.workers().iter().filter(|w| w.state == WorkerState::Ready).count();
+    AgentSummary {
+        agent: id.clone(),
+        connected: view.connected,
+        workers: view.workers().len(),
+        ready: if view.connected { ready } else { 0 },
+    }
+}
+
+/// A node's part in its Raft group, in a word.
+pub fn role(leadership: &Leadership) -> &'static str {
+    match (&leadership.leader, leadership.here) {
+        (_, true) => "leader",
+        (Some(_), false) => "follower",
+        (None, false) => "alone",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::state::Placement;
+    use izar_common::health::Report;
+
+    const REVISION: Hash = Hash([1; 32]);
+
+    fn wanted(replicas: u32) -> Deployment {
+        let id = DeploymentId::new("echo").unwrap();
+        Deployment { id, revision: REVISION, replicas, engine: Default::default() }
+    }
+
+    fn config(places: &[(&str, &str)]) -> Config {
+        let mut config = Config::default();
+        for (worker, agent) in places {
+            let place = Placement { deployment: wanted(1).id, agent: NodeId::new(agent).unwrap() };
+            config.plan.workers.insert(WorkerId::new(worker).unwrap(), place);
+        }
+        config
+    }
+
+    fn report(worker: &str, state: WorkerState, revision: Hash) -> WorkerReport {
+        WorkerReport {
+            worker: WorkerId::new(worker).unwrap(),
+            deployment: wanted(1).id,
+            revision,
+            state,
+            pid: Some(7),
+            running: 0,
+            waiting: 0,
+            max_batch: 32,
+            restarts: 1,
+            detail: String::new(),
+        }
+    }
+
+    fn agent_with(connected: bool, workers: Vec<WorkerReport>) -> AgentView {
+        let report = Report {
+            generation: Generation::default(),
+            pid: 5,
+            version: "0.1.0".into(),
+            cores: 2,
+            memory_bytes: 1,
+            workers,
+        };
+        AgentView { connected, last_report_ms: 1, report: Some(report), in_flight: Default::default() }
+    }
+
+    fn fleet(agents: Vec<(&str, AgentView)>) -> Fleet {
+        let agents = agents.into_iter().map(|(id, view)| (NodeId::new(id).unwrap(), view)).collect();
+        Fleet { since_ms: 0, agents }
+    }
+
+    #[test]
+    fn wanted_and_reached_are_compared_replica_by_replica() {
+        let config = config(&[("echo.0", "a1"), ("echo.1", "a2"), ("echo.2", "a3"), ("echo.3", "a1")]);
+        let fleet = fleet(vec![
+            ("a1", agent_with(true, vec![report("echo.0", WorkerState::Ready, REVISION)])),
+            ("a2", agent_with(true, vec![report("echo.1", WorkerState::Ready, Hash([2; 32]))])),
+            ("a3", agent_with(false, vec![report("echo.2", WorkerState::Ready, REVISION)])),
+        ]);
+        let view = deployment(&wanted(5), &config, &fleet);
+        let states: Vec<ReplicaState> = view.workers.iter().map(|w| w.state).collect();
+        use ReplicaState::{AgentAway, Assigned, Ready};
+        assert_eq!(states, [Ready, Assigned, AgentAway, Assigned]);
+        assert_eq!((view.wanted, view.ready, view.unplaced), (5, 1, 1));
+        assert!(view.workers[1].detail.contains("still runs"));
+        assert_eq!(view.workers[2].pid, None);
+    }
+
+    #[test]
+    fn nothing_is_ready_on_an_agent_that_is_away() {
+        let view = agent_with(false, vec![report("echo.0", WorkerState::Ready, REVISION)]);
+        let summary = agent_summary(&NodeId::new("a1").unwrap(), &view);
+        assert_eq!((summary.workers, summary.ready), (1, 0));
+    }
+
+    #[test]
+    fn a_role_is_a_word() {
+        let node = NodeId::new("c1").unwrap();
+        let of = |leader, here| role(&Leadership { leader, term: 1, here });
+        assert_eq!(of(Some(node.clone()), true), "leader");
+        assert_eq!(of(Some(node), false), "follower");
+        assert_eq!(of(None, false), "alone");
+    }
+}

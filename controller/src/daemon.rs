@@ -1,0 +1,225 @@
+//! The controller process: builds its parts, starts them in the order of their needs, stops them in reverse.
+//!
+//! Decides nothing. Whatever can be refused (a wrong key file, another cluster's data, a port in use) is refused
+//! before anything answers.
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use izar_common::clock::Clock;
+use izar_common::id::Role;
+use izar_common::seal::{MasterKey, Pepper};
+use izar_common::wire::handshake::Open;
+use izar_common::{blob, quic, tls};
+use serde::Serialize;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::agents::Agents;
+use crate::catalog::Catalog;
+use crate::config::Config;
+use crate::control::{self, Control};
+use crate::gateway::Gateway;
+use crate::raft::{self, Raft};
+use crate::state::command::Command;
+
+/// How long running requests may take to finish at a stop.
+const DRAIN: Duration = Duration::from_secs(10);
+
+/// Where this controller listens; written to `endpoints.json` in the data directory once it does.
+#[derive(Debug, Clone, Serialize)]
+pub struct Endpoints {
+    pub quic: SocketAddr,
+    pub api: SocketAddr,
+    pub plaintext: Option<SocketAddr>,
+    pub admin_socket: std::path::PathBuf,
+}
+
+/// A running controller.
+
+pub struct Daemon {
+    shutdown: CancellationToken,
+    /// What serves requests: ends first, so that turns can still be closed.
+    serving: TaskTracker,
+    /// What connects nodes: ends after it.
+    links: TaskTracker,
+    links_end: CancellationToken,
+    agents: Agents,
+    endpoint: Arc<quic::Endpoint>,
+    driver: Arc<raft::Driver>,
+}
+
+impl Daemon {
+    /// Builds and starts everything; returns when all listeners are bound.
+    pub async fn start(config: Config) -> anyhow::Result<Self> {
+        let node_tls = tls::NodeTls::load(&config.tls)?;
+        check_identity(&config, &node_tls)?;
+        let pepper = Arc::new(Pepper::load(&config.secrets.pepper)?);
+        MasterKey::load(&config.secrets.master_key)?;
+        let api_tls = tls::https_server(&config.api.cert, &config.api.key)?;
+        let options = config.raft_options();
+
+        let endpoint = Arc::new(quic::Endpoint::bind(config.quic.listen, &node_tls)?);
+        let clock = Arc::new(Clock::default());
+        let (raft, driver) = Raft::start(options, endpoint.clone(), clock)?;
+        let driver = Arc::new(driver);
+        let store = blob::Store::open(config.data_dir.join("blobs"))?;
+        let agents = Agents::start(raft.clone(), store.clone(), config.site.clone());
+        let shutdown = CancellationToken::new();
+        let (links, links_end) = (TaskTracker::new(), CancellationToken::new());
+        let peers =
+            config.members.iter().filter(|m| m.node != config.node).map(|m| (m.node.clone(), m.address)).collect();
+        let catalog = Catalog::start(raft.config(), store.clone(), endpoint.clone(), peers, &links, links_end.clone());
+        links.spawn(accept(endpoint.clone(), driver.clone(), agents.clone(), store.clone(), links_end.clone()));
+
+        let gateway =
+            Gateway::new(raft.clone(), agents.clone(), catalog.clone(), pepper.clone(), config.limits.clone());
+        let https = listen(config.api.listen, "api.listen").await?;
+        let plain = match config.api.plaintext_listen {
+            Some(address) => Some(listen(address, "api.plaintext_listen").await?),
+            None => None,
+        };
+        let endpoints = Endpoints {
+            quic: endpoint.local_addr(),
+            api: https.local_addr()?,
+            plaintext: plain.as_ref().map(|p| p.local_addr()).transpose()?,
+            admin_socket: config.admin.socket.clone(),
+        };
+        let control = Control::new(control::Parts {
+            raft: raft.clone(),
+            agents: agents.clone(),
+            gateway: gateway.clone(),
+            store,
+            pepper,
+            peers: endpoint.clone(),
+            api: control::view::Api {
+                endpoint: format!("https://{}", endpoints.api),
+                plaintext_endpoint: endpoints.plaintext.map(|address| format!("http://{address}")),
+            },
+            members: members(&config),
+        });
+        let serving = TaskTracker::new();
+        let admin = control::bind(&config.admin.socket, config.admin.group.as_deref())?;
+        serving.spawn(control.serve(admin, shutdown.clone()));
+        serving.spawn(gateway.serve(Some((https, api_tls)), plain, shutdown.clone()));
+        links.spawn(close_orphans(raft, links_end.clone()));
+        write_endpoints(&config.data_dir, &endpoints)?;
+        log::info!(node:% = config.node, api:% = endpoints.api, quic:% = endpoints.quic; "controller serves");
+        Ok(Self { shutdown, serving, links, links_end, agents, endpoint, driver })
+    }
+
+    /// Stops taking requests, lets running ones finish for a while, then closes links and storage.
+    pub async fn stop(self) {
+        log::info!("controller stops");
+        self.shutdown.cancel();
+        self.serving.close();
+        if tokio::time::timeout(DRAIN, self.serving.wait()).await.is_err() {
+            log::warn!(limit_ms = DRAIN.as_millis() as u64; "requests still ran at the end of the drain");
+        }
+        self.agents.stop().await;
+        self.driver.shutdown().await;
+        self.links_end.cancel();
+        self.endpoint.close().await;
+        self.links.close();
+        self.links.wait().await;
+    }
+}
+
+fn check_identity(config: &Config, tls: &tls::NodeTls) -> anyhow::Result<()> {
+    let identity = tls.identity();
+    let matches = identity.cluster == config.cluster
+        && identity.site == config.site
+        && identity.node == config.node
+        && identity.role == Role::Controller;
+    anyhow::ensure!(
+        matches,
+        "tls.cert: {} is {identity}, but this configuration is of izar://{}/{}/controller/{}",
+        config.tls.cert.display(),
+        config.cluster,
+        config.site,
+        config.node
+    );
+    Ok(())
+}
+
+fn members(config: &Config) -> Vec<control::view::Member> {
+    let view = |m: &crate::config::Member| control::view::Member { node: m.node.clone(), address: m.address.to_string() };
+    config.members.iter().map(view).collect()
+}
+
+async fn listen(address: SocketAddr, key: &str) -> anyhow::Result<TcpListener> {
+    TcpListener::bind(address).await.with_context(|| format!("{key}: listen on {address}"))
+}
+
+/// Takes connections of peers and agents until the end.
+async fn accept(
+    endpoint: Arc<quic::Endpoint>,
+    driver: Arc<raft::Driver>,
+    agents: Agents,
+    store: blob::Store,
+    end: CancellationToken,
+) {
+    let connections = TaskTracker::new();
+    while let Some(Some(connection)) = end.run_until_cancelled(endpoint.accept()).await {
+        match connection.peer().role {
+            Role::Agent => {
+                let agents = agents.clone();
+                connections.spawn(async move { agents.serve(connection).await });
+            }
+            Role::Controller => {
+                connections.spawn(serve_peer(connection, driver.clone(), store.clone(), connections.clone()));
+            }
+        }
+    }
+    connections.close();
+    connections.wait().await;
+}
+
+/// Serves another controller's streams: Raft's go to the driver, files come from the store.
+async fn serve_peer(connection: quic::Connection, driver: Arc<raft::Driver>, store: blob::Store, tasks: TaskTracker) {
+    let peer = connection.peer().node.clone();
+    loop {
+        tokio::select! {
+            stream = connection.accept_uni() => {
+                let Ok((open, receiver)) = stream else { return };
+                let (driver, peer) = (driver.clone(), peer.clone());
+                tasks.spawn(async move { driver.on_stream(peer, open, receiver).await });
+            }
+            stream = connection.accept_bi() => {
+                let Ok((open, sender, receiver)) = stream else { return };
+                debug_assert_eq!(open, Open::Blob, "roles allow a peer no other stream");
+                let store = store.clone();
+                tasks.spawn(async move {
+                    if let Err(error) = blob::serve(&store, sender, receiver).await {
+                        log::debug!(error:%; "a peer's file request ended early");
+                    }
+                });
+            }
+        }
+    }
+}
+
+/// Closes, as abandoned, the turns that earlier runs of this controller left open.
+async fn close_orphans(raft: Raft, end: CancellationToken) {
+    let origin = raft.origin().clone();
+    let command = Command::CloseOrphans { node: origin.node, before_incarnation: origin.incarnation };
+    let retry = async {
+        while let Err(unavailable) = raft.propose(command.clone()).await {
+            log::debug!(reason = unavailable.reason; "orphaned turns wait for a leader");
+            tokio::time::sleep(Duration::from_millis(500)).await;
+        }
+    };
+    end.run_until_cancelled(retry).await;
+}
+
+fn write_endpoints(data_dir: &Path, endpoints: &Endpoints) -> anyhow::Result<()> {
+    let path = data_dir.join("endpoints.json");
+    let partial = data_dir.join("endpoints.json.new");
+    std::fs::write(&partial, serde_json::to_vec_pretty(endpoints)?)
+        .and_then(|()| std::fs::rename(&partial, &path))
+        .with_context(|| format!("write {}", path.display()))
+}

@@ -1,0 +1,261 @@
+//! The API that users call: from sockets to turns and back.
+//!
+//! `listener` bounds what strangers may cost; `front` gives every request its id; `openai` speaks a dialect; `chat` is
+//! the straight line of a request, around the pure core in `turn`. The gateway keeps nothing that must survive: what
+//! is recorded lies in the replicated state, what runs is `running`.
+
+use std::ops::Deref;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::Body;
+use axum::extract::State;
+use axum::http::{HeaderValue, Method, Response, StatusCode, Uri, header};
+use axum::routing::get;
+use izar_common::clock::wall_ms;
+use izar_common::seal::Pepper;
+use tokio::net::TcpListener;
+use tokio::sync::{Semaphore, watch};
+use tokio_rustls::rustls::ServerConfig;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::agents::Agents;
+use crate::catalog::Catalog;
+use crate::metrics::{Kind, Metrics};
+use crate::raft::{Leadership, Raft};
+use crate::state::Config;
+use front::Front;
+use listener::{Acceptor, Listener};
+use permits::Permits;
+use ready::Readiness;
+
+pub mod auth;
+pub mod chat;
+pub mod error;
+mod exit;
+mod front;
+mod intake;
+pub mod limits;
+mod listener;
+mod models;
+pub mod openai;
+mod outlet;
+mod permits;
+mod ready;
+pub mod running;
+pub mod turn;
+
+pub use limits::Limits;
+pub use listener::NotLoopback;
+pub use running::Running;
+
+/// Time for turns that were broken off at a stop to tell their clients and to be recorded.
+const LAST_WORDS: Duration = Duration::from_millis(1500);
+
+/// A handle to the gateway. Cheap to clone.
+#[derive(Clone)]
+pub struct Gateway(Arc<Inner>);
+
+/// What every request needs.
+pub struct Inner {
+    raft: Raft,
+    config: watch::Receiver<Arc<Config>>,
+    leadership: watch::Receiver<Leadership>,
+    agents: Agents,
+    catalog: Catalog,
+    pepper: Arc<Pepper>,
+    limits: Arc<Limits>,
+    metrics: Arc<Metrics>,
+    /// Requests of each key.
+    permits: Permits,
+    /// Turns of all keys.
+    places: Arc<Semaphore>,
+    /// Long prompts that are tokenized at once: one for each processor.
+    encoders: Semaphore,
+    list: running::List,
+    /// Turns, and what lingers after an answer.
+    tasks: TaskTracker,
+    /// Breaks running turns off.
+    kill: CancellationToken,
+}
+
+impl Deref for Gateway {
+    type Target = Inner;
+    fn deref(&self) -> &Inner {
+        &self.0
+    }
+}
+
+impl Gateway {
+    pub fn new(raft: Raft, agents: Agents, catalog: Catalog, pepper: Arc<Pepper>, limits: Limits) -> Self {
+        let metrics = Arc::new(Metrics::default());
+        measure(&metrics, &raft, &agents);
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        Self(Arc::new(Inner {
+            config: raft.config(),
+            leadership: raft.leadership(),
+            raft,
+            agents,
+            catalog,
+            pepper,
+            metrics,
+            permits: Permits::default(),
+            places: Arc::new(Semaphore::new(limits.turns.min(Semaphore::MAX_PERMITS))),
+            encoders: Semaphore::new(cores),
+            limits: Arc::new(limits),
+            list: running::List::default(),
+            tasks: TaskTracker::new(),
+            kill: CancellationToken::new(),
+        }))
+    }
+
+    /// What runs here now, oldest first.
+    pub fn running(&self) -> Vec<Running> {
+        self.list.snapshot()
+    }
+
+    /// All metrics of this controller, for other parts to add theirs.
+    pub fn metrics(&self) -> &Arc<Metrics> {
+        &self.metrics
+    }
+
+    /// Whether this controller can generate, and what it lacks.
+    pub fn readiness(&self) -> Readiness {
+        let (config, fleet, leadership) = (self.config(), self.agents.fleet(), self.leadership.borrow().clone());
+        ready::readiness(&config, &fleet, &leadership, ready::has_text(&self.catalog), wall_ms())
+    }
+
+    /// Serves until `shutdown`, then lets running requests end for a while (`limits.shutdown_ms`), breaks off what
+    /// still runs, and returns when all of it is told and recorded, or at the latest `LAST_WORDS` later.
+    ///
+    /// A plain listener on an address that others can reach is refused: logged, and not served.
+    pub async fn serve(
+        self,
+        https: Option<(TcpListener, Arc<ServerConfig>)>,
+        plain: Option<TcpListener>,
+        shutdown: CancellationToken,
+    ) {
+        let abort = CancellationToken::new();
+        let acceptor = Acceptor::new(self.front(), shutdown.clone(), abort.clone());
+        let accepting = TaskTracker::new();
+        if let Some((socket, config)) = https {
+            accepting.spawn(acceptor.clone().accept(Listener::https(socket, config)));
+        }
+        match plain.map(Listener::plain) {
+            None => {}
+            Some(Ok(Ok(listener))) => drop(accepting.spawn(acceptor.clone().accept(listener))),
+            Some(Ok(Err(refused))) => log::error!(refused:%; "the plaintext listener is refused"),
+            Some(Err(error)) => log::error!(error:%; "the plaintext listener has no address"),
+        }
+        shutdown.cancelled().await;
+        accepting.close();
+        accepting.wait().await;
+        let ended = || async {
+            acceptor.ended().await;
+            self.tasks.close();
+            self.tasks.wait().await;
+        };
+        if tokio::time::timeout(self.limits.shutdown(), ended()).await.is_err() {
+            log::warn!(running = self.list.snapshot().len(); "requests still ran at the end of the drain");
+            self.kill.cancel();
+            let _ = tokio::time::timeout(LAST_WORDS, ended()).await;
+        }
+        abort.cancel();
+    }
+
+    fn config(&self) -> Arc<Config> {
+        self.config.borrow().clone()
+    }
+
+    fn refuse(&self, error: &error::Error, rest: Body) -> Response<Body> {
+        front::refuse(&self.metrics, &self.tasks, error, rest)
+    }
+
+    fn front(&self) -> Front {
+        Front {
+            router: self.router(),
+            limits: self.limits.clone(),
+            metrics: self.metrics.clone(),
+            tasks: self.tasks.clone(),
+        }
+    }
+
+    fn router(&self) -> Router {
+        let router = Router::new()
+            .route("/healthz", get(health))
+            .route("/readyz", get(readyz))
+            .route("/metrics", get(metrics))
+            .merge(openai::routes())
+            .with_state(self.clone());
+        complete(router)
+    }
+}
+
+/// Adds what a router answers where it has no route.
+fn complete(router: Router) -> Router {
+    router
+        .fallback(|method: Method, uri: Uri| async move { front::unknown_route(&method, uri.path()) })
+        .method_not_allowed_fallback(|method: Method, uri: Uri| async move { front::wrong_method(&method, uri.path()) })
+}
+
+/// Adds what Raft and the agents know.
+fn measure(metrics: &Metrics, raft: &Raft, agents: &Agents) {
+    let leadership = raft.leadership();
+    metrics.number("izar_raft_leader", "1 while this controller leads.", Kind::Gauge, move || {
+        f64::from(u8::from(leadership.borrow().here))
+    });
+    let leadership = raft.leadership();
+    metrics.number("izar_raft_term", "The current term.", Kind::Gauge, move || leadership.borrow().term as f64);
+    let state = raft.state().clone();
+    metrics.number("izar_raft_applied_index", "Index of the last applied entry.", Kind::Gauge, move || {
+        state.applied() as f64
+    });
+    let state = raft.state().clone();
+    metrics.number("izar_open_turns", "Turns of the whole site that are open.", Kind::Gauge, move || {
+        state.read(|state| state.open_turns()) as f64
+    });
+    let agents = agents.clone();
+    metrics.numbers("izar_workers", "Workers that connected agents report, by state.", Kind::Gauge, move |samples| {
+        let mut counts = std::collections::BTreeMap::new();
+        let fleet = agents.fleet();
+        for view in fleet.agents.values().filter(|view| view.connected) {
+            for worker in view.workers() {
+                let state = format!("{:?}", worker.state).to_lowercase();
+                *counts.entry((worker.deployment.to_string(), state)).or_insert(0u32) += 1;
+            }
+        }
+        for ((deployment, state), count) in &counts {
+            samples(&[("deployment", deployment), ("state", state)], f64::from(*count));
+        }
+    });
+}
+
+async fn health() -> &'static str {
+    "ok\n"
+}
+
+async fn readyz(State(gateway): State<Gateway>) -> Response<Body> {
+    let readiness = gateway.readiness();
+    let body = serde_json::to_vec(&readiness).expect("strings are JSON");
+    let mut response = typed("application/json", body);
+    if !readiness.ready {
+        *response.status_mut() = StatusCode::SERVICE_UNAVAILABLE;
+        response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+    }
+    response
+}
+
+async fn metrics(State(gateway): State<Gateway>) -> Response<Body> {
+    typed("text/plain; version=0.0.4; charset=utf-8", gateway.metrics.render().into_bytes())
+}
+
+fn typed(kind: &'static str, body: Vec<u8>) -> Response<Body> {
+    let mut response = Response::new(Body::from(body));
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(kind));
+    response
+}
+
+#[cfg(test)]
+mod tests;

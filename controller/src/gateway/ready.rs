@@ -1,0 +1,79 @@
+//! Whether this controller can really generate: for `/readyz`, and for whoever asks why not.
+
+use serde::Serialize;
+
+use crate::catalog::Catalog;
+use crate::fleet::Fleet;
+use crate::raft::Leadership;
+use crate::scheduler;
+use crate::state::Config;
+
+/// The answer of `/readyz`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Readiness {
+    pub ready: bool,
+    /// Deployments that can generate now.
+    pub deployments: Vec<String>,
+    /// What is missing; a ready controller may still miss some deployments.
+    pub reasons: Vec<String>,
+}
+
+/// Asks the scheduler about every deployment. `has_text`: whether the tokenizer of a deployment's revision is here.
+pub fn readiness(
+    config: &Config,
+    fleet: &Fleet,
+    leadership: &Leadership,
+    has_text: impl Fn(&izar_common::id::Hash) -> bool,
+    now_ms: u64,
+) -> Readiness {
+    let (mut deployments, mut reasons) = (Vec::new(), Vec::new());
+    if leadership.leader.is_none() {
+        reasons.push("no leader is known".to_owned());
+    }
+    if config.deployments.is_empty() {
+        reasons.push("no model is deployed".to_owned());
+    }
+    for deployment in config.deployments.values() {
+        if !has_text(&deployment.revision) {
+            reasons.push(format!("{}: its tokenizer is not here yet", deployment.id));
+            continue;
+        }
+        let ask = scheduler::Ask {
+            deployment: &deployment.id,
+            revision: deployment.revision,
+            avoid: &[],
+            now_ms,
+            rotation: 0,
+        };
+        match scheduler::place(fleet, config, &ask) {
+            // Full is busy, not broken.
+            Ok(_) | Err(scheduler::NoPlace::AllFull { .. }) => deployments.push(deployment.id.to_string()),
+            Err(no_place) => reasons.push(no_place.to_string()),
+        }
+    }
+    Readiness { ready: leadership.leader.is_some() && !deployments.is_empty(), deployments, reasons }
+}
+
+/// Whether a tokenizer is here.
+pub fn has_text(catalog: &Catalog) -> impl Fn(&izar_common::id::Hash) -> bool + '_ {
+    |revision| catalog.text(revision).is_some()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use izar_common::id::NodeId;
+
+    fn led() -> Leadership {
+        Leadership { leader: Some(NodeId::new("c1").unwrap()), term: 1, here: true }
+    }
+
+    #[test]
+    fn a_cluster_without_a_model_or_a_leader_is_not_ready_and_says_so() {
+        let (config, fleet) = (Config::default(), Fleet::default());
+        let readiness = readiness(&config, &fleet, &Leadership::default(), |_| true, 0);
+        assert!(!readiness.ready);
+        assert_eq!(readiness.reasons, ["no leader is known", "no model is deployed"]);
+        assert!(!super::readiness(&config, &fleet, &led(), |_| true, 0).ready);
+    }
+}

@@ -1,0 +1,228 @@
+//! Stories of single requests, told by the bytes that a client sees and by the record that stays.
+
+mod world;
+
+use izar_common::chat::{Finish, Usage};
+use serde_json::json;
+use tokio::io::AsyncReadExt;
+
+use crate::gateway::Limits;
+use crate::gateway::running::Stage;
+use crate::state::command::Command;
+use crate::state::turns::Outcome;
+use world::{KEY, LIMIT, MAX_CONCURRENT, Response, World, chat_body, until};
+
+/// Tokens of the prompt `user: say\n` in the echo model.
+const SAY_TOKENS: u32 = 10;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_answer_comes_whole_or_streamed_and_is_recorded_once() {
+    let world = World::start(Limits::default()).await;
+    let whole = world.chat("say", json!({})).await;
+    assert_eq!(whole.status, 200, "{whole:?}");
+    assert_eq!(whole.json()["choices"][0]["message"]["content"], "one two");
+    assert_eq!(whole.json()["usage"], json!({"prompt_tokens": SAY_TOKENS, "completion_tokens": 7, "total_tokens": 17}));
+    let options = json!({"stream": true, "stream_options": {"include_usage": true}});
+    let streamed = world.chat("say", options).await;
+    assert_eq!((streamed.status, streamed.streamed_text().as_str()), (200, "one two"), "{streamed:?}");
+    assert!(streamed.head.contains("content-type: text/event-stream"), "{}", streamed.head);
+    assert_eq!(streamed.events().last(), Some(&"[DONE]"));
+    assert!(streamed.events().iter().any(|data| data.contains(r#""usage":{"prompt_tokens":10"#)), "{streamed:?}");
+
+    let turns = world.closed(2).await;
+    let usage = Usage { prompt_tokens: SAY_TOKENS, completion_tokens: 7 };
+    for (turn, answer) in turns.iter().zip([&streamed, &whole]) {
+        assert_eq!(turn.closed.as_ref().unwrap().1, Outcome::Finished { finish: Finish::Stop, usage });
+        assert!(answer.head.contains(&format!("x-request-id: {}", turn.opening.turn)), "{}", answer.head);
+    }
+    assert!(turns[0].opening.stream && !turns[1].opening.stream);
+    assert!(world.gateway.running().is_empty());
+    let page = world.ask("GET", "/metrics", None, "").await.body;
+    for line in [
+        r#"izar_requests_total{dialect="openai",route="/v1/chat/completions",code="200"} 2"#,
+        r#"izar_tokens_total{kind="completion",deployment="echo"} 14"#,
+        r#"izar_tokens_total{kind="prompt",deployment="echo"} 20"#,
+        r#"izar_time_to_first_token_seconds_count{deployment="echo"} 2"#,
+        r#"izar_turns_total{outcome="finished"} 2"#,
+        "izar_commit_seconds_count 2",
+        "izar_running_requests 0",
+        "izar_raft_leader 1",
+    ] {
+        assert!(page.lines().any(|found| found == line), "{line} is not in\n{page}");
+    }
+    world.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn stop_strings_and_plain_completions_work_and_models_are_listed() {
+    let world = World::start(Limits::default()).await;
+    let stopped = world.chat("say", json!({"stop": "tw", "stream": true})).await;
+    assert_eq!(stopped.streamed_text(), "one ");
+    assert!(stopped.body.contains(r#""finish_reason":"stop""#), "{stopped:?}");
+    let body = json!({"model": "echo", "prompt": ["say"]}).to_string();
+    let plain = world.ask("POST", "/v1/completions", Some(KEY), &body).await;
+    assert_eq!(plain.json()["choices"][0]["text"], "one two", "{plain:?}");
+    let models = world.ask("GET", "/v1/models", Some(KEY), "").await.json();
+    assert_eq!((&models["data"][0]["id"], &models["data"][0]["max_model_len"]), (&json!("echo"), &json!(1000)));
+    assert_eq!(world.ask("GET", "/v1/models/echo", Some(KEY), "").await.json()["id"], "echo");
+    assert_eq!(world.ask("GET", "/v1/models/other", Some(KEY), "").await.status, 404);
+    assert_eq!(world.ask("GET", "/readyz", None, "").await.json()["ready"], true);
+    assert_eq!(world.ask("GET", "/healthz", None, "").await.status, 200);
+    world.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_refused_is_not_recorded() {
+    let world = World::start(Limits::default()).await;
+    let check = |answer: Response, status: u16, param: &str, words: &str| {
+        assert_eq!((answer.status, answer.error("param").as_str()), (status, param), "{answer:?}");
+        assert!(answer.error("message").contains(words), "{answer:?}");
+        assert!(answer.head.contains("x-request-id: turn_"), "{answer:?}");
+    };
+    let path = "/v1/chat/completions";
+    check(world.ask("POST", path, None, &chat_body("say", json!({}))).await, 401, "", "no API key");
+    check(world.ask("POST", path, Some("wrong"), &chat_body("say", json!({}))).await, 401, "", "wrong or revoked");
+    check(world.ask("GET", "/v1/models", Some("wrong"), "").await, 401, "", "wrong or revoked");
+    check(world.ask("POST", path, Some(KEY), "{\"model\"").await, 400, "", "not valid JSON");
+    check(world.chat("say", json!({"model": "gpt-9"})).await, 404, "model", "there are: echo");
+    check(world.chat("say", json!({"temperature": 3})).await, 400, "temperature", "from 0 to 2");
+    let long = world.chat("say", json!({"max_tokens": 991})).await;
+    assert_eq!(long.error("code"), "context_length_exceeded");
+    check(long, 400, "max_tokens", "context is 1000 tokens; the prompt has 10 and max_tokens is 991");
+    check(world.chat(&"x".repeat(5000), json!({})).await, 400, "max_tokens", "the prompt has 5007");
+    let tokens = json!({"model": "echo", "prompt": [7, 99999]}).to_string();
+    check(world.ask("POST", "/v1/completions", Some(KEY), &tokens).await, 400, "prompt", "99999");
+    assert!(world.turns().is_empty());
+    world.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_revoked_key_is_refused_from_then_on() {
+    let world = World::start(Limits::default()).await;
+    assert_eq!(world.chat("say", json!({})).await.status, 200);
+    world.raft.propose(Command::RevokeKey("k1".parse().unwrap())).await.unwrap();
+    assert_eq!(world.chat("say", json!({})).await.status, 401);
+    assert_eq!(world.closed(1).await.len(), 1);
+    world.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_that_leaves_cancels_the_work_but_not_the_record() {
+    let mut world = World::start(Limits::default()).await;
+    for stream in [true, false] {
+        let body = chat_body("hold", json!({"stream": stream}));
+        let client = world.send("POST", "/v1/chat/completions", Some(KEY), &body).await;
+        until("the first token", || world.gateway.running().iter().any(|turn| turn.state == Stage::Answering)).await;
+        let running = world.gateway.running();
+        assert_eq!((running[0].tokens, running[0].stream), (3, stream));
+        assert_eq!(running[0].agent.as_ref().unwrap().as_str(), "a1");
+        drop(client);
+        let cancelled = tokio::time::timeout(LIMIT, world.cancelled.recv()).await.unwrap().unwrap();
+        assert_eq!(cancelled, running[0].turn);
+        let turns = world.closed(1 + usize::from(!stream)).await;
+        let usage = Usage { prompt_tokens: SAY_TOKENS + 1, completion_tokens: 3 };
+        assert_eq!(turns[0].closed.as_ref().unwrap().1, Outcome::Cancelled { usage });
+    }
+    world.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_key_runs_no_more_requests_at_once_than_it_may() {
+    let world = World::start(Limits::default()).await;
+    let body = chat_body("hold", json!({"stream": true}));
+    let mut running = Vec::new();
+    for count in 1..=MAX_CONCURRENT as usize {
+        running.push(world.send("POST", "/v1/chat/completions", Some(KEY), &body).await);
+        until("the request", || world.gateway.running().len() == count).await;
+    }
+    let refused = world.chat("say", json!({})).await;
+    assert_eq!((refused.status, refused.error("code").as_str()), (429, "rate_limit_exceeded"), "{refused:?}");
+    assert!(refused.head.contains("retry-after: 1"), "{refused:?}");
+    until("both jobs", || world.gateway.running().iter().all(|turn| turn.state == Stage::Answering)).await;
+    world.go.notify_waiters();
+    for stream in running {
+        assert_eq!(Response::read(stream).await.streamed_text(), "one");
+    }
+    // The place is free when the answer has ended, not some time after.
+    assert_eq!(world.chat("say", json!({})).await.status, 200);
+    world.closed(MAX_CONCURRENT as usize + 1).await;
+    world.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_job_that_fails_before_its_first_token_is_placed_again() {
+    let world = World::start(Limits::default()).await;
+    for stream in [true, false] {
+        let answer = world.chat("flaky", json!({"stream": stream})).await;
+        assert_eq!(answer.status, 200, "{answer:?}");
+    }
+    assert_eq!(world.gateway.metrics().placed_again.get(), 4);
+    let turns = world.closed(2).await;
+    assert!(turns.iter().all(|turn| matches!(turn.closed, Some((_, Outcome::Finished { .. })))));
+    world.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_failure_is_a_status_before_the_first_byte_and_an_event_after_it() {
+    let world = World::start(Limits::default()).await;
+    let late = world.chat("half", json!({"stream": true})).await;
+    assert_eq!((late.status, late.streamed_text().as_str()), (200, "one"), "{late:?}");
+    let last: serde_json::Value = serde_json::from_str(late.events().last().unwrap()).unwrap();
+    assert_eq!(last["error"]["code"], "interrupted");
+    let whole = world.chat("half", json!({})).await;
+    assert_eq!((whole.status, whole.error("code").as_str()), (503, "interrupted"), "{whole:?}");
+    assert!(whole.head.contains("retry-after: 1"), "{whole:?}");
+    for stream in [true, false] {
+        let broken = world.chat("broken", json!({"stream": stream})).await;
+        assert_eq!((broken.status, broken.error("code").as_str()), (500, "internal_error"), "{broken:?}");
+    }
+    let turns = world.closed(4).await;
+    assert!(turns.iter().all(|turn| matches!(turn.closed, Some((_, Outcome::Failed { .. })))));
+    world.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_that_says_nothing_is_given_up() {
+    let mut world = World::start(Limits { worker_silence_ms: 200, ..Limits::default() }).await;
+    let answer = world.chat("silent", json!({"stream": true})).await;
+    assert_eq!((answer.status, answer.error("code").as_str()), (503, "interrupted"), "{answer:?}");
+    assert!(answer.error("message").contains("gave nothing for 200 ms"), "{answer:?}");
+    for _ in 0..super::turn::ATTEMPTS {
+        tokio::time::timeout(LIMIT, world.cancelled.recv()).await.unwrap().unwrap();
+    }
+    world.closed(1).await;
+    world.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_model_without_a_replica_gives_503_and_is_not_ready() {
+    let world = World::start(Limits::default()).await;
+    let mut deployment = world.raft.config().borrow().deployments["echo"].clone();
+    deployment.id = "idle".parse().unwrap();
+    deployment.replicas = 0;
+    world.raft.propose(Command::Deploy(deployment)).await.unwrap();
+    let answer = world.chat("say", json!({"model": "idle"})).await;
+    assert_eq!((answer.status, answer.error("code").as_str()), (503, "no_replica_ready"), "{answer:?}");
+    assert!(answer.head.contains("retry-after: 2"), "{answer:?}");
+    assert!(world.turns().is_empty(), "what never began is not recorded");
+    world.raft.propose(Command::Undeploy("echo".parse().unwrap())).await.unwrap();
+    let ready = world.ask("GET", "/readyz", None, "").await;
+    assert_eq!((ready.status, &ready.json()["ready"]), (503, &json!(false)), "{ready:?}");
+    assert!(ready.body.contains("no replica of idle is ready"), "{ready:?}");
+    world.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stop_tells_clients_of_turns_that_take_too_long_and_records_them() {
+    let world = World::start(Limits { shutdown_ms: 50, ..Limits::default() }).await;
+    let mut stream =
+        world.send("POST", "/v1/chat/completions", Some(KEY), &chat_body("hold", json!({"stream": true}))).await;
+    until("the first token", || world.gateway.running().iter().any(|turn| turn.state == Stage::Answering)).await;
+    world.shutdown();
+    let mut text = String::new();
+    tokio::time::timeout(LIMIT, stream.read_to_string(&mut text)).await.unwrap().unwrap();
+    assert!(text.contains(r#""code":"stopping""#), "{text}");
+    let turns = world.closed(1).await;
+    assert!(matches!(&turns[0].closed, Some((_, Outcome::Failed { reason, .. })) if reason.contains("stopping")));
+    world.stop().await;
+}

@@ -1,0 +1,67 @@
+//! `izar-controller`: reads its configuration, runs the daemon until a signal, exits 0.
+#![forbid(unsafe_code)]
+
+use std::path::PathBuf;
+
+use anyhow::Context;
+use clap::Parser;
+use izar_controller::config::Config;
+use izar_controller::daemon::Daemon;
+use tokio::signal::unix::{SignalKind, signal};
+
+/// Answers the API, keeps the replicated state and schedules requests across agents.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Arguments {
+    /// The configuration file.
+    #[arg(long)]
+    config: PathBuf,
+    /// Check the configuration and exit.
+    #[arg(long)]
+    check_config: bool,
+    /// Stop when standard input ends (used by `izar dev`, so that no child outlives it).
+    #[arg(long, hide = true)]
+    stdin_lifeline: bool,
+}
+
+fn main() -> std::process::ExitCode {
+    let arguments = Arguments::parse();
+    match run(&arguments) {
+        Ok(()) => std::process::ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("izar-controller: {error:#}");
+            std::process::ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: &Arguments) -> anyhow::Result<()> {
+    let config = Config::load(&arguments.config)?;
+    if arguments.check_config {
+        println!("{}: ok", arguments.config.display());
+        return Ok(());
+    }
+    izar_common::logging::init(config.log.level.as_deref());
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("start the runtime")?;
+    let result = runtime.block_on(async {
+        let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
+        let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
+        let daemon = Daemon::start(config).await?;
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+            _ = stdin_end(), if arguments.stdin_lifeline => {}
+        }
+        daemon.stop().await;
+        Ok(())
+    });
+    // A read of standard input cannot be cancelled; do not wait for it.
+    runtime.shutdown_background();
+    result
+}
+
+/// Resolves when standard input ends.
+async fn stdin_end() {
+    let mut stdin = tokio::io::stdin();
+    let _ = tokio::io::copy(&mut stdin, &mut tokio::io::sink()).await;
+}

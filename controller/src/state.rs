@@ -1,0 +1,412 @@
+//! The replicated state: `apply(batch) -> (replies, changes)`, the same on every member.
+//!
+//! Pure: no clock, no randomness, no float, no I/O. `store` keeps its rows on disk; `raft` alone calls `apply`.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, RwLock};
+
+use izar_common::clock::Hlc;
+use izar_common::id::{DeploymentId, Hash, KeyId, ProjectId, SiteId, TenantId, TurnId};
+
+pub mod audit;
+pub mod command;
+mod dedupe;
+pub mod models;
+pub mod rows;
+pub mod store;
+pub mod tenants;
+pub mod turns;
+
+use command::{Batch, Command, Refusal, Reply};
+use dedupe::Origins;
+use izar_common::manifest::Manifest;
+pub use models::{Deployment, Model, Placement, Plan};
+use rows::{Head, Row};
+pub use tenants::{Key, KeyStatus, Project, Tenant};
+use turns::{Opening, Outcome, Turn, Turns};
+
+/// Keys of a site, revoked ones included: every member holds them all in memory, and copies them on a change.
+pub const KEY_LIMIT: usize = 10_000;
+/// Registered model revisions of a site.
+pub const MODEL_LIMIT: usize = 1_000;
+/// Deployments of a site.
+pub const DEPLOYMENT_LIMIT: usize = 1_000;
+/// Replicas of one deployment; with the deployments' limit it bounds a plan.
+pub const REPLICA_LIMIT: u32 = 1_000;
+/// Workers of a plan: a plan is one command and must fit into an entry.
+pub const WORKER_LIMIT: usize = 5_000;
+
+/// Which sequence of changes a change belongs to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Stream {
+    /// What operators decided, and the leader's plan.
+    Config,
+    Turn,
+    Audit,
+}
+
+/// One thing that became different. `seq` counts the changes of a site's stream from 1 without a gap.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Change {
+    pub site: SiteId,
+    pub stream: Stream,
+    pub seq: u64,
+    pub at: Hlc,
+    pub what: What,
+}
+
+/// What became different.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum What {
+    KeyCreated(Key),
+    KeyRevoked(KeyId),
+    ModelRegistered(Model),
+    Deployed(Deployment),
+    Undeployed(DeploymentId),
+    Planned(Plan),
+    TurnOpened(Opening),
+    TurnClosed { turn: TurnId, outcome: Outcome },
+    Audited(audit::Event),
+}
+
+/// What a batch came to.
+#[derive(Debug, Default)]
+pub struct Applied {
+    /// The batch was applied before, or its origin has begun anew: nothing happened.
+    pub ignored: bool,
+    /// One for each command, in order; none if the batch was ignored.
+    pub replies: Vec<Reply>,
+    pub changes: Vec<Change>,
+    /// The rows that must be stored again, sorted, each once.
+    pub touched: Vec<Row>,
+}
+
+/// A fingerprint of the state at an index of the log. Members that have applied as much have the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Digest {
+    pub applied: u64,
+    pub hash: Hash,
+}
+
+/// Everything that is replicated, in memory.
+#[derive(Debug)]
+pub struct State {
+    site: SiteId,
+    head: Head,
+    tenants: BTreeMap<TenantId, Tenant>,
+    projects: BTreeMap<ProjectId, Project>,
+    keys: BTreeMap<KeyId, Key>,
+    models: BTreeMap<Hash, Model>,
+    deployments: BTreeMap<DeploymentId, Deployment>,
+    plan: Plan,
+    turns: Turns,
+    origins: Origins,
+    /// Index of the last entry that was applied. Not part of the rows: the store keeps it.
+    applied: u64,
+}
+
+impl State {
+    /// The state every site begins with: one tenant and one project, named `default`.
+    pub fn new(site: SiteId) -> Self {
+        let tenant = Tenant { id: TenantId::new(tenants::DEFAULT).expect("a valid name") };
+        let project =
+            Project { id: ProjectId::new(tenants::DEFAULT).expect("a valid name"), tenant: tenant.id.clone() };
+        Self {
+            head: Head::new(site.clone()),
+            site,
+            tenants: BTreeMap::from([(tenant.id.clone(), tenant)]),
+            projects: BTreeMap::from([(project.id.clone(), project)]),
+            keys: BTreeMap::new(),
+            models: BTreeMap::new(),
+            deployments: BTreeMap::new(),
+            plan: Plan::default(),
+            turns: Turns::default(),
+            origins: Origins::default(),
+            applied: 0,
+        }
+    }
+
+    /// Applies the batch of the entry at `index`.
+    ///
+    /// Panics if an index does not follow the last one: entries come in order, each once.
+    pub fn apply(&mut self, index: u64, batch: &Batch) -> Applied {
+        self.pass(index);
+        let mut step = Step { at: batch.at, index, applied: Applied::default() };
+        step.touch(Row::Head);
+        step.touch(Row::Origin(batch.origin.node.clone()));
+        if !self.origins.admit(batch) {
+            step.applied.ignored = true;
+        } else {
+            self.head.latest = self.head.latest.max(batch.at);
+            for command in &batch.commands {
+                let reply = match self.run(&mut step, command) {
+                    Ok(()) => Reply::Done,
+                    Err(refusal) => Reply::Refused(refusal),
+                };
+                step.applied.replies.push(reply);
+            }
+        }
+        step.applied.touched.sort_unstable();
+        step.applied.touched.dedup();
+        step.applied
+    }
+
+    /// Passes over an entry that holds no batch (each new leader writes one).
+    pub fn pass(&mut self, index: u64) {
+        assert_eq!(index, self.applied + 1, "entries are applied in order");
+        self.applied = index;
+    }
+
+    fn run(&mut self, step: &mut Step, command: &Command) -> Result<(), Refusal> {
+        match command {
+            Command::CreateKey(key) => self.create_key(step, key),
+            Command::RevokeKey(id) => self.revoke_key(step, id),
+            Command::RegisterModel(manifest) => self.register(step, manifest),
+            Command::Deploy(deployment) => self.deploy(step, deployment),
+            Command::Undeploy(id) => self.undeploy(step, id),
+            Command::SetPlan { based_on, plan } => self.set_plan(step, *based_on, plan),
+            Command::OpenTurn(opening) => self.open_turn(step, opening),
+            Command::CloseTurn { turn, outcome } => self.close_turn(step, *turn, outcome.clone()),
+            Command::CloseOrphans { node, before_incarnation } => {
+                for turn in self.turns.orphans(node, *before_incarnation) {
+                    self.close_turn(step, turn, Outcome::Abandoned)?;
+                }
+                Ok(())
+            }
+            Command::CompactLog { through } => {
+                self.head.compacted = self.head.compacted.max((*through).min(step.index));
+                Ok(())
+            }
+        }
+    }
+
+    fn create_key(&mut self, step: &mut Step, key: &Key) -> Result<(), Refusal> {
+        if !self.projects.contains_key(&key.project) {
+            return Err(Refusal::UnknownProject(key.project.to_string()));
+        }
+        if self.keys.contains_key(&key.id) {
+            return Err(Refusal::KeyExists(key.id.clone()));
+        }
+        full(self.keys.len(), KEY_LIMIT, "keys")?;
+        self.keys.insert(key.id.clone(), key.clone());
+        step.touch(Row::Key(key.id.clone()));
+        self.config(step, What::KeyCreated(key.clone()));
+        self.audit(step, audit::Event::KeyCreated { key: key.id.clone(), project: key.project.clone() });
+        Ok(())
+    }
+
+    fn revoke_key(&mut self, step: &mut Step, id: &KeyId) -> Result<(), Refusal> {
+        let key = self.keys.get_mut(id).ok_or_else(|| Refusal::UnknownKey(id.clone()))?;
+        if key.status == KeyStatus::Revoked {
+            return Ok(());
+        }
+        key.status = KeyStatus::Revoked;
+        step.touch(Row::Key(id.clone()));
+        self.config(step, What::KeyRevoked(id.clone()));
+        self.audit(step, audit::Event::KeyRevoked { key: id.clone() });
+        Ok(())
+    }
+
+    fn register(&mut self, step: &mut Step, manifest: &Manifest) -> Result<(), Refusal> {
+        let revision = manifest.revision();
+        if self.models.contains_key(&revision) {
+            return Ok(());
+        }
+        full(self.models.len(), MODEL_LIMIT, "models")?;
+        let model = Model { revision, manifest: manifest.clone(), registered: step.at };
+        self.models.insert(revision, model.clone());
+        step.touch(Row::Model(revision));
+        self.config(step, What::ModelRegistered(model));
+        self.audit(step, audit::Event::ModelRegistered { revision, name: manifest.name.clone() });
+        Ok(())
+    }
+
+    fn deploy(&mut self, step: &mut Step, deployment: &Deployment) -> Result<(), Refusal> {
+        if !self.models.contains_key(&deployment.revision) {
+            return Err(Refusal::UnknownModel(deployment.revision));
+        }
+        if deployment.replicas > REPLICA_LIMIT {
+            return Err(Refusal::Full { what: "replicas of a deployment".into(), limit: u64::from(REPLICA_LIMIT) });
+        }
+        match self.deployments.get(&deployment.id) {
+            Some(same) if same == deployment => return Ok(()),
+            Some(_) => {}
+            None => full(self.deployments.len(), DEPLOYMENT_LIMIT, "deployments")?,
+        }
+        self.deployments.insert(deployment.id.clone(), deployment.clone());
+        step.touch(Row::Deployment(deployment.id.clone()));
+        self.config(step, What::Deployed(deployment.clone()));
+        let Deployment { id, revision, replicas, .. } = deployment.clone();
+        self.audit(step, audit::Event::Deployed { deployment: id, revision, replicas });
+        Ok(())
+    }
+
+    fn undeploy(&mut self, step: &mut Step, id: &DeploymentId) -> Result<(), Refusal> {
+        self.deployments.remove(id).ok_or_else(|| Refusal::UnknownDeployment(id.clone()))?;
+        step.touch(Row::Deployment(id.clone()));
+        self.config(step, What::Undeployed(id.clone()));
+        self.audit(step, audit::Event::Undeployed { deployment: id.clone() });
+        Ok(())
+    }
+
+    /// The version is ours to count: whatever the proposer wrote there, a plan follows the one it was based on.
+    fn set_plan(&mut self, step: &mut Step, based_on: u64, plan: &Plan) -> Result<(), Refusal> {
+        if based_on != self.plan.version {
+            return Err(Refusal::OutdatedPlan);
+        }
+        if plan.workers.len() > WORKER_LIMIT {
+            return Err(Refusal::Full { what: "workers of a plan".into(), limit: WORKER_LIMIT as u64 });
+        }
+        self.plan = Plan { version: based_on + 1, workers: plan.workers.clone() };
+        step.touch(Row::Plan);
+        self.config(step, What::Planned(self.plan.clone()));
+        Ok(())
+    }
+
+    fn open_turn(&mut self, step: &mut Step, opening: &Opening) -> Result<(), Refusal> {
+        let key = self.keys.get(&opening.key).ok_or_else(|| Refusal::UnknownKey(opening.key.clone()))?;
+        if key.status == KeyStatus::Revoked {
+            return Err(Refusal::KeyRevoked(key.id.clone()));
+        }
+        self.turns.open(opening.clone(), step.at)?;
+        step.touch(Row::Turn(opening.turn));
+        self.change(step, Stream::Turn, What::TurnOpened(opening.clone()));
+        self.audit(step, audit::Event::TurnOpened { opening: opening.clone() });
+        Ok(())
+    }
+
+    fn close_turn(&mut self, step: &mut Step, turn: TurnId, outcome: Outcome) -> Result<(), Refusal> {
+        let outcome = outcome.bounded();
+        // The number of the change is also the place among the closed turns.
+        let forgotten = self.turns.close(turn, outcome.clone(), step.at, self.head.turn_seq + 1)?;
+        step.touch(Row::Turn(turn));
+        if let Some(forgotten) = forgotten {
+            step.touch(Row::Turn(forgotten));
+        }
+        self.change(step, Stream::Turn, What::TurnClosed { turn, outcome: outcome.clone() });
+        self.audit(step, audit::Event::TurnClosed { turn, outcome });
+        Ok(())
+    }
+
+    fn config(&mut self, step: &mut Step, what: What) {
+        self.head.config_index = step.index;
+        self.change(step, Stream::Config, what);
+    }
+
+    fn audit(&mut self, step: &mut Step, event: audit::Event) {
+        self.change(step, Stream::Audit, What::Audited(event));
+    }
+
+    fn change(&mut self, step: &mut Step, stream: Stream, what: What) {
+        let seq = self.head.seq(stream);
+        *seq += 1;
+        step.applied.changes.push(Change { site: self.site.clone(), stream, seq: *seq, at: step.at, what });
+    }
+
+    /// Index of the last applied entry.
+    pub fn applied(&self) -> u64 {
+        self.applied
+    }
+    /// Index through which the log is on every voter's disk.
+    pub fn compacted(&self) -> u64 {
+        self.head.compacted
+    }
+    /// The latest time of any batch.
+    pub fn latest(&self) -> Hlc {
+        self.head.latest
+    }
+    /// Index of the entry that last changed the configuration.
+    pub fn config_index(&self) -> u64 {
+        self.head.config_index
+    }
+    /// Open turns and the newest closed ones, oldest first (ids sort by time).
+    pub fn turns(&self) -> impl DoubleEndedIterator<Item = &Turn> {
+        self.turns.iter().map(|(_, remembered)| &remembered.turn)
+    }
+    pub fn turn(&self, id: &TurnId) -> Option<&Turn> {
+        self.turns.get(id).map(|remembered| &remembered.turn)
+    }
+    pub fn open_turns(&self) -> usize {
+        self.turns.open_count()
+    }
+
+    /// Copies the configuration for those who follow it.
+    pub fn config_snapshot(&self) -> Config {
+        Config {
+            tenants: self.tenants.clone(),
+            projects: self.projects.clone(),
+            keys_by_hash: self.keys.values().map(|key| (key.secret_hash, key.clone())).collect(),
+            keys: self.keys.clone(),
+            models: self.models.clone(),
+            deployments: self.deployments.clone(),
+            plan: self.plan.clone(),
+            applied: self.head.config_index,
+            incarnation: self.head.incarnation,
+        }
+    }
+}
+
+fn full(count: usize, limit: usize, what: &str) -> Result<(), Refusal> {
+    if count < limit { Ok(()) } else { Err(Refusal::Full { what: what.into(), limit: limit as u64 }) }
+}
+
+/// What is gathered while one batch is applied.
+struct Step {
+    at: Hlc,
+    index: u64,
+    applied: Applied,
+}
+
+impl Step {
+    fn touch(&mut self, row: Row) {
+        self.applied.touched.push(row);
+    }
+}
+
+/// The configuration at one moment: what operators decided and the leader planned. Rebuilt only when it changes.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Config {
+    pub tenants: BTreeMap<TenantId, Tenant>,
+    pub projects: BTreeMap<ProjectId, Project>,
+    pub keys_by_hash: HashMap<Hash, Key>,
+    pub keys: BTreeMap<KeyId, Key>,
+    pub models: BTreeMap<Hash, Model>,
+    pub deployments: BTreeMap<DeploymentId, Deployment>,
+    pub plan: Plan,
+    /// Index of the entry that made it so; with `incarnation` it orders assignments.
+    pub applied: u64,
+    /// How often the cluster was rebuilt after losing its quorum for good. 1 until then.
+    pub incarnation: u64,
+}
+
+/// The state for readers. The Raft applier alone writes it, for microseconds at a time; never hold it over an await.
+#[derive(Debug, Clone)]
+pub struct Shared(Arc<RwLock<State>>);
+
+impl Shared {
+    pub fn new(state: State) -> Self {
+        Self(Arc::new(RwLock::new(state)))
+    }
+    /// Lets `look` see the state at one moment; keep it short, for entries wait meanwhile.
+    pub fn read<T>(&self, look: impl FnOnce(&State) -> T) -> T {
+        look(&self.0.read().expect("no panic while the state is held"))
+    }
+    /// The newest turns that `wanted` picks, newest first, `limit` at most.
+    pub fn turns(&self, limit: usize, wanted: impl Fn(&Turn) -> bool) -> Vec<Turn> {
+        self.read(|state| state.turns().rev().filter(|turn| wanted(turn)).take(limit).cloned().collect())
+    }
+    /// Index of the last applied entry.
+    pub fn applied(&self) -> u64 {
+        self.read(State::applied)
+    }
+    /// Reads every row: for tests and for operators who compare members, not for the path of a request.
+    pub fn digest(&self) -> Digest {
+        self.read(State::digest)
+    }
+    pub(crate) fn write<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
+        change(&mut self.0.write().expect("no panic while the state is held"))
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,110 @@
+//! What may be asked of the replicated state, and what it answers.
+//!
+//! A command is an intention: it carries every time and every random value it needs, and `State::apply` gives the same
+//! answer for it on every member. Commands travel in batches, so that one fsync serves many requests.
+
+use izar_common::clock::Hlc;
+use izar_common::id::{DeploymentId, Hash, KeyId, NodeId, TurnId};
+use izar_common::wire::Wire;
+use serde::{Deserialize, Serialize};
+
+use super::{Deployment, Key, Plan};
+use crate::state::turns::{Opening, Outcome};
+use izar_common::manifest::Manifest;
+
+/// Commands of one controller that are decided together: one Raft entry.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Batch {
+    pub origin: Origin,
+    /// Counts the batches of an origin from 1. A repeated number takes effect once.
+    pub seq: u64,
+    /// Every number below this is answered and will not be sent again.
+    pub floor: u64,
+    pub at: Hlc,
+    pub commands: Vec<Command>,
+}
+
+impl Wire for Batch {
+    const TYPE: u16 = 64;
+    const LIMIT: usize = 8 << 20;
+}
+
+/// A controller process: the node, and how often it has started on its data directory.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Origin {
+    pub node: NodeId,
+    pub incarnation: u64,
+}
+
+/// One intention.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum Command {
+    CreateKey(Key),
+    RevokeKey(KeyId),
+    RegisterModel(Manifest),
+    Deploy(Deployment),
+    Undeploy(DeploymentId),
+    /// The leader's plan: which worker runs where. `based_on` is the plan version it was computed from; an outdated
+    /// one is refused.
+    SetPlan { based_on: u64, plan: Plan },
+    OpenTurn(Opening),
+    CloseTurn { turn: TurnId, outcome: Outcome },
+    /// Closes as abandoned what earlier incarnations of a controller left open.
+    CloseOrphans { node: NodeId, before_incarnation: u64 },
+    /// Says that the log up to here is on every voter's disk and may be dropped. Proposed by the leader, which alone
+    /// knows how far the others are.
+    CompactLog { through: u64 },
+}
+
+impl Command {
+    /// About how many bytes the command takes in a batch; never much less than it really takes.
+    pub fn weight(&self) -> usize {
+        /// Covers ids (at most 63 bytes each), numbers and hashes of any one command.
+        const FIXED: usize = 640;
+        /// A worker of a plan: two names of at most 63 bytes and a worker's.
+        const WORKER: usize = 200;
+        FIXED
+            + match self {
+                Command::CreateKey(key) => key.note.len(),
+                Command::RegisterModel(manifest) => {
+                    let files = manifest.all_files().map(|file| file.name.len() + 64).sum::<usize>();
+                    files + manifest.name.len() + manifest.architecture.len()
+                }
+                Command::SetPlan { plan, .. } => plan.workers.len() * WORKER,
+                Command::CloseTurn { outcome: Outcome::Failed { reason, .. }, .. } => reason.len(),
+                _ => 0,
+            }
+    }
+}
+
+/// What a command came to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Reply {
+    Done,
+    Refused(Refusal),
+}
+
+/// Why the state refused a command.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+pub enum Refusal {
+    #[error("there is no key {0}")]
+    UnknownKey(KeyId),
+    #[error("key {0} exists already")]
+    KeyExists(KeyId),
+    #[error("key {0} is revoked")]
+    KeyRevoked(KeyId),
+    #[error("there is no project {0}")]
+    UnknownProject(String),
+    #[error("there is no model revision {0}")]
+    UnknownModel(Hash),
+    #[error("there is no deployment {0}")]
+    UnknownDeployment(DeploymentId),
+    #[error("turn {0} is recorded already")]
+    TurnExists(TurnId),
+    #[error("there is no open turn {0}")]
+    UnknownTurn(TurnId),
+    #[error("the plan was computed from an older one")]
+    OutdatedPlan,
+    #[error("the limit of {limit} {what} is reached")]
+    Full { what: String, limit: u64 },
+}

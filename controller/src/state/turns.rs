@@ -1,0 +1,140 @@
+//! Turns: the record of every request, opened before the first byte of its answer and closed once.
+//!
+//! Open turns are all kept; of closed ones the newest are remembered for `izar turns list` and against a turn id that
+//! comes twice. The audit segments keep every one for ever.
+
+use std::collections::BTreeMap;
+
+use izar_common::chat::{Finish, Usage};
+use izar_common::id::{DeploymentId, Hash, KeyId, ProjectId, TenantId, TurnId};
+use serde::{Deserialize, Serialize};
+
+use super::command::{Origin, Refusal};
+use izar_common::clock::Hlc;
+use izar_common::id::NodeId;
+
+/// Turns that may be open at once in a site: far more than its agents can run, so that only a leak of turns meets it.
+pub const OPEN_LIMIT: usize = 100_000;
+/// Closed turns that stay in the state; about 6 MiB of memory, and a second and more of full load.
+pub const REMEMBERED: usize = 20_000;
+/// Longest reason of a failed turn that is recorded, in bytes; the rest is cut off.
+pub const REASON_BYTES: usize = 512;
+
+/// What is known when a turn begins.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Opening {
+    pub turn: TurnId,
+    pub tenant: TenantId,
+    pub project: ProjectId,
+    pub key: KeyId,
+    pub deployment: DeploymentId,
+    pub revision: Hash,
+    pub prompt_tokens: u32,
+    pub max_tokens: u32,
+    pub stream: bool,
+    pub origin: Origin,
+}
+
+/// How a turn ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    Finished { finish: Finish, usage: Usage },
+    /// The client left; `usage` is what was computed for it.
+    Cancelled { usage: Usage },
+    Failed { reason: String, usage: Usage },
+    /// Its controller died.
+    Abandoned,
+}
+
+/// A turn as it is remembered and listed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Turn {
+    pub opening: Opening,
+    pub opened: Hlc,
+    /// `None` while it runs.
+    pub closed: Option<(Hlc, Outcome)>,
+}
+
+/// A turn and the place it has among the closed ones.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Remembered {
+    pub turn: Turn,
+    /// Counts closings in the order of the log; 0 while it is open. The smallest is forgotten first.
+    pub order: u64,
+}
+
+/// All turns that the state knows.
+#[derive(Debug, Default)]
+pub(super) struct Turns {
+    by_id: BTreeMap<TurnId, Remembered>,
+    closed: BTreeMap<u64, TurnId>,
+}
+
+impl Turns {
+    pub fn get(&self, id: &TurnId) -> Option<&Remembered> {
+        self.by_id.get(id)
+    }
+    pub fn iter(&self) -> impl DoubleEndedIterator<Item = (&TurnId, &Remembered)> {
+        self.by_id.iter()
+    }
+    pub fn open_count(&self) -> usize {
+        self.by_id.len() - self.closed.len()
+    }
+    /// Puts back what was stored.
+    pub fn restore(&mut self, remembered: Remembered) {
+        let id = remembered.turn.opening.turn;
+        if remembered.order > 0 {
+            self.closed.insert(remembered.order, id);
+        }
+        self.by_id.insert(id, remembered);
+    }
+    pub fn open(&mut self, opening: Opening, at: Hlc) -> Result<(), Refusal> {
+        let id = opening.turn;
+        if self.by_id.contains_key(&id) {
+            return Err(Refusal::TurnExists(id));
+        }
+        if self.open_count() >= OPEN_LIMIT {
+            return Err(Refusal::Full { what: "open turns".into(), limit: OPEN_LIMIT as u64 });
+        }
+        self.by_id.insert(id, Remembered { turn: Turn { opening, opened: at, closed: None }, order: 0 });
+        Ok(())
+    }
+    /// Closes an open turn; returns the turn that was forgotten for it, if one had to be.
+    pub fn close(&mut self, id: TurnId, outcome: Outcome, at: Hlc, order: u64) -> Result<Option<TurnId>, Refusal> {
+        let remembered = self.by_id.get_mut(&id).filter(|r| r.order == 0).ok_or(Refusal::UnknownTurn(id))?;
+        remembered.turn.closed = Some((at, outcome));
+        remembered.order = order;
+        self.closed.insert(order, id);
+        if self.closed.len() <= REMEMBERED {
+            return Ok(None);
+        }
+        let forgotten = self.closed.pop_first().map(|(_, id)| id);
+        if let Some(id) = &forgotten {
+            self.by_id.remove(id);
+        }
+        Ok(forgotten)
+    }
+    /// Open turns that earlier incarnations of a controller left, in the order of their ids.
+    pub fn orphans(&self, node: &NodeId, before_incarnation: u64) -> Vec<TurnId> {
+        let left = |r: &&Remembered| {
+            let origin = &r.turn.opening.origin;
+            r.order == 0 && origin.node == *node && origin.incarnation < before_incarnation
+        };
+        self.by_id.values().filter(left).map(|r| r.turn.opening.turn).collect()
+    }
+}
+
+impl Outcome {
+    /// Returns the outcome with a reason that is not too long to keep.
+    pub(super) fn bounded(mut self) -> Self {
+        if let Outcome::Failed { reason, .. } = &mut self {
+            let mut end = REASON_BYTES.min(reason.len());
+            while !reason.is_char_boundary(end) {
+                end -= 1;
+            }
+            reason.truncate(end);
+        }
+        self
+    }
+}

@@ -1,0 +1,27 @@
+//! The harness of the stories: starts the whole system as real processes and looks at it from outside.
+//!
+//! `cluster` runs `izar dev`; `nodes` runs daemons without it, on certificates and configurations of its own; `client`
+//! speaks HTTPS as a user's program does; `cli` runs the operator's tool; `relay` stands in a path and records it;
+//! `logs` makes every warning that a story did not name a failure; `waiting` waits for a level, never for a time.
+//! Nothing here knows the inside of a daemon.
+#![forbid(unsafe_code)]
+
+pub mod binaries;
+pub mod cli;
+pub mod client;
+pub mod cluster;
+pub mod logs;
+pub mod nodes;
+pub mod process;
+pub mod python;
+pub mod relay;
+pub mod waiting;
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+static MACHINE: Mutex<()> = Mutex::new(());
+
+/// Takes the machine for one story: clusters that share two cores would measure each other.
+pub fn exclusive() -> MutexGuard<'static, ()> {
+    MACHINE.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,93 @@
+//! Processes seen through `/proc`: who is left, who used the processor, and signals to exactly one of them.
+
+use std::path::Path;
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+/// The environment variable that marks every descendant of a story's cluster.
+pub const MARK: &str = "IZAR_STORY";
+
+/// Makes a value for [`MARK`] that no other run has.
+pub fn new_mark() -> String {
+    format!("{:016x}", rand::random::<u64>())
+}
+
+/// Kills a process as a power cut would. Panics if it is not there, for then the story is wrong.
+pub fn kill_hard(pid: u32) {
+    signal(pid, Signal::SIGKILL).unwrap_or_else(|error| panic!("kill -9 {pid}: {error}"));
+}
+
+/// Sends a signal to one process.
+pub fn signal(pid: u32, signal: Signal) -> nix::Result<()> {
+    kill(Pid::from_raw(i32::try_from(pid).expect("a pid fits")), signal)
+}
+
+/// Says whether a process runs (a zombie does not).
+pub fn runs(pid: u32) -> bool {
+    stat_fields(pid).is_some_and(|fields| fields[0] != "Z" && fields[0] != "X")
+}
+
+/// Returns the processes, zombies apart, whose environment carries the mark.
+pub fn marked(mark: &str) -> Vec<u32> {
+    let needle = format!("{MARK}={mark}");
+    let mut pids = Vec::new();
+    for entry in std::fs::read_dir("/proc").expect("/proc is readable").flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+        let environment = std::fs::read(entry.path().join("environ")).unwrap_or_default();
+        if environment.split(|b| *b == 0).any(|pair| pair == needle.as_bytes()) && runs(pid) {
+            pids.push(pid);
+        }
+    }
+    pids
+}
+
+/// Returns a process's command line, for messages.
+pub fn command_line(pid: u32) -> String {
+    let bytes = std::fs::read(Path::new("/proc").join(pid.to_string()).join("cmdline")).unwrap_or_default();
+    String::from_utf8_lossy(&bytes).replace('\0', " ").trim().to_owned()
+}
+
+/// Returns the processor time that a process and its threads have used, to 10 ms.
+pub fn cpu_time(pid: u32) -> Option<Duration> {
+    // Linux counts in units of 1/100 s for every architecture that Izar runs on.
+    const TICK: Duration = Duration::from_millis(10);
+    let fields = stat_fields(pid)?;
+    let user: u32 = fields[11].parse().ok()?;
+    let system: u32 = fields[12].parse().ok()?;
+    Some(TICK * (user + system))
+}
+
+/// Returns the fields of `/proc/<pid>/stat` after the name (which may hold spaces): state first.
+fn stat_fields(pid: u32) -> Option<Vec<String>> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let rest = &stat[stat.rfind(')')? + 1..];
+    let fields: Vec<String> = rest.split_whitespace().map(str::to_owned).collect();
+    (fields.len() > 13).then_some(fields)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn this_process_is_seen() {
+        let pid = std::process::id();
+        assert!(runs(pid));
+        assert!(cpu_time(pid).is_some());
+        assert!(!command_line(pid).is_empty());
+    }
+
+    #[test]
+    fn marked_children_are_found_until_they_end() {
+        let mark = new_mark();
+        let mut child = std::process::Command::new("sleep").arg("60").env(MARK, &mark).spawn().unwrap();
+        crate::waiting::until_true("the child's environment", crate::waiting::SOON, || {
+            marked(&mark) == [child.id()]
+        });
+        kill_hard(child.id());
+        child.wait().unwrap();
+        assert!(marked(&mark).is_empty());
+    }
+}

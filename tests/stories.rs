@@ -1,0 +1,30 @@
+//! The stories: the whole system from outside, one story a file, one binary.
+//!
+//! Stories with a cluster take the machine one after the other (`izar_tests::exclusive`). Each names the warnings that
+//! it provokes; any other warning or error in a log fails it.
+#![forbid(unsafe_code)]
+
+#[path = "stories/answers.rs"]
+mod answers;
+#[path = "stories/controllers_killed.rs"]
+mod controllers_killed;
+#[path = "stories/conventions.rs"]
+mod conventions;
+#[path = "stories/golden_bytes.rs"]
+mod golden_bytes;
+#[path = "stories/golden_rows.rs"]
+mod golden_rows;
+#[path = "stories/idle.rs"]
+mod idle;
+#[path = "stories/openai_client.rs"]
+mod openai_client;
+#[path = "stories/real_model.rs"]
+mod real_model;
+#[path = "stories/refusals.rs"]
+mod refusals;
+#[path = "stories/secrets.rs"]
+mod secrets;
+#[path = "stories/strangers.rs"]
+mod strangers;
+#[path = "stories/workers_killed.rs"]
+mod workers_killed;

@@ -1,0 +1,400 @@
+//! Golden bytes of every wire message: what one build wrote, every later build reads.
+//!
+//! `tests/golden/wire/<message>-<variant>.bin` holds a whole frame. A file is written once, by `IZAR_BLESS=1`, when a
+//! message or a variant is new, and is never changed or deleted: a changed form is a new variant. The `match` in each
+//! `variants` function makes a new variant without golden bytes a failure to compile.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Debug;
+use std::path::PathBuf;
+
+use izar_common::chat::{Finish, Job, JobEvent, Sampling, Usage};
+use izar_common::clock::Hlc;
+use izar_common::health::{Generation, Report, WorkerReport, WorkerState};
+use izar_common::id::{ClusterId, DeploymentId, Hash, KeyId, NodeId, ProjectId, TenantId, TurnId, WorkerId};
+use izar_common::manifest::{File, Kind, Manifest};
+use izar_common::wire::agent::{Assignment, Down, EngineOptions, Submit, Up, WorkerSpec};
+use izar_common::wire::handshake::{Hello, Open, Welcome};
+use izar_common::wire::peer::{BlobAnswer, BlobRequest, Proposal, RaftBatch, RaftEntry, RaftMessage};
+use izar_common::wire::worker::{FromWorker, ToWorker};
+use izar_common::wire::{self, Wire};
+use izar_controller::state::command::{Batch, Command, Origin};
+use izar_controller::state::turns::{Opening, Outcome};
+use izar_controller::state::{Deployment, Key, KeyStatus, Placement, Plan};
+use izar_tests::binaries::repository;
+
+fn folder() -> PathBuf {
+    repository().join("tests/golden/wire")
+}
+
+/// The frames of this build, by file name.
+#[derive(Default)]
+struct Frames {
+    seen: BTreeSet<String>,
+    types: BTreeMap<u16, &'static str>,
+    problems: Vec<String>,
+}
+
+impl Frames {
+    /// Compares one message with its golden bytes, both ways.
+    fn check<M: Wire + PartialEq + Debug>(&mut self, name: &'static str, variant: &str, message: &M) {
+        let other = self.types.insert(M::TYPE, name).filter(|other| *other != name);
+        if let Some(other) = other {
+            self.problems.push(format!("{name} and {other} have the same type {}", M::TYPE));
+        }
+        let file = format!("{name}-{variant}.bin");
+        let path = folder().join(&file);
+        let bytes = wire::to_bytes(message).to_vec();
+        assert!(self.seen.insert(file.clone()), "{file} stands twice");
+        if !path.exists() && std::env::var("IZAR_BLESS").is_ok_and(|v| v == "1") {
+            std::fs::create_dir_all(folder()).expect("the folder can be made");
+            std::fs::write(&path, &bytes).expect("a golden file can be written");
+        }
+        let Ok(golden) = std::fs::read(&path) else {
+            self.problems.push(format!("{file} is missing; if the variant is new, run once with IZAR_BLESS=1"));
+            return;
+        };
+        if golden != bytes {
+            self.problems.push(format!("{file}: this build writes other bytes: {}", hex(&bytes)));
+        }
+        match wire::decode::<M>(&golden) {
+            Ok((decoded, length)) if decoded == *message && length == golden.len() => {}
+            Ok((decoded, _)) => self.problems.push(format!("{file}: decodes to {decoded:?}")),
+            Err(error) => self.problems.push(format!("{file}: {error}")),
+        }
+    }
+}
+
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+pub fn name<T: std::str::FromStr>(text: &str) -> T {
+    text.parse().unwrap_or_else(|_| panic!("{text} is a name"))
+}
+
+pub fn hash(byte: u8) -> Hash {
+    Hash(std::array::from_fn(|i| byte.wrapping_add(i as u8)))
+}
+
+pub fn manifest(kind: Kind) -> Manifest {
+    let file = |name: &str, byte, bytes| File { name: name.into(), hash: hash(byte), bytes };
+    Manifest {
+        name: "smollm2-135m".into(),
+        kind,
+        files: vec![file("model.gguf", 1, 98_000_000), file("more.gguf", 2, 5)],
+        text: file("text.json", 3, 2_000_000),
+        context: 8192,
+        vocabulary: 49_152,
+        architecture: "llama".into(),
+    }
+}
+
+pub fn engine() -> EngineOptions {
+    EngineOptions { max_batch: 32, max_context: 4096, threads: 2 }
+}
+
+pub fn job() -> Job {
+    Job {
+        turn: TurnId(0x0123_4567_89ab_cdef_0123_4567_89ab_cdef),
+        choice: 1,
+        attempt: 2,
+        deployment: name("smollm2-135m"),
+        revision: hash(4),
+        prompt: vec![1, 250, 251, 65_535, 65_536],
+        delivered: vec![7, 8],
+        sampling: Sampling {
+            temperature: 0.7,
+            top_p: 0.95,
+            top_k: 40,
+            seed: u64::MAX - 1,
+            max_tokens: 100,
+            ignore_eos: true,
+        },
+    }
+}
+
+pub fn usage() -> Usage {
+    Usage { prompt_tokens: 300, completion_tokens: 70_000 }
+}
+
+#[test]
+fn every_message_has_golden_bytes_that_read_and_write_the_same() {
+    let mut frames = Frames::default();
+    handshake(&mut frames);
+    agent(&mut frames);
+    job_events(&mut frames);
+    worker(&mut frames);
+    peer(&mut frames);
+    commands(&mut frames);
+    for entry in std::fs::read_dir(folder()).expect("the golden folder").flatten() {
+        let file = entry.file_name().to_string_lossy().into_owned();
+        if !frames.seen.contains(&file) {
+            frames.problems.push(format!("{file} is read by nothing: golden bytes are kept for ever"));
+        }
+    }
+    assert!(frames.problems.is_empty(), "{}", frames.problems.join("\n"));
+}
+
+/// Every `impl Wire` in the sources of daemons, tests apart, is among those checked above. Frames that lie on a
+/// controller's own disk and never leave it are named apart: rows have golden bytes in `golden_rows`.
+#[test]
+fn no_message_is_without_golden_bytes() {
+    let known = [
+        "Hello", "Welcome", "Open", "Up", "Down", "Submit", "JobEvent", "ToWorker", "FromWorker", "RaftBatch",
+        "Proposal", "BlobRequest", "BlobAnswer", "Batch",
+        // On disk: rows of the state, the store's head, and Raft's log.
+        "Value", "Head", "StoredEntry", "StoredHardState", "Position", "StoredIncarnation",
+    ];
+    let mut unknown = Vec::new();
+    let mut folders: Vec<PathBuf> = ["common/src", "controller/src", "agent/src"].map(|f| repository().join(f)).into();
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).expect("a source folder").flatten() {
+            let path = entry.path();
+            if path.is_dir() {
+                folders.push(path);
+                continue;
+            }
+            let text = std::fs::read_to_string(&path).unwrap_or_default();
+            let text = text.split("#[cfg(test)]").next().unwrap_or_default();
+            for line in text.lines().filter(|_| path.file_name().is_some_and(|name| name != "tests.rs")) {
+                let Some(rest) = line.strip_prefix("impl Wire for ") else { continue };
+                let message = rest.split([' ', '{']).next().unwrap_or_default();
+                if !known.contains(&message) {
+                    unknown.push(format!("{message} in {}", path.display()));
+                }
+            }
+        }
+    }
+    assert!(unknown.is_empty(), "messages without golden bytes: {unknown:?}");
+}
+
+fn handshake(frames: &mut Frames) {
+    let hello =
+        Hello { schema_min: 1, schema_max: 300, cluster: name::<ClusterId>("bank"), version: "0.1.0".into() };
+    frames.check("hello", "plain", &hello);
+    let welcome = |message: &Welcome| match message {
+        Welcome::Accepted { .. } => "accepted",
+        Welcome::Refused { .. } => "refused",
+    };
+    for message in
+        [Welcome::Accepted { schema: 1, version: "0.1.0".into() }, Welcome::Refused { reason: "cluster lab".into() }]
+    {
+        frames.check("welcome", welcome(&message), &message);
+    }
+    let open = |message: &Open| match message {
+        Open::Session => "session",
+        Open::Job => "job",
+        Open::Blob => "blob",
+        Open::RaftUrgent => "raft-urgent",
+        Open::RaftBulk => "raft-bulk",
+        Open::Propose => "propose",
+    };
+    for message in [Open::Session, Open::Job, Open::Blob, Open::RaftUrgent, Open::RaftBulk, Open::Propose] {
+        frames.check("open", open(&message), &message);
+    }
+}
+
+fn agent(frames: &mut Frames) {
+    let state = |state: WorkerState| match state {
+        WorkerState::Fetching => "fetching",
+        WorkerState::Loading => "loading",
+        WorkerState::Ready => "ready",
+        WorkerState::Backoff => "backoff",
+    };
+    let worker = |state: WorkerState| WorkerReport {
+        worker: name::<WorkerId>("echo.0"),
+        deployment: name("echo"),
+        revision: hash(5),
+        state,
+        pid: (state == WorkerState::Ready).then_some(70_000),
+        running: 3,
+        waiting: 300,
+        max_batch: 32,
+        restarts: 1,
+        detail: "why not, ä".into(),
+    };
+    let generation = Generation { incarnation: 2, applied: 1 << 40 };
+    for s in [WorkerState::Fetching, WorkerState::Loading, WorkerState::Ready, WorkerState::Backoff] {
+        let version = "0.1.0".to_owned();
+        let report =
+            Report { generation, pid: 9, version, cores: 128, memory_bytes: 1 << 37, workers: vec![worker(s)] };
+        let up = Up::Report(report);
+        let Up::Report(_) = &up;
+        frames.check("up", &format!("report-{}", state(s)), &up);
+    }
+    let kinds = [Kind::Echo { first_token_us: 5000, next_token_us: 1 }, Kind::Gguf, Kind::Safetensors];
+    let workers = kinds.map(|kind| WorkerSpec {
+        worker: name("echo.1"),
+        deployment: name("echo"),
+        revision: hash(6),
+        manifest: manifest(kind),
+        engine: engine(),
+    });
+    let down = Down::Assignment(Assignment { generation, workers: workers.into() });
+    let Down::Assignment(_) = &down;
+    frames.check("down", "assignment", &down);
+    frames.check("submit", "plain", &Submit { worker: name("echo.1"), job: job() });
+}
+
+fn job_event(event: &JobEvent) -> &'static str {
+    match event {
+        JobEvent::Tokens { .. } => "tokens",
+        JobEvent::Done { finish: Finish::Stop, .. } => "done-stop",
+        JobEvent::Done { finish: Finish::Length, .. } => "done-length",
+        JobEvent::Failed { .. } => "failed",
+    }
+}
+
+fn all_job_events() -> [JobEvent; 4] {
+    [
+        JobEvent::Tokens { position: 1000, tokens: vec![0, 250, 251, 100_000] },
+        JobEvent::Done { finish: Finish::Stop, usage: usage() },
+        JobEvent::Done { finish: Finish::Length, usage: usage() },
+        JobEvent::Failed { reason: "worker ended".into(), retryable: true },
+    ]
+}
+
+fn job_events(frames: &mut Frames) {
+    for event in all_job_events() {
+        frames.check("job-event", job_event(&event), &event);
+    }
+}
+
+fn worker(frames: &mut Frames) {
+    let to = |message: &ToWorker| match message {
+        ToWorker::Load { .. } => "load",
+        ToWorker::Submit { .. } => "submit",
+        ToWorker::Cancel { .. } => "cancel",
+    };
+    let files = vec![PathBuf::from("/var/lib/izar/a"), PathBuf::from("b")];
+    for message in [
+        ToWorker::Load { manifest: manifest(Kind::Gguf), files, engine: engine() },
+        ToWorker::Submit { id: 300, job: job() },
+        ToWorker::Cancel { id: u64::MAX },
+    ] {
+        frames.check("to-worker", to(&message), &message);
+    }
+    let from = |message: &FromWorker| match message {
+        FromWorker::Ready => "ready",
+        FromWorker::Unloadable { .. } => "unloadable",
+        FromWorker::Step { .. } => "step",
+    };
+    let events = all_job_events().into_iter().zip(1..).map(|(event, id)| (id, event)).collect();
+    for message in [
+        FromWorker::Ready,
+        FromWorker::Unloadable { reason: "no tensor output.weight".into() },
+        FromWorker::Step { events, running: 4, waiting: 1 },
+    ] {
+        frames.check("from-worker", from(&message), &message);
+    }
+}
+
+fn peer(frames: &mut Frames) {
+    let entry = RaftEntry { entry_type: 0, term: 5, index: 1 << 33, data: vec![1, 2, 255], context: vec![9] };
+    let message = RaftMessage {
+        msg_type: 3,
+        to: 1,
+        from: 2,
+        term: 5,
+        log_term: 4,
+        index: 300,
+        entries: vec![entry.clone(), RaftEntry { entry_type: 2, ..entry }],
+        commit: 299,
+        commit_term: 5,
+        request_snapshot: 1,
+        reject: true,
+        reject_hint: 250,
+        context: vec![8, 7],
+        priority: -1,
+    };
+    frames.check("raft-batch", "plain", &RaftBatch(vec![RaftMessage::default(), message]));
+    frames.check("proposal", "plain", &Proposal(vec![0, 1, 254, 255]));
+    frames.check("blob-request", "plain", &BlobRequest { hash: hash(7), offset: 1 << 34 });
+    let answer = |message: &BlobAnswer| match message {
+        BlobAnswer::Found { .. } => "found",
+        BlobAnswer::Missing => "missing",
+    };
+    for message in [BlobAnswer::Found { bytes: 1 << 35 }, BlobAnswer::Missing] {
+        frames.check("blob-answer", answer(&message), &message);
+    }
+}
+
+fn commands(frames: &mut Frames) {
+    let variant = |command: &Command| match command {
+        Command::CreateKey(_) => "create-key",
+        Command::RevokeKey(_) => "revoke-key",
+        Command::RegisterModel(_) => "register-model",
+        Command::Deploy(_) => "deploy",
+        Command::Undeploy(_) => "undeploy",
+        Command::SetPlan { .. } => "set-plan",
+        Command::OpenTurn(_) => "open-turn",
+        Command::CloseTurn { .. } => "close-turn",
+        Command::CloseOrphans { .. } => "close-orphans",
+        Command::CompactLog { .. } => "compact-log",
+    };
+    let origin = Origin { node: name::<NodeId>("c1"), incarnation: 3 };
+    let turn = job().turn;
+    for command in all_commands(&origin) {
+        let batch = batch(&origin, vec![command.clone()]);
+        frames.check("batch", variant(&command), &batch);
+    }
+    let outcome = |outcome: &Outcome| match outcome {
+        Outcome::Finished { .. } => "finished",
+        Outcome::Cancelled { .. } => "cancelled",
+        Outcome::Failed { .. } => "failed",
+        Outcome::Abandoned => "abandoned",
+    };
+    for closed in [
+        Outcome::Finished { finish: Finish::Length, usage: usage() },
+        Outcome::Cancelled { usage: usage() },
+        Outcome::Failed { reason: "worker ended".into(), usage: usage() },
+        Outcome::Abandoned,
+    ] {
+        let variant = format!("close-turn-{}", outcome(&closed));
+        frames.check("batch", &variant, &batch(&origin, vec![Command::CloseTurn { turn, outcome: closed }]));
+    }
+}
+
+pub fn batch(origin: &Origin, commands: Vec<Command>) -> Batch {
+    Batch { origin: origin.clone(), seq: 300, floor: 298, at: Hlc(1_795_521_600_000 << 16 | 7), commands }
+}
+
+/// One of each, but `CloseTurn`, which has a file for each outcome besides.
+pub fn all_commands(origin: &Origin) -> Vec<Command> {
+    let key = Key {
+        id: name::<KeyId>("key-1"),
+        project: name::<ProjectId>("default"),
+        secret_hash: hash(8),
+        max_concurrent: 256,
+        status: KeyStatus::Active,
+        created: Hlc(1 << 50),
+        note: "für Tests".into(),
+    };
+    let placement = Placement { deployment: name::<DeploymentId>("echo"), agent: name("a1") };
+    let plan = Plan { version: 4, workers: [(name("echo.0"), placement.clone()), (name("echo.1"), placement)].into() };
+    let opening = Opening {
+        turn: job().turn,
+        tenant: name::<TenantId>("default"),
+        project: name("default"),
+        key: name("key-1"),
+        deployment: name("echo"),
+        revision: hash(9),
+        prompt_tokens: 300,
+        max_tokens: 16,
+        stream: true,
+        origin: origin.clone(),
+    };
+    let deployment = Deployment { id: name("echo"), revision: hash(10), replicas: 2, engine: engine() };
+    vec![
+        Command::CreateKey(key.clone()),
+        Command::RevokeKey(key.id),
+        Command::RegisterModel(manifest(Kind::Echo { first_token_us: 5000, next_token_us: 300 })),
+        Command::Deploy(deployment),
+        Command::Undeploy(name("echo")),
+        Command::SetPlan { based_on: 3, plan },
+        Command::OpenTurn(opening),
+        Command::CloseOrphans { node: origin.node.clone(), before_incarnation: 3 },
+        Command::CompactLog { through: 1 << 36 },
+    ]
+}
