@@ -127,3 +127,100 @@ impl Engine for Lm {
         self.batcher.as_ref().map_or((0, 0), Batcher::load)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::{Receiver, sync_channel};
+    use std::time::Duration;
+
+    use super::sequence::tests::job;
+    use super::*;
+    use crate::model::{Batch, CausalLm, Error, Loaded, Logits, SequenceId};
+
+    /// What a test waits for an outcome at most.
+    const LIMIT: Duration = Duration::from_secs(10);
+
+    /// Says the token after each chunk's last one; breaks at token 13.
+    struct Counter;
+
+    impl CausalLm for Counter {
+        fn forward(&mut self, batch: &Batch) -> Logits {
+            assert!(!batch.tokens.contains(&13), "a kernel broke");
+            let wanted = batch.wanted();
+            let mut values = vec![0.0; wanted.len() * 16];
+            (0..).zip(wanted).for_each(|(row, at)| values[row * 16 + (batch.tokens[at] as usize + 1) % 16] = 1.0);
+            Logits::new(values, 16)
+        }
+        fn close(&mut self, _sequence: SequenceId) {}
+    }
+
+    fn start(max_context: usize, load: impl FnOnce() -> Result<Loaded, Error> + Send + 'static) -> (Lm, Receiver<()>) {
+        let (say, woken) = sync_channel(16);
+        let wake = move || say.send(()).expect("the test listens");
+        let mut engine = Lm::new(Executor::start(1, load, wake).unwrap(), 4, max_context);
+        wait(&mut engine, &woken);
+        (engine, woken)
+    }
+    fn counter(max_context: usize) -> (Lm, Receiver<()>) {
+        start(max_context, || Ok(Loaded { model: Box::new(Counter), context: 100, vocabulary: 16, eos: vec![9] }))
+    }
+    /// Polls after the next outcome.
+    fn wait(engine: &mut Lm, woken: &Receiver<()>) -> Events {
+        woken.recv_timeout(LIMIT).expect("an outcome in time");
+        engine.poll(Instant::now())
+    }
+
+    #[test]
+    fn jobs_that_come_during_a_step_join_the_next() {
+        let (mut engine, woken) = counter(0);
+        assert_eq!(*engine.state(), State::Ready);
+        let now = Instant::now();
+        engine.submit(now, 1, job(&[5], &[], 50));
+        assert_eq!(engine.poll(now), []);
+        engine.submit(now, 2, job(&[7], &[], 50));
+        let mut events = Vec::new();
+        while events.iter().filter(|(_, e)| matches!(e, JobEvent::Done { .. })).count() < 2 {
+            events.extend(wait(&mut engine, &woken));
+        }
+        let tokens = |number| {
+            let of = events.iter().filter(move |(n, _)| *n == number);
+            of.filter_map(|(_, e)| if let JobEvent::Tokens { tokens, .. } = e { Some(tokens[0]) } else { None })
+        };
+        assert_eq!((tokens(1).collect::<Vec<_>>(), tokens(2).collect::<Vec<_>>()), (vec![6, 7, 8], vec![8]));
+        assert_eq!(engine.load(), (0, 0));
+    }
+
+    #[test]
+    fn a_panic_fails_every_job_as_retryable_and_breaks_the_engine() {
+        let (mut engine, woken) = counter(0);
+        (0..6).for_each(|number| engine.submit(Instant::now(), number, job(&[12], &[], 50)));
+        engine.poll(Instant::now());
+        wait(&mut engine, &woken);
+        let events = wait(&mut engine, &woken);
+        assert_eq!(events.len(), 6);
+        assert!(events.iter().all(|(_, e)| matches!(e, JobEvent::Failed { retryable: true, .. })), "{events:?}");
+        assert_eq!(*engine.state(), State::Broken("a kernel broke".into()));
+        engine.submit(Instant::now(), 9, job(&[1], &[], 1));
+        assert!(matches!(engine.poll(Instant::now())[..], [(9, JobEvent::Failed { retryable: true, .. })]));
+    }
+
+    #[test]
+    fn a_load_that_fails_or_panics_is_said_with_its_reason() {
+        let state = |(engine, _): (Lm, _)| engine.state().clone();
+        let missing = start(0, || Err(Error::NoFile("x".into())));
+        assert_eq!(state(missing), State::Unloadable("the model has no file `x`".into()));
+        let broken = start(0, || panic!("no device"));
+        assert_eq!(state(broken), State::Unloadable("loading panicked: no device".into()));
+    }
+
+    #[test]
+    fn a_context_of_the_deployment_bounds_the_models_own() {
+        for (asked, holds) in [(0, 100), (40, 40), (1000, 100)] {
+            let (mut engine, _woken) = counter(asked);
+            engine.submit(Instant::now(), 1, job(&[1; 100], &[], 1));
+            let events = engine.poll(Instant::now());
+            let [(1, JobEvent::Failed { reason, retryable: false })] = &events[..] else { panic!("{events:?}") };
+            assert_eq!(*reason, format!("the prompt has 100 tokens, the context holds {holds}"));
+        }
+    }
+}

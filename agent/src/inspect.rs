@@ -115,13 +115,16 @@ fn describe(s: &Summary) -> String {
         let what = format!("{kind}: {} tensors, {}, {}", t.count, millions(t.parameters), megabytes(t.bytes));
         line("tensors", what);
     }
-    line("tokenizer", match &s.tokenizer {
-        Tokenizer::Usable { vocabulary, chat_template, eos } => {
-            let chat = if *chat_template { "a chat template" } else { "no chat template" };
-            format!("{vocabulary} tokens, {chat}, answers end at {eos:?}")
-        }
-        Tokenizer::Unusable { reason } => format!("not usable: {reason}"),
-    });
+    line(
+        "tokenizer",
+        match &s.tokenizer {
+            Tokenizer::Usable { vocabulary, chat_template, eos } => {
+                let chat = if *chat_template { "a chat template" } else { "no chat template" };
+                format!("{vocabulary} tokens, {chat}, answers end at {eos:?}")
+            }
+            Tokenizer::Unusable { reason } => format!("not usable: {reason}"),
+        },
+    );
     out
 }
 

@@ -48,7 +48,10 @@ impl Facts {
             pid: std::process::id(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             cores: std::thread::available_parallelism().map_or(1, |cores| cores.get() as u32),
-            memory_bytes: std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| total_memory(&text)).unwrap_or(0),
+            memory_bytes: std::fs::read_to_string("/proc/meminfo")
+                .ok()
+                .and_then(|text| total_memory(&text))
+                .unwrap_or(0),
         }
     }
 }
@@ -85,8 +88,7 @@ impl Link {
         facts: Facts,
     ) -> Self {
         let (stop, tasks) = (CancellationToken::new(), TaskTracker::new());
-        let parts =
-            Arc::new(Parts { endpoint, workers, sources, facts, stop: stop.clone(), tasks: tasks.clone() });
+        let parts = Arc::new(Parts { endpoint, workers, sources, facts, stop: stop.clone(), tasks: tasks.clone() });
         for controller in controllers {
             tasks.spawn(keep(parts.clone(), *controller));
         }

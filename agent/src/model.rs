@@ -138,8 +138,7 @@ pub enum Error {
 type Loader = fn(&Config, &Source) -> Result<Box<dyn CausalLm>, Error>;
 
 /// Which decoder runs a family. The names are those of `config.json` (`model_type`) and of GGUF alike.
-const FAMILIES: &[(Family, Loader)] =
-    &[(Family::Llama, dense), (Family::Qwen2, dense), (Family::Qwen3, dense)];
+const FAMILIES: &[(Family, Loader)] = &[(Family::Llama, dense), (Family::Qwen2, dense), (Family::Qwen3, dense)];
 
 fn dense(config: &Config, source: &Source) -> Result<Box<dyn CausalLm>, Error> {
     Ok(Box::new(Decoder::load(config, source)?))

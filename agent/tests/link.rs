@@ -31,11 +31,8 @@ fn node_tls(dir: &Path, role: Role, node: &str) -> NodeTls {
     }
     let identity = Identity { cluster, site: "east".parse().unwrap(), role, node: node.parse().unwrap() };
     pki::issue(dir, &identity, &["127.0.0.1".to_owned()], dir).unwrap();
-    let files = Files {
-        ca: dir.join("ca.pem"),
-        cert: dir.join(format!("{node}.pem")),
-        key: dir.join(format!("{node}.key")),
-    };
+    let files =
+        Files { ca: dir.join("ca.pem"), cert: dir.join(format!("{node}.pem")), key: dir.join(format!("{node}.key")) };
     NodeTls::load(&files).unwrap()
 }
 

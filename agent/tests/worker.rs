@@ -39,10 +39,7 @@ fn assignment(applied: u64, workers: &[(&str, Manifest)]) -> Assignment {
         manifest: manifest.clone(),
         engine: EngineOptions::default(),
     };
-    Assignment {
-        generation: Generation { incarnation: 1, applied },
-        workers: workers.iter().map(spec).collect(),
-    }
+    Assignment { generation: Generation { incarnation: 1, applied }, workers: workers.iter().map(spec).collect() }
 }
 
 fn job(manifest: &Manifest, max_tokens: u32) -> Job {
@@ -135,10 +132,7 @@ async fn a_worker_serves_many_jobs_at_once() {
         assert_eq!(tokens, 16);
     }
     agent.until("idle", |all| all[0].running + all[0].waiting == 0).await;
-    assert_eq!(
-        agent.submit(job(&echo(777), 4)).unwrap_err(),
-        "the worker runs another revision of the model"
-    );
+    assert_eq!(agent.submit(job(&echo(777), 4)).unwrap_err(), "the worker runs another revision of the model");
     agent.workers.stop().await;
 }
 
@@ -152,10 +146,8 @@ async fn a_killed_worker_fails_its_jobs_as_retryable_and_comes_back() {
     kill(Pid::from_raw(pid as i32), Signal::SIGKILL).unwrap();
     let (_, last) = finish(&running).await;
     assert!(matches!(last, JobEvent::Failed { retryable: true, .. }), "{last:?}");
-    let again = agent
-        .until("ready again", |all| all[0].state == WorkerState::Ready && all[0].restarts == 1)
-        .await
-        .remove(0);
+    let again =
+        agent.until("ready again", |all| all[0].state == WorkerState::Ready && all[0].restarts == 1).await.remove(0);
     assert_ne!(again.pid, Some(pid));
     assert_eq!(finish(&agent.submit(job(&model, 2)).unwrap()).await.0, 2);
     agent.workers.stop().await;

@@ -63,13 +63,15 @@ pub struct Text {
 enum Language {
     /// Bytes in, words out.
     Echo,
-    Model {
-        tokenizer: Box<tokenizers::Tokenizer>,
-        template: Option<Template>,
-        specials: Specials,
-        /// The token that begins every plain prompt, if the model wants one.
-        bos: Option<Token>,
-    },
+    Model(Box<Model>),
+}
+
+struct Model {
+    tokenizer: tokenizers::Tokenizer,
+    template: Option<Template>,
+    specials: Specials,
+    /// The token that begins every plain prompt, if the model wants one.
+    bos: Option<Token>,
 }
 
 impl fmt::Debug for Text {
@@ -84,7 +86,10 @@ impl Text {
         let Some(json) = &bundle.tokenizer else {
             return Ok(Self { language: Language::Echo, table: echo::table(), eos: Vec::new() });
         };
-        let tokenizer = tokenizers::Tokenizer::deserialize(json).map_err(|e| Error::Tokenizer(e.to_string()))?;
+        let mut tokenizer = tokenizers::Tokenizer::deserialize(json).map_err(|e| Error::Tokenizer(e.to_string()))?;
+        // Left over from training in some files; a prompt is never cut short or filled up in silence.
+        tokenizer.with_truncation(None).map_err(|e| Error::Tokenizer(e.to_string()))?;
+        tokenizer.with_padding(None);
         check_added(&tokenizer, json)?;
         let table = Table::new(&tokenizer, &json["decoder"], &bundle.eos)?;
         if let Some(token) = bundle.eos.iter().find(|t| **t >= table.len()) {
@@ -102,10 +107,9 @@ impl Text {
             Some(source) => Some(Template::new(source, bundle.bos.as_deref(), bundle.eos_text.as_deref())?),
             None => None,
         };
-        let specials = Specials::new(
-            tokenizer.get_added_tokens_decoder().into_values().filter(|t| t.special).map(|t| t.content),
-        );
-        let language = Language::Model { tokenizer: Box::new(tokenizer), template, specials, bos };
+        let specials =
+            Specials::new(tokenizer.get_added_tokens_decoder().into_values().filter(|t| t.special).map(|t| t.content));
+        let language = Language::Model(Box::new(Model { tokenizer, template, specials, bos }));
         Ok(Self { language, table, eos: bundle.eos.clone() })
     }
 
@@ -114,9 +118,9 @@ impl Text {
     pub fn encode(&self, text: &str) -> Result<Vec<Token>, Error> {
         match &self.language {
             Language::Echo => Ok(echo::encode(text)),
-            Language::Model { tokenizer, bos, .. } => {
-                let mut tokens = encode_piece(tokenizer, text, true)?;
-                if let Some(bos) = bos.filter(|bos| tokens.first() != Some(bos)) {
+            Language::Model(model) => {
+                let mut tokens = encode_piece(&model.tokenizer, text, true)?;
+                if let Some(bos) = model.bos.filter(|bos| tokens.first() != Some(bos)) {
                     tokens.insert(0, bos);
                 }
                 Ok(tokens)
@@ -131,23 +135,26 @@ impl Text {
     }
     /// Like `encode_chat`, for templates that show the date: `now_ms` is Unix time.
     pub fn encode_chat_at(&self, messages: &[Message], now_ms: u64) -> Result<Vec<Token>, Error> {
-        let (tokenizer, template, specials) = match &self.language {
+        let model = match &self.language {
             Language::Echo => return Ok(echo::encode_chat(messages)),
-            Language::Model { template: None, .. } => return Err(Error::NoTemplate),
-            Language::Model { tokenizer, template: Some(template), specials, .. } => (tokenizer, template, specials),
+            Language::Model(model) => model,
         };
-        let cuts = specials.cut(messages)?;
+        let template = model.template.as_ref().ok_or(Error::NoTemplate)?;
+        let cuts = model.specials.cut(messages)?;
         let rendered = template.render(cuts.messages(messages), now_ms)?;
         let mut tokens = Vec::new();
         for piece in cuts.pieces(&rendered) {
-            tokens.append(&mut encode_piece(tokenizer, piece, false)?);
+            tokens.append(&mut encode_piece(&model.tokenizer, piece, false)?);
         }
         Ok(tokens)
     }
 
     /// Whether `encode_chat` can work.
     pub fn has_chat(&self) -> bool {
-        !matches!(self.language, Language::Model { template: None, .. })
+        match &self.language {
+            Language::Echo => true,
+            Language::Model(model) => model.template.is_some(),
+        }
     }
     /// One more than the highest token that the tokenizer knows; the model may have more rows.
     pub fn vocabulary(&self) -> u32 {

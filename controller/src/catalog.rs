@@ -140,7 +140,11 @@ impl Catalog {
                         () = tokio::time::sleep_until(when) => {}
                     }
                 }
-                Next::Idle => if config.changed().await.is_err() { return },
+                Next::Idle => {
+                    if config.changed().await.is_err() {
+                        return;
+                    }
+                }
             }
         }
     }

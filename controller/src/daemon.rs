@@ -186,8 +186,12 @@ async fn serve_peer(connection: quic::Connection, driver: Arc<raft::Driver>, sto
         tokio::select! {
             stream = connection.accept_uni() => {
                 let Ok((open, receiver)) = stream else { return };
-                let (driver, peer) = (driver.clone(), peer.clone());
-                tasks.spawn(async move { driver.on_stream(peer, open, receiver).await });
+                let (driver, peer, connection) = (driver.clone(), peer.clone(), connection.clone());
+                tasks.spawn(async move {
+                    if let Some(error) = driver.on_stream(peer, open, receiver).await {
+                        connection.refuse_frame(&error);
+                    }
+                });
             }
             stream = connection.accept_bi() => {
                 let Ok((open, sender, receiver)) = stream else { return };

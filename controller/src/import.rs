@@ -91,8 +91,7 @@ fn import_gguf(path: &Path, name: &str, expected: Option<Hash>, store: &blob::St
     let tensor = file.tensor(embeddings).ok_or_else(|| wrong(gguf::Error::NoTensor(embeddings.to_owned())))?;
     // ggml's order: the width first, then the rows.
     let rows = tensor.dims.get(1).copied().unwrap_or(0).try_into().unwrap_or(u32::MAX);
-    let bundle =
-        Bundle::from_gguf(&file).map_err(|source| Error::Text { path: path.to_owned(), source })?;
+    let bundle = Bundle::from_gguf(&file).map_err(|source| Error::Text { path: path.to_owned(), source })?;
     prove(path, &bundle, context, rows)?;
     let stored = store_file(path, store)?;
     if stored.hash != found {
@@ -118,9 +117,9 @@ fn import_folder(folder: &Path, name: &str, store: &blob::Store) -> Result<Manif
         value.ok_or_else(|| Error::Malformed { path: config_path.clone(), reason: reason() })
     };
     let (context, vocabulary) = (number("max_position_embeddings")?, number("vocab_size")?);
-    let architecture = config["model_type"].as_str().ok_or_else(|| {
-        Error::Malformed { path: config_path.clone(), reason: "`model_type` is missing".to_owned() }
-    })?;
+    let architecture = config["model_type"]
+        .as_str()
+        .ok_or_else(|| Error::Malformed { path: config_path.clone(), reason: "`model_type` is missing".to_owned() })?;
     let mut names = vec!["config.json".to_owned()];
     names.extend(weights(folder)?);
     for weight in names.iter().filter(|n| n.ends_with(".safetensors")) {

@@ -82,13 +82,7 @@ fn is_lost(agent: &NodeId, fleet: &Fleet, times: Times) -> bool {
 }
 
 /// Moves a deployment's workers away from lost agents, as far as others have room.
-fn leave_lost(
-    workers: &mut Workers,
-    deployment: &Deployment,
-    fleet: &Fleet,
-    here: &[&NodeId],
-    times: Times,
-) {
+fn leave_lost(workers: &mut Workers, deployment: &Deployment, fleet: &Fleet, here: &[&NodeId], times: Times) {
     let lost: Vec<WorkerId> = workers
         .iter()
         .filter(|(_, placement)| placement.deployment == deployment.id && is_lost(&placement.agent, fleet, times))

@@ -445,7 +445,8 @@ impl Driver {
     /// A proposal is decoded before it may enter the log: what is in there, every member must be able to apply.
     async fn read_proposals(&self, peer: &NodeId, stream: &mut quic::Receiver) -> anyhow::Result<()> {
         while let Some(Proposal(bytes)) = stream.next().await? {
-            let (batch, length) = wire::decode::<Batch>(&bytes).context("a proposal does not decode")?;
+            let decoded = wire::decode::<Batch>(&bytes);
+            let (batch, length) = decoded.map_err(|error| anyhow::anyhow!("a proposal does not decode: {error}"))?;
             ensure!(length == bytes.len(), "a proposal has bytes too many");
             ensure!(batch.origin.node == *peer, "a proposal in the name of {}", batch.origin.node);
             if !self.inbox.propose(bytes.into()) {

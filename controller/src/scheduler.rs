@@ -236,10 +236,13 @@ mod tests {
 
     #[test]
     fn the_reason_says_in_which_states_the_replicas_are() {
-        check("a1 m.0 loading 0 0 0\na2 m.1 backoff 0 0 0", concat!(
-            "no replica of m is ready (1 loading the model, 1 failed and waiting to be started again)"));
+        let both = "no replica of m is ready (1 loading the model, 1 failed and waiting to be started again)";
+        check("a1 m.0 loading 0 0 0\na2 m.1 backoff 0 0 0", both);
         check("a1 m.0 fetching 0 0 0", "no replica of m is ready (1 unreachable, 1 fetching the model)");
-        check("a1 m.0 ready 0 0 0 x\na2 n.0 ready 0 0 0", "no replica of m is ready (1 starting, 1 with another revision)");
+        check(
+            "a1 m.0 ready 0 0 0 x\na2 n.0 ready 0 0 0",
+            "no replica of m is ready (1 starting, 1 with another revision)",
+        );
         assert_eq!(ask("m 2", "", "a1 m.0 ready 0 0 0", &[], 0), "no replica of m is ready (2 without an agent)");
         assert_eq!(ask("n 2", "n.0@a1", "a1 n.0 ready 0 0 0", &[], 0), "there is no deployment m");
     }

@@ -136,6 +136,13 @@ impl Cluster {
         processes
     }
 
+    /// The workers of a deployment that run now.
+    pub fn workers(&self, deployment: &str) -> Vec<Process> {
+        let mut workers = self.processes("worker");
+        workers.retain(|p| p.id.rsplit_once('.').is_some_and(|(name, _)| name == deployment));
+        workers
+    }
+
     /// A client of each controller that runs now, by the controller's id.
     pub fn clients(&self) -> Vec<(String, Client)> {
         let ready = self.ready();
@@ -162,6 +169,7 @@ impl Cluster {
         for (_, admin) in self.admins() {
             admin.wait_ready(name, replicas as u64);
         }
+        waiting::until_true("the ready file to name the workers", waiting::SOON, || self.workers(name).len() == replicas);
     }
 
     /// Waits until that many controllers answer, know a leader, and see `replicas` ready workers of a deployment.

@@ -82,18 +82,12 @@ fn short(client: &Client) -> Response {
     client.post(CHAT, &body(2, false)).unwrap()
 }
 
-fn worker_of<'a>(workers: &'a [Process], deployment: &str) -> &'a Process {
-    let mut mine = workers.iter().filter(|p| p.id.starts_with(deployment));
-    mine.next().unwrap_or_else(|| panic!("no worker of {deployment} among {workers:?}"))
-}
-
 #[test]
 fn a_killed_worker_costs_only_what_ran_in_it() {
     let _machine = izar_tests::exclusive();
     let cluster = Options::echo(1, 2).start();
     cluster.deploy_echo("slow", 2, 5, 50);
-    let workers = cluster.processes("worker");
-    let victim = worker_of(&workers, "slow").clone();
+    let victim = cluster.workers("slow").remove(0);
     let client = cluster.client();
     let ends = while_requests_run(&cluster, || {
         process::kill_hard(victim.pid);

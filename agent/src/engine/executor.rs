@@ -23,7 +23,11 @@ const OUTCOMES: usize = 4;
 /// What an executor says.
 #[derive(Debug, PartialEq)]
 pub enum Outcome {
-    Loaded { context: usize, vocabulary: usize, eos: Vec<Token> },
+    Loaded {
+        context: usize,
+        vocabulary: usize,
+        eos: Vec<Token>,
+    },
     Unloadable(String),
     /// The tokens that a step drew, in the order of its draws.
     Stepped(Vec<Drawn>),

@@ -95,8 +95,7 @@ impl Sequence {
     }
     /// How the next token is drawn, and where.
     pub fn draw(&self) -> (Sampling, Place) {
-        let place =
-            Place { seed: self.sampling.seed, choice: self.choice, position: self.answer().len() as u32 };
+        let place = Place { seed: self.sampling.seed, choice: self.choice, position: self.answer().len() as u32 };
         (self.sampling.clone(), place)
     }
 
@@ -125,8 +124,7 @@ impl Sequence {
         self.answer().len() >= self.sampling.max_tokens as usize || self.tokens.len() >= limits.context
     }
     fn done(&self, finish: Finish) -> JobEvent {
-        let usage =
-            Usage { prompt_tokens: self.prompt as u32, completion_tokens: self.answer().len() as u32 };
+        let usage = Usage { prompt_tokens: self.prompt as u32, completion_tokens: self.answer().len() as u32 };
         JobEvent::Done { finish, usage }
     }
 }
@@ -146,14 +144,7 @@ pub mod tests {
             revision: Hash([0; 32]),
             prompt: prompt.to_vec(),
             delivered: delivered.to_vec(),
-            sampling: Sampling {
-                temperature: 0.0,
-                top_p: 1.0,
-                top_k: 0,
-                seed: 9,
-                max_tokens,
-                ignore_eos: false,
-            },
+            sampling: Sampling { temperature: 0.0, top_p: 1.0, top_k: 0, seed: 9, max_tokens, ignore_eos: false },
         }
     }
     fn limits() -> Limits {

@@ -18,9 +18,22 @@ const SIZE_LIMIT: usize = 1 << 20;
 
 /// Keys of `config.json` that do not change what is computed here.
 const HARMLESS: &[&str] = &[
-    "architectures", "attention_dropout", "bos_token_id", "dtype", "eos_token_id", "initializer_range",
-    "is_llama_config", "max_window_layers", "model_type", "pad_token_id", "pretraining_tp", "sliding_window",
-    "torch_dtype", "transformers.js_config", "transformers_version", "use_cache",
+    "architectures",
+    "attention_dropout",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "initializer_range",
+    "is_llama_config",
+    "max_window_layers",
+    "model_type",
+    "pad_token_id",
+    "pretraining_tp",
+    "sliding_window",
+    "torch_dtype",
+    "transformers.js_config",
+    "transformers_version",
+    "use_cache",
 ];
 
 /// Keys of GGUF metadata, after the architecture's name, that do not change what is computed here.
@@ -55,9 +68,16 @@ impl Family {
 pub enum Scaling {
     None,
     /// Every frequency divided by the factor.
-    Linear { factor: f32 },
+    Linear {
+        factor: f32,
+    },
     /// Low frequencies divided, high ones kept, those between blended (Llama 3.1).
-    Llama3 { factor: f32, low: f32, high: f32, original_context: f32 },
+    Llama3 {
+        factor: f32,
+        low: f32,
+        high: f32,
+        original_context: f32,
+    },
 }
 
 /// The shape of a decoder.
@@ -264,7 +284,8 @@ impl<'a> Keys<'a> {
         }
     }
     fn family(&self) -> Result<Family, Error> {
-        let name = self.get("model_type").and_then(Value::as_str).ok_or_else(|| self.bad("model_type", "is missing"))?;
+        let name =
+            self.get("model_type").and_then(Value::as_str).ok_or_else(|| self.bad("model_type", "is missing"))?;
         let known = || Family::ALL.iter().map(|f| f.name()).collect::<Vec<_>>().join(", ");
         Family::from_name(name)
             .ok_or_else(|| self.bad("model_type", &format!("is \"{name}\"; supported are {}", known())))
@@ -448,7 +469,8 @@ mod tests {
     fn neutral_and_harmless_keys_are_passed_over() {
         let plain = read(|_| {}).unwrap();
         let more = read(|v| {
-            for (key, value) in [("mlp_bias", json!(false)), ("_name_or_path", json!("x")), ("new_thing", json!(null))] {
+            for (key, value) in [("mlp_bias", json!(false)), ("_name_or_path", json!("x")), ("new_thing", json!(null))]
+            {
                 v[key] = value;
             }
         });

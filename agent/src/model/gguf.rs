@@ -154,9 +154,10 @@ mod tests {
     #[test]
     fn interleaved_rows_come_back_in_halves() {
         // Two heads of four rows of one column; ggml's order within a head is 0 2 1 3 of the checkpoint's.
-        assert_eq!(uninterleave(&[0.0, 2.0, 1.0, 3.0, 10.0, 12.0, 11.0, 13.0], 2, 1), [
-            0.0, 1.0, 2.0, 3.0, 10.0, 11.0, 12.0, 13.0
-        ]);
+        assert_eq!(
+            uninterleave(&[0.0, 2.0, 1.0, 3.0, 10.0, 12.0, 11.0, 13.0], 2, 1),
+            [0.0, 1.0, 2.0, 3.0, 10.0, 11.0, 12.0, 13.0]
+        );
     }
 
     #[test]

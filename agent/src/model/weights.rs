@@ -178,16 +178,14 @@ impl Source {
 
 /// Reads a tensor by ggml's own name; `shape` is ours, outermost axis first.
 fn ggml_values(file_name: &str, file: &gguf::File, name: &str, shape: &[usize]) -> Result<Vec<f32>, Error> {
-    let bad =
-        |reason: String| Error::Tensor { file: file_name.to_owned(), tensor: name.to_owned(), reason };
+    let bad = |reason: String| Error::Tensor { file: file_name.to_owned(), tensor: name.to_owned(), reason };
     let tensor = file.tensor(name).ok_or_else(|| bad("is missing".into()))?;
     let found: Vec<usize> = tensor.dims.iter().rev().map(|d| *d as usize).collect();
     if found != shape {
         return Err(bad(format!("has shape {found:?}, the configuration asks for {shape:?}")));
     }
     let kind = tensor.ggml_type;
-    let (_, bytes) =
-        file.data(name).map_err(|source| Error::Gguf { file: file_name.to_owned(), source })?;
+    let (_, bytes) = file.data(name).map_err(|source| Error::Gguf { file: file_name.to_owned(), source })?;
     ggml::dequantize(kind, &bytes)
         .ok_or_else(|| bad(format!("is stored as {kind}; supported are F32, F16, BF16, Q4_0, Q4_1, Q8_0")))
 }

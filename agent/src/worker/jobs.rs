@@ -223,8 +223,7 @@ mod tests {
     use izar_common::id::{Hash, TurnId};
 
     fn job(max_tokens: u32, delivered: usize) -> Job {
-        let sampling =
-            Sampling { temperature: 0.0, top_p: 1.0, top_k: 0, seed: 0, max_tokens, ignore_eos: false };
+        let sampling = Sampling { temperature: 0.0, top_p: 1.0, top_k: 0, seed: 0, max_tokens, ignore_eos: false };
         Job {
             turn: TurnId(1),
             choice: 0,

@@ -57,14 +57,16 @@ struct Seen {
 enum End {
     Stopped,
     /// It failed, after it had been ready for so long (if at all).
-    Failed { reason: String, ready: Option<Duration> },
+    Failed {
+        reason: String,
+        ready: Option<Duration>,
+    },
 }
 
 impl Replica {
     pub fn new(spec: WorkerSpec, threads: u32, changed: watch::Sender<()>) -> Self {
         let detail = "starting".to_owned();
-        let status =
-            Status { state: WorkerState::Fetching, pid: None, running: 0, waiting: 0, restarts: 0, detail };
+        let status = Status { state: WorkerState::Fetching, pid: None, running: 0, waiting: 0, restarts: 0, detail };
         Self { spec, threads, seen: Mutex::new(Seen { status, jobs: None }), changed }
     }
 

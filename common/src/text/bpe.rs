@@ -60,7 +60,12 @@ pub(super) fn from_gguf(file: &File) -> Result<Found, Error> {
         return Err(malformed("token_type", reason));
     }
     let of_type = |wanted: &'static [u32]| {
-        types.iter().zip(&tokens).enumerate().filter(move |(_, (t, _))| wanted.contains(t)).map(|(id, (t, text))| (id, *t, *text))
+        types
+            .iter()
+            .zip(&tokens)
+            .enumerate()
+            .filter(move |(_, (t, _))| wanted.contains(t))
+            .map(|(id, (t, text))| (id, *t, *text))
     };
     let added: Vec<Value> = of_type(&[CONTROL, USER_DEFINED])
         .map(|(id, kind, text)| {
@@ -116,12 +121,8 @@ const DEEPSEEK_V3: &str = concat!(
 
 impl Rule {
     fn find(name: &str) -> Result<Self, Error> {
-        let split = |regex: &str| {
-            json!({"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": false})
-        };
-        let bytes = |use_regex: bool| {
-            json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": use_regex})
-        };
+        let split = |regex: &str| json!({"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": false});
+        let bytes = |use_regex: bool| json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": use_regex});
         let rule = |splits| Self { normalizer: Value::Null, splits, ignore_merges: false };
         Ok(match name {
             "gpt-2" | "gpt2" => rule(vec![bytes(true)]),

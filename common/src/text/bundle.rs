@@ -130,7 +130,10 @@ fn read(folder: &Path, name: &str) -> Result<Option<String>, Error> {
     let mut text = String::new();
     file.take(FILE_LIMIT + 1).read_to_string(&mut text).map_err(failed)?;
     if text.len() as u64 > FILE_LIMIT {
-        return Err(Error::Malformed { name: name.to_owned(), reason: format!("it is larger than {FILE_LIMIT} bytes") });
+        return Err(Error::Malformed {
+            name: name.to_owned(),
+            reason: format!("it is larger than {FILE_LIMIT} bytes"),
+        });
     }
     Ok(Some(text))
 }
@@ -215,8 +218,11 @@ mod tests {
             ("tokenizer.json", tokenizer()),
             ("config.json", json!({"bos_token_id": 0, "eos_token_id": 3})),
             ("generation_config.json", json!({"eos_token_id": [1, 5]})),
-            ("tokenizer_config.json", json!({"eos_token": {"content": "<end>"}, "add_bos_token": true,
-                "chat_template": [{"name": "rag", "template": "r"}, {"name": "default", "template": "d"}]})),
+            (
+                "tokenizer_config.json",
+                json!({"eos_token": {"content": "<end>"}, "add_bos_token": true,
+                "chat_template": [{"name": "rag", "template": "r"}, {"name": "default", "template": "d"}]}),
+            ),
         ]);
         let bundle = Bundle::from_folder(dir.path()).unwrap();
         assert_eq!((bundle.eos, bundle.eos_text.as_deref()), (vec![1, 5, 7], Some("<end>")));

@@ -8,6 +8,7 @@ use crate::chat::{Message, Role, Token};
 pub const FIRST_WORD: Token = 256;
 
 /// The words of answers; token `FIRST_WORD + i` decodes to a space and `WORDS[i]`.
+#[rustfmt::skip]
 pub const WORDS: [&str; 256] = [
     "the", "of", "and", "to", "in", "is", "you", "that", "it", "he", "was", "for", "on", "are", "as", "with",
     "his", "they", "at", "be", "this", "have", "from", "or", "one", "had", "by", "word", "but", "not", "what", "all",

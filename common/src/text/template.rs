@@ -136,7 +136,17 @@ impl serde_json::ser::Formatter for PythonFormatter {
 }
 
 const MONTHS: [&str; 12] = [
-    "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
     "December",
 ];
 const WEEKDAYS: [&str; 7] = ["Thursday", "Friday", "Saturday", "Sunday", "Monday", "Tuesday", "Wednesday"];
@@ -216,10 +226,16 @@ mod tests {
 
     #[test]
     fn blocks_are_trimmed_and_python_methods_work() {
-        check("{% for m in messages %}\n  {% if true %}\n{{ m.content.strip().upper() }}\n  {% endif %}\n{% endfor %}",
-            &[(Role::User, " a "), (Role::User, "b")], "A\nB\n");
-        check("{%- for m in messages -%}{% if loop.last %}{% break %}{% endif %}{{ m.content }}{%- endfor -%}",
-            &[(Role::User, "a"), (Role::User, "b")], "a");
+        check(
+            "{% for m in messages %}\n  {% if true %}\n{{ m.content.strip().upper() }}\n  {% endif %}\n{% endfor %}",
+            &[(Role::User, " a "), (Role::User, "b")],
+            "A\nB\n",
+        );
+        check(
+            "{%- for m in messages -%}{% if loop.last %}{% break %}{% endif %}{{ m.content }}{%- endfor -%}",
+            &[(Role::User, "a"), (Role::User, "b")],
+            "a",
+        );
     }
 
     #[test]

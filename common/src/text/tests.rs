@@ -98,3 +98,12 @@ fn unusable_bundles_are_refused() {
     check(Bundle { chat_template: Some("{% if %}".into()), ..golden() }, "the chat template failed");
     check(Bundle { add_bos: true, bos: Some("<none>".into()), ..golden() }, "`<none>` is not in the vocabulary");
 }
+
+#[test]
+fn a_truncation_that_training_left_over_is_not_applied() {
+    let mut tokenizer = golden().tokenizer.unwrap();
+    tokenizer["truncation"] = json!({"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0});
+    let cut = text(&Bundle { tokenizer: Some(tokenizer), ..golden() });
+    let long = "one two three four five";
+    assert_eq!(cut.encode(long).unwrap(), text(&golden()).encode(long).unwrap());
+}

@@ -14,7 +14,10 @@ const LONGEST_WAIT: Duration = Duration::from_secs(5);
 /// What to do now.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Next {
-    Fetch { revision: Hash, file: File },
+    Fetch {
+        revision: Hash,
+        file: File,
+    },
     WaitUntil(Instant),
     /// Nothing until the models change.
     Idle,

@@ -418,9 +418,9 @@ async fn pump(
         let tokens = turn.usage().completion_tokens;
         gauges.event(gateway, order, tokens, now);
         listed.tokens(tokens);
-        if !step.text.is_empty() {
+        if !step.shown.is_empty() {
             listed.enter(Stage::Answering);
-            if exit.text(&step.text, now).is_err() {
+            if exit.text(&step.shown, now).is_err() {
                 return (Ended::Gone, turn.usage());
             }
         }

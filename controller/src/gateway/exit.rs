@@ -13,6 +13,7 @@ use super::chat::Answer;
 use super::error::Error;
 use super::openai::sse::Events;
 use super::outlet::{Closed, Outlet};
+use super::turn::Shown;
 
 /// How long a streamed answer may wait for its first text before its head leaves without it. Most failures show
 /// within this, and no client takes it for a dead server.
@@ -52,15 +53,18 @@ impl Exit {
         }
     }
 
-    /// Passes text on.
-    pub fn text(&mut self, text: &str, now: Instant) -> Result<(), Closed> {
+    /// Passes text on: to a client that reads along, one event for each token.
+    pub fn text(&mut self, shown: &Shown, now: Instant) -> Result<(), Closed> {
         match self {
-            Exit::Whole { text: all, .. } => all.push_str(text),
+            Exit::Whole { text, .. } => text.push_str(shown.text()),
             Exit::Stream(stream) => {
-                if stream.head.is_some() {
-                    stream.outlet.event(|out| stream.events.begin(out))?;
-                }
-                stream.outlet.event(|out| stream.events.text(text, out))?;
+                let first = stream.head.is_some();
+                stream.outlet.events(shown.len() + usize::from(first), |out| {
+                    if first {
+                        stream.events.begin(out);
+                    }
+                    shown.pieces().for_each(|piece| stream.events.text(piece, out));
+                })?;
                 stream.written = now;
                 stream.send_head();
             }
@@ -165,6 +169,10 @@ mod tests {
         (Exit::stream(tx, outlet, Events::new(Kind::Chat, &head, false)), rx, body)
     }
 
+    fn shown(text: &str) -> Shown {
+        Shown::from(text.to_owned())
+    }
+
     async fn all(body: OutletBody) -> String {
         String::from_utf8(body.collect().await.unwrap().to_bytes().to_vec()).unwrap()
     }
@@ -179,7 +187,7 @@ mod tests {
     #[tokio::test]
     async fn a_failure_after_it_is_the_last_event() {
         let (mut exit, mut head, body) = stream();
-        exit.text("hi", Instant::now()).unwrap();
+        exit.text(&shown("hi"), Instant::now()).unwrap();
         assert_eq!(head.try_recv().unwrap(), Ok(()));
         exit.fail(Error::Stopping);
         let text = all(body).await;
@@ -205,7 +213,7 @@ mod tests {
         let _ = body.frame().await;
         exit.beat(due).unwrap();
         assert_eq!(body.frame().await.unwrap().unwrap().into_data().unwrap(), ": keep-alive\n\n");
-        exit.text("x", due).unwrap();
+        exit.text(&shown("x"), due).unwrap();
         exit.beat(due + KEEP_ALIVE).unwrap();
         let text = body.frame().await.unwrap().unwrap().into_data().unwrap();
         assert!(!text.ends_with(b": keep-alive\n\n"), "a client that has not read its text gets no comment");
@@ -215,9 +223,9 @@ mod tests {
     async fn a_whole_answer_begins_again_without_its_first_try() {
         let (tx, rx) = oneshot::channel();
         let mut exit = Exit::whole(tx);
-        exit.text("lost", Instant::now()).unwrap();
+        exit.text(&shown("lost"), Instant::now()).unwrap();
         exit.again();
-        exit.text("kept", Instant::now()).unwrap();
+        exit.text(&shown("kept"), Instant::now()).unwrap();
         exit.finish(Finish::Length, USAGE);
         assert_eq!(rx.await.unwrap().unwrap().text, "kept");
     }

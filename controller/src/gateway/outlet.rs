@@ -57,18 +57,23 @@ pub struct Outlet {
 impl Outlet {
     /// Adds one event, which `write` appends to the buffer. A full buffer cuts the client.
     pub fn event(&mut self, write: impl FnOnce(&mut BytesMut)) -> Result<(), Closed> {
+        self.events(1, write)
+    }
+
+    /// Adds `count` events at once.
+    pub fn events(&mut self, count: usize, write: impl FnOnce(&mut BytesMut)) -> Result<(), Closed> {
         let (reader, result) = {
             let mut state = lock(&self.shared);
             if let Some(closed) = state.closed {
                 return Err(closed);
             }
-            let full = state.events >= self.limit;
+            let full = state.events + count > self.limit;
             if full {
                 state.closed = Some(Closed::Cut);
                 state.buffer = BytesMut::new();
             } else {
                 write(&mut state.buffer);
-                state.events += 1;
+                state.events += count;
             }
             (state.reader.take(), if full { Err(Closed::Cut) } else { Ok(()) })
         };

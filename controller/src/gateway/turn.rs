@@ -15,9 +15,54 @@ pub const ATTEMPTS: u32 = 3;
 /// What one event came to.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Step {
-    /// Text that may be shown now; empty while characters or stop strings are incomplete.
-    pub text: String,
+    pub shown: Shown,
     pub end: Option<End>,
+}
+
+/// Text that may be shown now; empty while characters or stop strings are incomplete.
+///
+/// Remembers what came with which token, because a client is shown one event for each. With one token an event, the
+/// usual case, that costs nothing.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Shown {
+    text: String,
+    /// Where pieces but the first begin.
+    cuts: Vec<usize>,
+}
+
+impl Shown {
+    pub fn text(&self) -> &str {
+        &self.text
+    }
+    pub fn is_empty(&self) -> bool {
+        self.text.is_empty()
+    }
+    /// How many pieces there are.
+    pub fn len(&self) -> usize {
+        if self.text.is_empty() { 0 } else { self.cuts.len() + 1 }
+    }
+    /// The pieces, in order; none is empty.
+    pub fn pieces(&self) -> impl Iterator<Item = &str> {
+        let begins = std::iter::once(0).chain(self.cuts.iter().copied());
+        let ends = self.cuts.iter().copied().chain(std::iter::once(self.text.len()));
+        begins.zip(ends).map(|(begin, end)| &self.text[begin..end]).filter(|piece| !piece.is_empty())
+    }
+
+    /// Appends what came with one token.
+    fn push(&mut self, piece: String) {
+        if self.text.is_empty() {
+            self.text = piece;
+        } else if !piece.is_empty() {
+            self.cuts.push(self.text.len());
+            self.text.push_str(&piece);
+        }
+    }
+}
+
+impl From<String> for Shown {
+    fn from(text: String) -> Self {
+        Self { text, cuts: Vec::new() }
+    }
 }
 
 /// How a job ended.
@@ -70,44 +115,45 @@ impl Turn {
         let step = match event {
             JobEvent::Tokens { position, tokens } => self.tokens(position, &tokens),
             JobEvent::Done { finish, usage } => self.done(finish, usage),
-            JobEvent::Failed { reason, retryable } => Step { text: String::new(), end: Some(self.fail(reason, retryable)) },
+            JobEvent::Failed { reason, retryable } => Step { end: Some(self.fail(reason, retryable)), ..Step::default() },
         };
-        self.shown |= self.streamed && !step.text.is_empty();
+        self.shown |= self.streamed && !step.shown.is_empty();
         step
     }
 
     fn tokens(&mut self, position: u32, tokens: &[Token]) -> Step {
         if position != self.usage.completion_tokens {
             let reason = format!("tokens at {position} came where {} were expected", self.usage.completion_tokens);
-            return Step { text: String::new(), end: Some(self.fail(reason, false)) };
+            return Step { end: Some(self.fail(reason, false)), ..Step::default() };
         }
-        let mut shown = String::new();
+        let mut shown = Shown::default();
         for &token in tokens {
             self.usage.completion_tokens += 1;
             let released = self.stops.push(&self.detokenizer.push(token));
-            append(&mut shown, released.text);
+            shown.push(released.text);
             if released.stopped {
-                return Step { text: shown, end: Some(End::Finished(Finish::Stop)) };
+                return Step { shown, end: Some(End::Finished(Finish::Stop)) };
             }
         }
         // The worker ends at `max_tokens` by itself; one that does not is not trusted to.
         if self.usage.completion_tokens > self.max_tokens {
-            append(&mut shown, self.stops.finish());
-            return Step { text: shown, end: Some(End::Finished(Finish::Length)) };
+            shown.push(self.stops.finish());
+            return Step { shown, end: Some(End::Finished(Finish::Length)) };
         }
-        Step { text: shown, end: None }
+        Step { shown, end: None }
     }
 
     fn done(&mut self, finish: Finish, usage: Usage) -> Step {
         // The worker also counts an end-of-text token, which it need not send.
         self.usage.completion_tokens = self.usage.completion_tokens.max(usage.completion_tokens);
         let released = self.stops.push(&self.detokenizer.finish());
-        let mut shown = released.text;
+        let mut shown = Shown::default();
+        shown.push(released.text);
         if released.stopped {
-            return Step { text: shown, end: Some(End::Finished(Finish::Stop)) };
+            return Step { shown, end: Some(End::Finished(Finish::Stop)) };
         }
-        append(&mut shown, self.stops.finish());
-        Step { text: shown, end: Some(End::Finished(finish)) }
+        shown.push(self.stops.finish());
+        Step { shown, end: Some(End::Finished(finish)) }
     }
 
     fn fail(&mut self, reason: String, retryable: bool) -> End {
@@ -119,15 +165,6 @@ impl Turn {
         self.stops = StopMatcher::new(self.stop_strings.clone());
         self.usage.completion_tokens = 0;
         End::Again { reason, attempt: self.attempt }
-    }
-}
-
-/// Appends without copying in the usual case of one token an event.
-fn append(shown: &mut String, more: String) {
-    if shown.is_empty() {
-        *shown = more;
-    } else {
-        shown.push_str(&more);
     }
 }
 
@@ -151,7 +188,14 @@ mod tests {
     }
 
     fn shown(text: &str) -> Step {
-        Step { text: text.into(), end: None }
+        ended(text, None)
+    }
+
+    /// A step that showed `text`, its pieces parted by `|`.
+    fn ended(text: &str, end: Option<End>) -> Step {
+        let mut shown = Shown::default();
+        text.split('|').for_each(|piece| shown.push(piece.into()));
+        Step { shown, end }
     }
 
     fn lost() -> JobEvent {
@@ -161,10 +205,19 @@ mod tests {
     #[test]
     fn text_is_shown_as_it_comes_and_counted() {
         let mut turn = turn(&[], 10, true);
-        assert_eq!(turn.on(bytes(0, b"he")), shown("he"));
+        assert_eq!(turn.on(bytes(0, b"he")), shown("h|e"));
         assert_eq!(turn.on(bytes(2, b"y")), shown("y"));
-        assert_eq!(turn.on(done(3)), Step { text: String::new(), end: Some(End::Finished(Finish::Length)) });
+        assert_eq!(turn.on(done(3)), ended("", Some(End::Finished(Finish::Length))));
         assert_eq!(turn.usage(), Usage { prompt_tokens: 7, completion_tokens: 3 });
+    }
+
+    #[test]
+    fn tokens_that_come_together_are_shown_one_by_one() {
+        let mut turn = turn(&[], 10, true);
+        let step = turn.on(bytes(0, "aé!".as_bytes()));
+        assert_eq!((step.shown.pieces().collect::<Vec<_>>(), step.shown.len()), (vec!["a", "é", "!"], 3));
+        assert_eq!(step.shown.text(), "aé!");
+        assert_eq!((Shown::default().pieces().count(), Shown::default().len()), (0, 0));
     }
 
     #[test]
@@ -178,8 +231,8 @@ mod tests {
     #[test]
     fn a_stop_string_ends_the_answer_and_is_not_shown() {
         let mut turn = turn(&["END"], 10, true);
-        assert_eq!(turn.on(bytes(0, b"a EN")), shown("a "));
-        assert_eq!(turn.on(bytes(4, b"Dxx")), Step { text: String::new(), end: Some(End::Finished(Finish::Stop)) });
+        assert_eq!(turn.on(bytes(0, b"a EN")), shown("a| "));
+        assert_eq!(turn.on(bytes(4, b"Dxx")), ended("", Some(End::Finished(Finish::Stop))));
         assert_eq!(turn.usage().completion_tokens, 5, "what comes after the stop string is not counted");
     }
 
@@ -187,7 +240,7 @@ mod tests {
     fn a_half_stop_string_is_shown_at_the_end() {
         let mut turn = turn(&["END"], 10, true);
         assert_eq!(turn.on(bytes(0, b"EN")), shown(""));
-        assert_eq!(turn.on(done(2)), Step { text: "EN".into(), end: Some(End::Finished(Finish::Length)) });
+        assert_eq!(turn.on(done(2)), ended("EN", Some(End::Finished(Finish::Length))));
     }
 
     #[test]
@@ -227,7 +280,7 @@ mod tests {
         let mut turn = turn(&[], 10, false);
         turn.on(bytes(0, b"ab"));
         assert!(matches!(turn.on(lost()).end, Some(End::Again { attempt: 1, .. })));
-        assert_eq!(turn.on(bytes(0, b"abc")), shown("abc"));
+        assert_eq!(turn.on(bytes(0, b"abc")), shown("a|b|c"));
     }
 
     #[test]

@@ -48,7 +48,10 @@ fn a_folder_is_stored_whole_and_twice_gives_the_same_revision() {
     let case = Case::new();
     let manifest = case.import().unwrap();
     assert_eq!((manifest.context, manifest.vocabulary, manifest.architecture.as_str()), (512, 512, "llama"));
-    assert_eq!(manifest.files.iter().map(|f| f.name.as_str()).collect::<Vec<_>>(), ["config.json", "model.safetensors"]);
+    assert_eq!(
+        manifest.files.iter().map(|f| f.name.as_str()).collect::<Vec<_>>(),
+        ["config.json", "model.safetensors"]
+    );
     assert!(manifest.all_files().all(|file| case.store.has(&file.hash)));
     assert_eq!(case.import().unwrap().revision(), manifest.revision());
     let json = std::fs::read(case.store.path(&manifest.text.hash)).unwrap();
@@ -170,7 +173,8 @@ fn tiny_gguf(tokenizer: bool, rows: u64) -> Vec<u8> {
         keys.push(("tokenizer.ggml.eos_token_id", 4, 5_u32.to_le_bytes().to_vec()));
         keys.push(("tokenizer.chat_template", 8, string("{{ messages[0].content }}")));
     }
-    let mut out = [&b"GGUF"[..], &3_u32.to_le_bytes(), &1_u64.to_le_bytes(), &(keys.len() as u64).to_le_bytes()].concat();
+    let mut out =
+        [&b"GGUF"[..], &3_u32.to_le_bytes(), &1_u64.to_le_bytes(), &(keys.len() as u64).to_le_bytes()].concat();
     for (key, id, value) in keys {
         out.extend([string(key), id.to_le_bytes().to_vec(), value].concat());
     }

@@ -18,7 +18,7 @@ use crate::admin::{Admin, IMPORT_TIMEOUT};
 use crate::http::Endpoint;
 use crate::ready::write_private;
 
-/// Until every controller answers and a leader is known; an election takes less than a second.
+/// Until every controller answers and knows a leader and the agents; an election takes less than a second.
 const START_LIMIT: Duration = Duration::from_secs(60);
 
 /// Until all replicas serve: a large model is fetched by every agent and loaded from a slow disk.
@@ -78,7 +78,7 @@ fn hopeless(layout: &Layout, dead: Option<State>) -> anyhow::Error {
 
 async fn steps(layout: &Layout, wanted: &Wanted<'_>, keep_key: bool) -> anyhow::Result<String> {
     for controller in &layout.controllers {
-        wait_for_leader(controller).await?;
+        wait_for_nodes(controller, layout.agents.len()).await?;
     }
     let first = layout.controllers.first().context("there is a controller")?;
     let admin = Admin::new(first.socket.clone());
@@ -100,13 +100,17 @@ async fn steps(layout: &Layout, wanted: &Wanted<'_>, keep_key: bool) -> anyhow::
     Ok(key)
 }
 
-async fn wait_for_leader(controller: &Controller) -> anyhow::Result<()> {
+/// Waits until a controller knows a leader and every agent: replicas are then spread at once, not moved later.
+async fn wait_for_nodes(controller: &Controller, agents: usize) -> anyhow::Result<()> {
     let admin = Admin::new(controller.socket.clone());
     let deadline = Instant::now() + START_LIMIT;
     loop {
         let seen = match admin.get::<Status>("/v1/status").await {
-            Ok(status) if status.leader.is_some() => return Ok(()),
-            Ok(_) => anyhow!("it knows no leader"),
+            Ok(status) => match status.agents.iter().filter(|agent| agent.connected).count() {
+                _ if status.leader.is_none() => anyhow!("it knows no leader"),
+                connected if connected < agents => anyhow!("{connected} of {agents} agents are connected"),
+                _ => return Ok(()),
+            },
             Err(error) => error,
         };
         if Instant::now() > deadline {

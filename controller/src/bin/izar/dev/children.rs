@@ -10,8 +10,7 @@ use std::process::{ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use nix::errno::Errno;
-use nix::sys::signal::{Signal, kill, killpg};
+use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use tokio::process::{Child, Command};
@@ -108,9 +107,8 @@ async fn supervise(index: usize, spec: Spec, states: watch::Sender<Vec<State>>, 
                     end(&mut child).await;
                 }
                 drop(lifeline);
-                if let Some(pid) = pid {
-                    reap_group(pid).await;
-                }
+                states.send_modify(|s| s[index].pid = None);
+                reap_orphans(&states).await;
                 match status {
                     None => return,
                     Some(Ok(status)) => format!("ended ({})", describe(status)),
@@ -121,10 +119,7 @@ async fn supervise(index: usize, spec: Spec, states: watch::Sender<Vec<State>>, 
         if started.elapsed() >= HEALTHY {
             backoff = FIRST_BACKOFF;
         }
-        states.send_modify(|s| {
-            s[index].pid = None;
-            s[index].deaths = if started.elapsed() >= HEALTHY { 1 } else { s[index].deaths + 1 };
-        });
+        states.send_modify(|s| s[index].deaths = if started.elapsed() >= HEALTHY { 1 } else { s[index].deaths + 1 });
         eprintln!("izar dev: {} {how}; starting it again in {} ms", spec.id, backoff.as_millis());
         if stop.run_until_cancelled(tokio::time::sleep(backoff)).await.is_none() {
             return;
@@ -162,22 +157,38 @@ async fn end(child: &mut Child) {
     }
 }
 
-/// Waits for what a child that ended left in its group, then kills it.
-async fn reap_group(leader: u32) {
-    let group = as_pid(leader);
+/// Waits for the processes that a child which ended has left to us, then kills them.
+async fn reap_orphans(states: &watch::Sender<Vec<State>>) {
     let begun = Instant::now();
     loop {
-        match waitpid(Pid::from_raw(-group.as_raw()), Some(WaitPidFlag::WNOHANG)) {
-            Ok(WaitStatus::StillAlive) if begun.elapsed() >= ORPHAN_LIMIT => {
-                let _ = killpg(group, Signal::SIGKILL);
+        // A child is spawned and noted without an await between, so whoever is not noted is an orphan.
+        let noted: Vec<u32> = states.borrow().iter().filter_map(|s| s.pid).collect();
+        let mut left = false;
+        for orphan in children_of(std::process::id()).into_iter().filter(|pid| !noted.contains(pid)).map(as_pid) {
+            if waitpid(orphan, Some(WaitPidFlag::WNOHANG)) == Ok(WaitStatus::StillAlive) {
+                left = true;
+                if begun.elapsed() >= ORPHAN_LIMIT {
+                    let _ = kill(orphan, Signal::SIGKILL);
+                }
             }
-            Ok(WaitStatus::StillAlive) => {}
-            Ok(_) | Err(Errno::EINTR) => continue,
-            // No member is left.
-            Err(_) => return,
+        }
+        if !left {
+            return;
         }
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
+}
+
+/// The processes whose parent is `parent`, those included that wait to be waited for.
+fn children_of(parent: u32) -> Vec<u32> {
+    let Ok(entries) = std::fs::read_dir("/proc") else { return Vec::new() };
+    let is_child = |pid: &u32| {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok();
+        // The command's name, in parentheses, may hold anything; then come the state and the parent.
+        let parent_of = |stat: String| stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse::<u32>().ok();
+        stat.and_then(parent_of) == Some(parent)
+    };
+    entries.flatten().filter_map(|e| e.file_name().to_str()?.parse().ok()).filter(is_child).collect()
 }
 
 fn as_pid(pid: u32) -> Pid {
@@ -209,25 +220,39 @@ mod tests {
         Spec { id: "d".into(), role: Role::Agent, program, config: dir.join("c"), log: dir.join("log") }
     }
 
+    /// The numbers in a file, once it has so many lines.
+    async fn wait_for_lines(path: &std::path::Path, count: usize) -> Vec<u32> {
+        let begun = Instant::now();
+        loop {
+            let text = std::fs::read_to_string(path).unwrap_or_default();
+            if text.matches('\n').count() >= count {
+                return text.lines().map(|line| line.parse().unwrap()).collect();
+            }
+            assert!(begun.elapsed() < Duration::from_secs(30), "{text}");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
     #[tokio::test]
     async fn a_child_that_dies_is_started_again_and_all_end_with_their_children() {
         let dir = tempfile::tempdir().unwrap();
-        let spec = script(dir.path(), "sleep 1000 &\necho began\nread line");
+        let spec = script(dir.path(), "sleep 1000 &\necho $!\nread line");
         let log = spec.log.clone();
         let children = Children::start(vec![spec]).unwrap();
         let mut states = children.states();
         let limit = Duration::from_secs(30);
         let first = tokio::time::timeout(limit, states.wait_for(|s| s[0].pid.is_some())).await.unwrap().unwrap()[0].pid;
+        wait_for_lines(&log, 1).await;
         kill(as_pid(first.unwrap()), Signal::SIGKILL).unwrap();
         let again = states.wait_for(|s| s[0].pid.is_some() && s[0].pid != first);
         let again = tokio::time::timeout(limit, again).await.unwrap().unwrap()[0].clone();
         assert_eq!(again.deaths, 1);
+        // Both wrote their sleeping child's number; neither it nor they are left.
+        let sleepers = wait_for_lines(&log, 2).await;
         tokio::time::timeout(limit, children.stop()).await.unwrap();
-        // Nobody is left in either group.
-        for pid in [first, again.pid] {
-            assert_eq!(killpg(as_pid(pid.unwrap()), None), Err(Errno::ESRCH));
+        for pid in [first.unwrap(), again.pid.unwrap()].into_iter().chain(sleepers) {
+            assert!(!std::path::Path::new(&format!("/proc/{pid}")).exists());
         }
-        assert!(log.exists());
     }
 
     #[test]
