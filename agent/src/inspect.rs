@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
+use std::io::{ErrorKind, Write as _};
 use std::path::Path;
 
 use anyhow::Context;
@@ -49,11 +50,12 @@ pub enum Tokenizer {
 /// Prints the summary of a GGUF file or a folder.
 pub fn run(path: &Path, json: bool) -> anyhow::Result<()> {
     let summary = summarize(path)?;
-    match json {
-        true => println!("{}", serde_json::to_string_pretty(&summary)?),
-        false => print!("{}", describe(&summary)),
+    let text = if json { serde_json::to_string_pretty(&summary)? + "\n" } else { describe(&summary) };
+    match std::io::stdout().write_all(text.as_bytes()) {
+        // The reader has seen enough (`| head`).
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
+        written => written.context("print the summary"),
     }
-    Ok(())
 }
 
 /// Reads the headers of a GGUF file or a folder.
@@ -156,7 +158,7 @@ mod tests {
         let path = dir.path().join("notes.gguf");
         std::fs::write(&path, "hello").unwrap();
         let said = |path: &Path| format!("{:#}", summarize(path).unwrap_err());
-        assert!(said(&path).contains("notes.gguf: not a GGUF file"), "{}", said(&path));
+        assert!(said(&path).contains("notes.gguf cannot be used: not a GGUF file"), "{}", said(&path));
         assert!(said(dir.path()).contains("no file `*.safetensors`"));
         assert!(said(Path::new("/nonexistent/m.gguf")).contains("m.gguf"));
     }

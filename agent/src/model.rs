@@ -118,10 +118,12 @@ pub struct Loaded {
 /// Why a model cannot be loaded. Each names the file or the tensor or the key.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("{file}: {source}")]
+    #[error("{file} cannot be used")]
     Gguf { file: String, source: izar_common::gguf::Error },
-    #[error("{file}: cannot read: {source}")]
+    #[error("cannot read {file}")]
     Read { file: String, source: std::io::Error },
+    #[error("the tokenizer of {file} cannot be used")]
+    Text { file: String, source: izar_common::text::Error },
     #[error("{file}: {reason}")]
     Format { file: String, reason: String },
     #[error("{file}: key `{key}` {reason}")]
@@ -156,8 +158,16 @@ pub fn load(manifest: &Manifest, files: &[PathBuf]) -> Result<Loaded, Error> {
         Kind::Safetensors | Kind::Echo { .. } => Source::safetensors(&named)?,
     };
     let config = source.config()?;
-    agrees("architecture", &manifest.architecture, config.family.name())?;
-    agrees("vocabulary", manifest.vocabulary, config.vocabulary)?;
+    let refused = |what, manifest: &dyn ToString, files: &dyn ToString| {
+        Err(Error::Manifest { what, manifest: manifest.to_string(), files: files.to_string() })
+    };
+    if manifest.architecture != config.family.name() {
+        return refused("architecture", &manifest.architecture, &config.family.name());
+    }
+    // Models often have more rows than their tokenizer has tokens; the other way round, a token would have no row.
+    if manifest.vocabulary as usize > config.vocabulary {
+        return refused("vocabulary", &manifest.vocabulary, &config.vocabulary);
+    }
     let (context, vocabulary, eos) = (config.context, config.vocabulary, source.eos()?);
     Ok(Loaded { model: build(&config, &source)?, context, vocabulary, eos })
 }
@@ -166,11 +176,6 @@ pub fn load(manifest: &Manifest, files: &[PathBuf]) -> Result<Loaded, Error> {
 pub fn build(config: &Config, source: &Source) -> Result<Box<dyn CausalLm>, Error> {
     let (_, loader) = FAMILIES.iter().find(|(family, _)| *family == config.family).expect("every family has a line");
     loader(config, source)
-}
-
-fn agrees(what: &'static str, manifest: impl ToString, files: impl ToString) -> Result<(), Error> {
-    let (manifest, files) = (manifest.to_string(), files.to_string());
-    if manifest == files { Ok(()) } else { Err(Error::Manifest { what, manifest, files }) }
 }
 
 #[cfg(test)]

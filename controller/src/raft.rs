@@ -338,17 +338,16 @@ struct Loop {
 
 impl Loop {
     fn run(self, mut node: Node) {
-        let mut next = Instant::now() + self.tick;
+        let mut last = Instant::now();
         loop {
-            let inputs = self.inbox.take(next);
+            let wait = node.ticks_to_wait();
+            let inputs = self.inbox.take(last + self.tick * wait as u32);
             let stop = inputs.shutdown;
-            let now = Instant::now();
-            let due = now >= next;
-            if due {
-                // After a pause ticks are not made up for: it is enough to be slow once.
-                next = (next + self.tick).max(now);
-            }
-            let effects = node.step(inputs, due);
+            let passed = last.elapsed().as_nanos() / self.tick.as_nanos();
+            let ticks = passed.min(wait as u128) as u32;
+            // After a pause ticks are not made up for: it is enough to be slow once.
+            last = if passed > u128::from(ticks) { Instant::now() } else { last + self.tick * ticks };
+            let effects = node.step(inputs, ticks as usize);
             self.act(effects);
             if stop {
                 if let Some(job) = node.last_job() {

@@ -22,7 +22,7 @@ pub const JOBS_PER_AGENT: u32 = 960;
 
 /// An agent reports at least once a second. One that is silent for longer than this may be dead before its
 /// connection times out, so others are preferred.
-pub const LATE_MS: u64 = 2_500;
+pub const LATE_MS: u64 = 1_500;
 
 /// What is asked of the scheduler.
 #[derive(Debug, Clone, Copy)]

@@ -83,6 +83,10 @@ impl Client {
         Self { address, ..self.clone() }
     }
 
+    /// The bearer key that requests carry.
+    pub fn key(&self) -> Option<&str> {
+        self.key.as_deref()
+    }
     pub fn address(&self) -> SocketAddr {
         self.address
     }

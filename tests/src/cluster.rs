@@ -169,7 +169,9 @@ impl Cluster {
         for (_, admin) in self.admins() {
             admin.wait_ready(name, replicas as u64);
         }
-        waiting::until_true("the ready file to name the workers", waiting::SOON, || self.workers(name).len() == replicas);
+        waiting::until_true("the ready file to name the workers", waiting::SOON, || {
+            self.workers(name).len() == replicas
+        });
     }
 
     /// Waits until that many controllers answer, know a leader, and see `replicas` ready workers of a deployment.

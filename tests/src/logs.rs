@@ -63,6 +63,10 @@ pub fn surprises(folder: &Path, expected: &[&str]) -> Vec<Line> {
 /// Panics if the logs hold a warning or an error that the story did not name.
 pub fn check(folder: &Path, expected: &[&str]) {
     assert!(!files(folder).is_empty(), "there are no logs in {}", folder.display());
+    // Shown by `cargo test -- --nocapture`, to keep the list of what a story expects short and true.
+    for line in surprises(folder, &[]) {
+        eprintln!("provoked: {line}");
+    }
     let surprises = surprises(folder, expected);
     let shown: Vec<String> = surprises.iter().take(20).map(Line::to_string).collect();
     assert!(surprises.is_empty(), "{} lines that this story did not expect:\n{}", surprises.len(), shown.join("\n"));

@@ -83,9 +83,7 @@ mod tests {
     fn marked_children_are_found_until_they_end() {
         let mark = new_mark();
         let mut child = std::process::Command::new("sleep").arg("60").env(MARK, &mark).spawn().unwrap();
-        crate::waiting::until_true("the child's environment", crate::waiting::SOON, || {
-            marked(&mark) == [child.id()]
-        });
+        crate::waiting::until_true("the child's environment", crate::waiting::SOON, || marked(&mark) == [child.id()]);
         kill_hard(child.id());
         child.wait().unwrap();
         assert!(marked(&mark).is_empty());

@@ -14,9 +14,6 @@ const CHAT: &str = "/v1/chat/completions";
 const THREADS: usize = 10;
 const EACH: usize = 5;
 
-/// What is said, besides, when a controller is cut off from another that was killed.
-const EXPECTED: &[&str] = &["child", "connection", "connect", "leader", "session", "peer", "stream"];
-
 /// One request of about a second; streamed or not. Returns its id if the client got the whole answer.
 fn ask(client: &Client, stream: bool) -> Result<String, String> {
     let body = json!({
@@ -102,7 +99,7 @@ fn fifty_requests_through_the_others_finish_while_any_one_controller_is_killed()
         let victim = cluster.processes("controller").into_iter().find(|p| p.id == name).expect("it runs");
         kill_one(&cluster, &victim, &mut seen);
     }
-    cluster.finish(EXPECTED);
+    cluster.finish(&[]);
 }
 
 /// Kills one controller among requests through the others; the three must agree with the clients afterwards.
@@ -148,5 +145,5 @@ fn all_controllers_killed_at_once_keep_what_they_acknowledged() {
     }
     let after = ask(&cluster.client(), true).expect("the cluster serves again");
     assert!(agreed(&cluster).contains_key(&after));
-    cluster.finish(EXPECTED);
+    cluster.finish(&[]);
 }

@@ -124,11 +124,15 @@ fn each_library_has_one_home() {
         ("burn_flex", &["agent/src/ops"]),
         ("safetensors", &["agent/src/model"]),
     ];
-    let own_module_named_raft = |path: &str, line: &str| path.starts_with("controller/") && line.contains("crate::raft");
+    let own_module_named_raft =
+        |path: &str, line: &str| path.starts_with("controller/") && line.contains("crate::raft");
     for (library, allowed) in homes {
         check(&format!("{library} is named outside {allowed:?}"), |source, line| {
             let home = allowed.iter().any(|home| in_home(&source.path, home));
-            !home && names(line, library) && !own_module_named_raft(&source.path, line) && !is_own_module(source, library)
+            !home
+                && names(line, library)
+                && !own_module_named_raft(&source.path, line)
+                && !is_own_module(source, library)
         });
     }
 }
@@ -169,9 +173,9 @@ fn arrows_run_one_way() {
     for (member, libraries) in forbidden {
         let manifest = std::fs::read_to_string(root.join(member).join("Cargo.toml")).expect("a member has a manifest");
         for library in libraries {
-            let depends = manifest.lines().any(|line| {
-                line.strip_prefix(library).is_some_and(|rest| rest.starts_with([' ', '.', '=']))
-            });
+            let depends = manifest
+                .lines()
+                .any(|line| line.strip_prefix(library).is_some_and(|rest| rest.starts_with([' ', '.', '='])));
             assert!(!depends, "{member} depends on {library}");
         }
     }
@@ -210,7 +214,10 @@ fn every_channel_is_bounded() {
                 rest.starts_with("()")
             })
         };
-        line.contains("unbounded_channel") || line.contains("mpsc::unbounded") || empty("mpsc::channel") || empty("unbounded")
+        line.contains("unbounded_channel")
+            || line.contains("mpsc::unbounded")
+            || empty("mpsc::channel")
+            || empty("unbounded")
     });
 }
 
@@ -239,7 +246,8 @@ fn unsafe_code_is_forbidden_outside_the_agent() {
 #[test]
 fn replicated_state_has_no_clock_and_no_chance() {
     check("state reads a clock, draws at random or counts in floats", |source, line| {
-        let pure = source.path.starts_with("controller/src/state") && !in_home(&source.path, "controller/src/state/store");
+        let pure =
+            source.path.starts_with("controller/src/state") && !in_home(&source.path, "controller/src/state/store");
         let impure = ["SystemTime", "Instant::now", "wall_ms", "rand::", "HashMap::new().iter"];
         let float = line.split(|c: char| !c.is_alphanumeric() && c != '_').any(|word| word == "f32" || word == "f64");
         pure && (float || impure.iter().any(|word| line.contains(word)))

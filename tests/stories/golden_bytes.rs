@@ -141,10 +141,27 @@ fn every_message_has_golden_bytes_that_read_and_write_the_same() {
 #[test]
 fn no_message_is_without_golden_bytes() {
     let known = [
-        "Hello", "Welcome", "Open", "Up", "Down", "Submit", "JobEvent", "ToWorker", "FromWorker", "RaftBatch",
-        "Proposal", "BlobRequest", "BlobAnswer", "Batch",
+        "Hello",
+        "Welcome",
+        "Open",
+        "Up",
+        "Down",
+        "Submit",
+        "JobEvent",
+        "ToWorker",
+        "FromWorker",
+        "RaftBatch",
+        "Proposal",
+        "BlobRequest",
+        "BlobAnswer",
+        "Batch",
         // On disk: rows of the state, the store's head, and Raft's log.
-        "Value", "Head", "StoredEntry", "StoredHardState", "Position", "StoredIncarnation",
+        "Value",
+        "Head",
+        "StoredEntry",
+        "StoredHardState",
+        "Position",
+        "StoredIncarnation",
     ];
     let mut unknown = Vec::new();
     let mut folders: Vec<PathBuf> = ["common/src", "controller/src", "agent/src"].map(|f| repository().join(f)).into();
@@ -170,8 +187,7 @@ fn no_message_is_without_golden_bytes() {
 }
 
 fn handshake(frames: &mut Frames) {
-    let hello =
-        Hello { schema_min: 1, schema_max: 300, cluster: name::<ClusterId>("bank"), version: "0.1.0".into() };
+    let hello = Hello { schema_min: 1, schema_max: 300, cluster: name::<ClusterId>("bank"), version: "0.1.0".into() };
     frames.check("hello", "plain", &hello);
     let welcome = |message: &Welcome| match message {
         Welcome::Accepted { .. } => "accepted",

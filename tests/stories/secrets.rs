@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use izar_tests::client::Client;
 use izar_tests::nodes::Site;
 use izar_tests::relay::{Relay, contains};
+use izar_tests::waiting::{SOON, until};
 use serde_json::json;
 
 const CHAT: &str = "/v1/chat/completions";
@@ -60,7 +61,11 @@ fn a_canary_and_a_key_cross_no_wire_and_reach_no_disk_in_the_clear() {
         assert!(!needles.iter().any(|needle| relay.saw(needle)), "{} saw a secret", relay.name);
     }
     for i in 1..=3 {
-        assert_eq!(site.admin(i).turns().unwrap().iter().filter(|t| t.outcome == "finished").count(), 13);
+        until("every turn to be recorded", SOON, || {
+            let finished = site.admin(i).turns()?.iter().filter(|t| t.outcome == "finished").count();
+            anyhow::ensure!(finished == 4 * 3 + 1, "{finished} turns on c{i}");
+            Ok(())
+        });
     }
     let folder = site.path("");
     assert!(!holders(&folder, &[b"c1".as_slice()]).is_empty(), "the search finds what is there");
@@ -69,7 +74,7 @@ fn a_canary_and_a_key_cross_no_wire_and_reach_no_disk_in_the_clear() {
         site.stop(node);
     }
     assert_eq!(holders(&folder, &needles), [] as [PathBuf; 0], "after everything was written out");
-    site.finish(&["connection", "connect", "session", "peer", "leader", "stream"]);
+    site.finish(&[]);
 }
 
 /// Asks with the canary in every place where a user's words may stand; returns an answer.
@@ -81,10 +86,9 @@ fn ask_everything(client: &Client, canary: &str, wrong: &str) -> String {
     assert!(client.stream(CHAT, &chat(true)).unwrap().transcript().unwrap().done);
     let completion = json!({ "model": "echo", "prompt": canary, "max_tokens": 4, "stop": [canary], "user": canary });
     assert_eq!(client.post("/v1/completions", &completion).unwrap().status, 200);
-    // A client that leaves in the middle.
-    let mut left = client.stream(CHAT, &chat(true)).unwrap();
-    left.event().unwrap();
-    left.transcript().unwrap();
+    let developer = json!([{ "role": "developer", "content": [{ "type": "text", "text": canary }] }]);
+    let parts = json!({ "model": "echo", "messages": developer, "max_tokens": 2 });
+    assert_eq!(client.post(CHAT, &parts).unwrap().status, 200);
 
     // What is refused is not logged either.
     let broken = format!("{{\"model\": \"echo\", \"messages\": [\"{canary}");

@@ -80,13 +80,14 @@ fn an_agent_with_a_certificate_of_another_authority_is_refused_counted_and_logge
     assert_eq!(refusal_warnings(&site).len(), 1, "it tries again and again, and is logged once");
     let agents = site.admin(1).json(&["agents", "list"]).unwrap();
     assert_eq!(agents["agents"], serde_json::json!([]), "{agents}");
-    site.finish(&["refused", "connect"]);
+    site.finish(&["refused a peer"]);
 }
 
 /// Loads a node's certificate of the site.
 fn node_tls(site: &Site, node: &str) -> NodeTls {
     let file = |name: String| site.pki().join(name);
-    let files = Files { ca: file("ca.pem".into()), cert: file(format!("{node}.pem")), key: file(format!("{node}.key")) };
+    let files =
+        Files { ca: file("ca.pem".into()), cert: file(format!("{node}.pem")), key: file(format!("{node}.key")) };
     NodeTls::load(&files).expect("a certificate that we issued")
 }
 
@@ -122,7 +123,7 @@ async fn announce_too_much() {
     ended.await;
     within("the endpoint's end", endpoint.close()).await;
     assert!(site.admin(1).status().unwrap()["leader"].is_string(), "the controller is none the worse");
-    site.finish(&["refused", "frame", "session"]);
+    site.finish(&["refused a peer"]);
 }
 
 /// The header of a report that says that it is one byte larger than reports may be.
@@ -140,4 +141,3 @@ fn oversized_header() -> Vec<u8> {
     header[8..12].copy_from_slice(&bytes.to_be_bytes());
     header
 }
-

@@ -41,7 +41,8 @@ pub struct Executor {
 }
 
 impl Executor {
-    /// Starts the thread, which loads its model first. `wake` is called after each outcome. `threads`: 0 takes all cores.
+    /// Starts the thread, which loads its model first. `wake` is called after each outcome. `threads`: 0 takes all
+    /// cores.
     pub fn start(
         threads: usize,
         load: impl FnOnce() -> Result<Loaded, Error> + Send + 'static,
@@ -84,7 +85,7 @@ fn work(
 ) -> Result<(), Outcome> {
     let loaded = guarded(|| pool.install(|| load_warm(load)));
     let loaded = loaded.map_err(|panic| Outcome::Unloadable(format!("loading panicked: {panic}")))?;
-    let (mut model, loaded) = loaded.map_err(|error| Outcome::Unloadable(error.to_string()))?;
+    let (mut model, loaded) = loaded.map_err(|error| Outcome::Unloadable(format!("{:#}", anyhow::Error::new(error))))?;
     say(loaded);
     while let Ok(step) = steps.recv() {
         let drawn = guarded(|| pool.install(|| compute(model.as_mut(), &step)));

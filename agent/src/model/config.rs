@@ -4,40 +4,16 @@
 //! that does not load: so an unknown key is refused by name, unless its value is neutral (null, false, 0, empty) or it
 //! is known to say nothing about the computation.
 
-use std::cell::RefCell;
-use std::collections::BTreeSet;
+mod gguf;
+mod json;
 
 use izar_common::chat::Token;
-use izar_common::gguf;
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 use super::Error;
 
 /// Largest size that is believed; products of three stay far from overflowing.
 const SIZE_LIMIT: usize = 1 << 20;
-
-/// Keys of `config.json` that do not change what is computed here.
-const HARMLESS: &[&str] = &[
-    "architectures",
-    "attention_dropout",
-    "bos_token_id",
-    "dtype",
-    "eos_token_id",
-    "initializer_range",
-    "is_llama_config",
-    "max_window_layers",
-    "model_type",
-    "pad_token_id",
-    "pretraining_tp",
-    "sliding_window",
-    "torch_dtype",
-    "transformers.js_config",
-    "transformers_version",
-    "use_cache",
-];
-
-/// Keys of GGUF metadata, after the architecture's name, that do not change what is computed here.
-const HARMLESS_GGUF: &[&str] = &["vocab_size", "rope.dimension_count", "attention.value_length"];
 
 /// A group of models that one set of flags describes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,8 +34,11 @@ impl Family {
             Family::Qwen3 => "qwen3",
         }
     }
-    fn from_name(name: &str) -> Option<Self> {
-        Self::ALL.iter().copied().find(|family| family.name() == name)
+    /// Finds a family by its name, or says which there are.
+    fn from_name(name: &str) -> Result<Self, String> {
+        let known = || Self::ALL.iter().map(|family| family.name()).collect::<Vec<_>>().join(", ");
+        let found = Self::ALL.iter().copied().find(|family| family.name() == name);
+        found.ok_or_else(|| format!("is \"{name}\"; supported are {}", known()))
     }
 }
 
@@ -122,70 +101,6 @@ impl Config {
         plain.map(|frequency| self.rope_scaling.apply(frequency)).collect()
     }
 
-    /// Reads `config.json`.
-    pub fn from_json(file: &str, text: &[u8]) -> Result<Self, Error> {
-        let format = |reason: String| Error::Format { file: file.to_owned(), reason };
-        let value: Value = serde_json::from_slice(text).map_err(|e| format(format!("not JSON: {e}")))?;
-        let Value::Object(map) = value else { return Err(format("not a JSON object".into())) };
-        let keys = Keys { file, map: &map, used: RefCell::default() };
-        let family = keys.family()?;
-        let hidden = keys.size("hidden_size")?;
-        let heads = keys.size("num_attention_heads")?;
-        let (rope_theta, rope_scaling) = keys.rope()?;
-        let config = Self {
-            family,
-            vocabulary: keys.size("vocab_size")?,
-            context: keys.size("max_position_embeddings")?,
-            layers: keys.size("num_hidden_layers")?,
-            hidden,
-            intermediate: keys.size("intermediate_size")?,
-            heads,
-            kv_heads: keys.optional_size("num_key_value_heads")?.unwrap_or(heads),
-            head_dim: keys.optional_size("head_dim")?.unwrap_or(hidden / heads),
-            norm_epsilon: keys.number("rms_norm_eps")?.unwrap_or(1e-6),
-            rope_theta,
-            rope_scaling,
-            tied: keys.boolean("tie_word_embeddings")?.unwrap_or(false),
-        };
-        keys.only("hidden_act", "silu")?;
-        keys.full_attention()?;
-        keys.refuse_unknown()?;
-        config.check(|key, reason| keys.bad(key, reason))?;
-        Ok(config)
-    }
-
-    /// Reads GGUF metadata.
-    pub fn from_gguf(name: &str, file: &gguf::File) -> Result<Self, Error> {
-        let keys = GgufKeys { name, file, used: RefCell::default() };
-        let family = keys.family()?;
-        let hidden = keys.size("embedding_length")?;
-        let heads = keys.size("attention.head_count")?;
-        let vocabulary = file.meta("tokenizer.ggml.tokens").and_then(|v| v.as_array()).map(<[_]>::len);
-        let config = Self {
-            family,
-            vocabulary: vocabulary.ok_or_else(|| keys.bad("tokenizer.ggml.tokens", "is missing"))?,
-            context: keys.size("context_length")?,
-            layers: keys.size("block_count")?,
-            hidden,
-            intermediate: keys.size("feed_forward_length")?,
-            heads,
-            kv_heads: keys.optional_size("attention.head_count_kv")?.unwrap_or(heads),
-            head_dim: keys.optional_size("attention.key_length")?.unwrap_or(hidden / heads),
-            norm_epsilon: keys.number("attention.layer_norm_rms_epsilon")?.unwrap_or(1e-6),
-            rope_theta: keys.number("rope.freq_base")?.unwrap_or(10_000.0),
-            rope_scaling: keys.scaling()?,
-            tied: file.tensor("output.weight").is_none(),
-        };
-        for key in ["rope.dimension_count", "attention.value_length"] {
-            if keys.optional_size(key)?.is_some_and(|n| n != config.head_dim) {
-                return Err(keys.bad(&keys.full(key), "differs from the size of a head, which is not supported"));
-            }
-        }
-        keys.refuse_unknown()?;
-        config.check(|key, reason| keys.bad(key, reason))?;
-        Ok(config)
-    }
-
     fn check(&self, bad: impl Fn(&str, &str) -> Error) -> Result<(), Error> {
         if !self.heads.is_multiple_of(self.kv_heads) {
             return Err(bad("num_key_value_heads", "does not divide the number of attention heads"));
@@ -231,184 +146,6 @@ pub fn tokens(value: Option<&Value>) -> Vec<Token> {
         Some(Value::Array(list)) => list.iter().filter_map(token).collect(),
         Some(value) => token(value).into_iter().collect(),
         None => Vec::new(),
-    }
-}
-
-fn neutral(value: &Value) -> bool {
-    match value {
-        Value::Null | Value::Bool(false) => true,
-        Value::Number(n) => n.as_f64() == Some(0.0),
-        Value::Array(list) => list.is_empty(),
-        Value::Object(map) => map.is_empty(),
-        _ => false,
-    }
-}
-
-/// An object of `config.json` that remembers which keys were read.
-struct Keys<'a> {
-    file: &'a str,
-    map: &'a Map<String, Value>,
-    used: RefCell<BTreeSet<&'static str>>,
-}
-
-impl<'a> Keys<'a> {
-    fn bad(&self, key: &str, reason: &str) -> Error {
-        Error::Key { file: self.file.to_owned(), key: key.to_owned(), reason: reason.to_owned() }
-    }
-    fn get(&self, key: &'static str) -> Option<&'a Value> {
-        self.used.borrow_mut().insert(key);
-        self.map.get(key).filter(|v| !v.is_null())
-    }
-    fn optional_size(&self, key: &'static str) -> Result<Option<usize>, Error> {
-        let Some(value) = self.get(key) else { return Ok(None) };
-        let size = value.as_u64().and_then(|n| usize::try_from(n).ok()).filter(|n| (1..=SIZE_LIMIT).contains(n));
-        size.map(Some).ok_or_else(|| self.bad(key, &format!("is not a number from 1 to {SIZE_LIMIT}")))
-    }
-    fn size(&self, key: &'static str) -> Result<usize, Error> {
-        self.optional_size(key)?.ok_or_else(|| self.bad(key, "is missing"))
-    }
-    fn number(&self, key: &'static str) -> Result<Option<f32>, Error> {
-        let Some(value) = self.get(key) else { return Ok(None) };
-        value.as_f64().map(|n| Some(n as f32)).ok_or_else(|| self.bad(key, "is not a number"))
-    }
-    fn boolean(&self, key: &'static str) -> Result<Option<bool>, Error> {
-        let Some(value) = self.get(key) else { return Ok(None) };
-        value.as_bool().map(Some).ok_or_else(|| self.bad(key, "is not true or false"))
-    }
-    fn only(&self, key: &'static str, supported: &str) -> Result<(), Error> {
-        match self.get(key) {
-            Some(value) if value != supported => {
-                Err(self.bad(key, &format!("is {value}, and only \"{supported}\" is supported")))
-            }
-            _ => Ok(()),
-        }
-    }
-    fn family(&self) -> Result<Family, Error> {
-        let name =
-            self.get("model_type").and_then(Value::as_str).ok_or_else(|| self.bad("model_type", "is missing"))?;
-        let known = || Family::ALL.iter().map(|f| f.name()).collect::<Vec<_>>().join(", ");
-        Family::from_name(name)
-            .ok_or_else(|| self.bad("model_type", &format!("is \"{name}\"; supported are {}", known())))
-    }
-    /// Refuses windows: every layer must see the whole context.
-    fn full_attention(&self) -> Result<(), Error> {
-        let windowed = self.boolean("use_sliding_window")?;
-        let window = self.get("sliding_window").is_some();
-        if windowed == Some(true) || (windowed.is_none() && window) {
-            return Err(self.bad("sliding_window", "is not supported"));
-        }
-        let types = self.get("layer_types").and_then(Value::as_array);
-        if types.is_some_and(|list| list.iter().any(|kind| kind != "full_attention")) {
-            return Err(self.bad("layer_types", "names other layers than \"full_attention\", which are not supported"));
-        }
-        Ok(())
-    }
-    /// Reads `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (transformers 4).
-    fn rope(&self) -> Result<(f32, Scaling), Error> {
-        let outer_theta = self.number("rope_theta")?;
-        let (key, value) = match self.get("rope_parameters") {
-            Some(value) => ("rope_parameters", Some(value)),
-            None => ("rope_scaling", self.get("rope_scaling")),
-        };
-        let Some(value) = value else { return Ok((outer_theta.unwrap_or(10_000.0), Scaling::None)) };
-        let map = value.as_object().ok_or_else(|| self.bad(key, "is not an object"))?;
-        let rope = Keys { file: self.file, map, used: RefCell::default() };
-        let theta = rope.number("rope_theta")?.or(outer_theta).unwrap_or(10_000.0);
-        let kind = rope.get("rope_type").or(rope.get("type")).and_then(Value::as_str).unwrap_or("default");
-        let need = |name| -> Result<f32, Error> {
-            rope.number(name)?.filter(|n| *n > 0.0).ok_or_else(|| rope.bad(name, "is missing or not positive"))
-        };
-        let scaling = match kind {
-            "default" => Scaling::None,
-            "linear" => Scaling::Linear { factor: need("factor")? },
-            "llama3" => Scaling::Llama3 {
-                factor: need("factor")?,
-                low: need("low_freq_factor")?,
-                high: need("high_freq_factor")?,
-                original_context: need("original_max_position_embeddings")?,
-            },
-            other => {
-                let reason = format!("is \"{other}\"; supported are default, linear, llama3");
-                return Err(rope.bad(&format!("{key}.rope_type"), &reason));
-            }
-        };
-        rope.refuse_unknown()?;
-        Ok((theta, scaling))
-    }
-    fn refuse_unknown(&self) -> Result<(), Error> {
-        let used = self.used.borrow();
-        let known = |key: &str| used.contains(key) || HARMLESS.contains(&key) || key.starts_with('_');
-        match self.map.iter().find(|(key, value)| !known(key) && !neutral(value)) {
-            Some((key, _)) => Err(self.bad(key, "is not supported")),
-            None => Ok(()),
-        }
-    }
-}
-
-/// The metadata keys of one architecture, that remember which were read.
-struct GgufKeys<'a> {
-    name: &'a str,
-    file: &'a gguf::File,
-    used: RefCell<BTreeSet<String>>,
-}
-
-impl GgufKeys<'_> {
-    fn bad(&self, key: &str, reason: &str) -> Error {
-        Error::Key { file: self.name.to_owned(), key: key.to_owned(), reason: reason.to_owned() }
-    }
-    fn family(&self) -> Result<Family, Error> {
-        let key = "general.architecture";
-        let name = self.file.str(key).map_err(|e| self.gguf(e))?;
-        let known = || Family::ALL.iter().map(|f| f.name()).collect::<Vec<_>>().join(", ");
-        Family::from_name(name).ok_or_else(|| self.bad(key, &format!("is \"{name}\"; supported are {}", known())))
-    }
-    fn gguf(&self, source: gguf::Error) -> Error {
-        Error::Gguf { file: self.name.to_owned(), source }
-    }
-    /// The whole key, with the architecture before it.
-    fn full(&self, key: &str) -> String {
-        let architecture = self.file.str("general.architecture").unwrap_or_default();
-        format!("{architecture}.{key}")
-    }
-    fn find(&self, key: &str) -> Option<String> {
-        let full = self.full(key);
-        self.used.borrow_mut().insert(full.clone());
-        self.file.meta(&full).is_some().then_some(full)
-    }
-    fn optional_size(&self, key: &str) -> Result<Option<usize>, Error> {
-        let Some(full) = self.find(key) else { return Ok(None) };
-        let size = self.file.u64(&full).map_err(|e| self.gguf(e))?;
-        let size = usize::try_from(size).ok().filter(|n| (1..=SIZE_LIMIT).contains(n));
-        size.map(Some).ok_or_else(|| self.bad(&full, &format!("is not a number from 1 to {SIZE_LIMIT}")))
-    }
-    fn size(&self, key: &str) -> Result<usize, Error> {
-        self.optional_size(key)?.ok_or_else(|| self.bad(&self.full(key), "is missing"))
-    }
-    fn number(&self, key: &str) -> Result<Option<f32>, Error> {
-        self.find(key).map(|full| self.file.f32(&full).map_err(|e| self.gguf(e))).transpose()
-    }
-    fn scaling(&self) -> Result<Scaling, Error> {
-        let factor = self.number("rope.scaling.factor")?;
-        let Some(full) = self.find("rope.scaling.type") else { return Ok(Scaling::None) };
-        match (self.file.str(&full).map_err(|e| self.gguf(e))?, factor) {
-            ("none", _) => Ok(Scaling::None),
-            ("linear", Some(factor)) if factor > 0.0 => Ok(Scaling::Linear { factor }),
-            ("linear", _) => Err(self.bad(&self.full("rope.scaling.factor"), "is missing or not positive")),
-            (other, _) => Err(self.bad(&full, &format!("is \"{other}\"; supported are none, linear"))),
-        }
-    }
-    fn refuse_unknown(&self) -> Result<(), Error> {
-        let used = self.used.borrow();
-        let prefix = self.full("");
-        let neutral = |value: &gguf::Value| value.as_f64() == Some(0.0) || value.as_bool() == Some(false);
-        let mut unknown = self.file.metadata().filter(|(key, value)| {
-            let ours = key.strip_prefix(&prefix);
-            ours.is_some_and(|key| !HARMLESS_GGUF.contains(&key)) && !used.contains(*key) && !neutral(value)
-        });
-        match unknown.next() {
-            Some((key, _)) => Err(self.bad(key, "is not supported")),
-            None => Ok(()),
-        }
     }
 }
 

@@ -113,7 +113,7 @@ impl Source {
         let mut eos = match self {
             Self::Gguf { name, file } => {
                 let bundle = text::Bundle::from_gguf(file);
-                bundle.map_err(|e| Error::Format { file: name.clone(), reason: e.to_string() })?.eos
+                bundle.map_err(|source| Error::Text { file: name.clone(), source })?.eos
             }
             Self::Safetensors(folder) => folder.eos()?,
         };

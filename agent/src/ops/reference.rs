@@ -1,8 +1,8 @@
 //! Reference operations: each in the plainest form that Burn's tensors allow, f32.
 //!
 //! Rows are tokens of a ragged step; a row's result depends on that row and, in attention, on its own sequence's cache.
-//! One concession to speed: a [`Linear`] keeps its weights in blocks of outputs, one stack of blocks per thread, because
-//! Flex multiplies few rows on one thread. Sums are never cut.
+//! One concession to speed: a [`Linear`] keeps its weights in blocks of outputs, one stack of blocks per thread,
+//! because Flex multiplies few rows on one thread. Sums are never cut.
 
 use std::ops::Range;
 
@@ -143,8 +143,9 @@ impl Rotation {
     }
 }
 
-/// Positions by which a cache grows. Growing copies it, so small steps would cost more than they save.
-const CACHE_STEP: usize = 256;
+/// Positions by which a cache grows. Growing copies it, which is little beside the weights that the same number of
+/// steps read; larger steps would leave most of the memory of short answers empty.
+const CACHE_STEP: usize = 64;
 
 /// Keys and values of one sequence in one layer, each `[kv_heads, capacity, head_dim]`.
 ///
@@ -181,7 +182,7 @@ fn grown(cache: Tensor<3>, filled: usize, end: usize) -> Tensor<3> {
         return cache;
     }
     let all = s![.., 0..filled, ..];
-    room(&cache, end).slice_assign(all.clone(), cache.slice(all))
+    room(&cache, end).slice_assign(all, cache.slice(all))
 }
 
 /// Which keys each query may not see: those after its own position. `[1, group * tokens, context]`, for one chunk.
@@ -199,9 +200,10 @@ pub fn causal_mask(start: usize, tokens: usize, group: usize, device: &Device) -
 
 /// Attends the queries of one chunk to the keys of its own sequence, new ones included, and extends the cache.
 ///
-/// `q`: `[tokens, heads, head_dim]`, rotated; `k`, `v`: `[tokens, kv_heads, head_dim]`, keys rotated; `start`: positions
-/// in the cache before. Returns `[tokens, heads * head_dim]`. Scores are divided by sqrt(head_dim). The heads that share
-/// keys become rows of one product, so that nothing is repeated. Cost: O(tokens * context) multiply-adds.
+/// `q`: `[tokens, heads, head_dim]`, rotated; `k`, `v`: `[tokens, kv_heads, head_dim]`, keys rotated; `start`: how many
+/// positions the cache held before. Returns `[tokens, heads * head_dim]`. Scores are divided by sqrt(head_dim). The
+/// heads that share keys become rows of one product, so that nothing is repeated. Cost: O(tokens * context)
+/// multiply-adds.
 pub fn attend(
     q: Tensor<3>,
     k: Tensor<3>,

@@ -97,8 +97,9 @@ fn a_job_is_answered_token_by_token_and_ends() {
     let mut agent = Agent::echo(0, 0);
     agent.submit(7, &[1, 2], 3);
     let events = agent.answer(7);
-    let positions = [0, 1, 2].map(|at| matches!(&events[at], JobEvent::Tokens { position, tokens } if *position == at as u32 && tokens.len() == 1));
-    assert_eq!(positions, [true; 3]);
+    for (at, event) in (0..).zip(&events[..3]) {
+        assert!(matches!(event, JobEvent::Tokens { position, tokens } if *position == at && tokens.len() == 1));
+    }
     let usage = Usage { prompt_tokens: 2, completion_tokens: 3 };
     assert_eq!(events[3], JobEvent::Done { finish: Finish::Length, usage });
     agent.leave().unwrap();
@@ -176,4 +177,19 @@ fn a_real_model_answers_over_the_socket_and_refuses_what_is_impossible() {
     agent.submit(2, &[600], 4);
     assert!(matches!(&agent.answer(2)[..], [JobEvent::Failed { retryable: false, .. }]));
     agent.leave().unwrap();
+}
+
+#[test]
+fn files_that_are_another_model_than_the_manifest_says_are_refused() {
+    let check = |change: fn(&mut Manifest), words: &str| {
+        let mut load = load_llama();
+        let ToWorker::Load { manifest, .. } = &mut load else { unreachable!() };
+        change(manifest);
+        let mut agent = Agent::start();
+        agent.send(&load);
+        let FromWorker::Unloadable { reason } = agent.next() else { panic!("it was loaded") };
+        assert!(reason.contains(words), "{reason}");
+    };
+    check(|m| m.architecture = "qwen2".into(), "says architecture qwen2, its files say llama");
+    check(|m| m.vocabulary = 513, "says vocabulary 513, its files say 512");
 }

@@ -16,10 +16,10 @@ use serde_json::{Value, json};
 use super::error::Error;
 use super::view::{self, CreatedKey, DeploymentView, KeyView, ModelView};
 use super::{Control, Shared};
+use crate::import;
 use crate::state::command::{Command, Reply};
 use crate::state::tenants::DEFAULT;
 use crate::state::{Config, Deployment, Key, KeyStatus, Model, REPLICA_LIMIT};
-use crate::import;
 
 /// An order is a few fields; a path has at most 4 KiB.
 const BODY_LIMIT: usize = 64 << 10;
@@ -215,7 +215,8 @@ fn check_source(order: &Import) -> Result<Source, Error> {
         (Some(path), None) if path.is_absolute() => Ok(Source::Files { path: path.clone(), sha256: order.sha256 }),
         (Some(path), None) => Err(Error::Invalid(format!("path: {} is not absolute", path.display()))),
         (None, Some(echo)) => {
-            for (field, us) in [("echo.first_token_us", echo.first_token_us), ("echo.next_token_us", echo.next_token_us)]
+            for (field, us) in
+                [("echo.first_token_us", echo.first_token_us), ("echo.next_token_us", echo.next_token_us)]
             {
                 if us > MAX_ECHO_US {
                     return Err(Error::Invalid(format!("{field}: {us} is more than {MAX_ECHO_US}")));
@@ -274,7 +275,8 @@ fn find_model<'a>(wanted: &str, config: &'a Config) -> Result<&'a Model, Error> 
             let mut names: Vec<&str> = config.models.values().map(|m| m.manifest.name.as_str()).collect();
             names.sort_unstable();
             names.dedup();
-            let there = if names.is_empty() { "none is registered".into() } else { format!("there is {}", names.join(", ")) };
+            let there =
+                if names.is_empty() { "none is registered".into() } else { format!("there is {}", names.join(", ")) };
             Err(Error::NotFound(format!("model: there is no {wanted}; {there}")))
         }
     }

@@ -88,8 +88,7 @@ impl Gate {
         }
         let Some(group) = &self.group else { return false };
         let Ok(Some(user)) = User::from_uid(Uid::from_raw(caller.uid)) else { return false };
-        user.gid == group.gid
-            || matches!(Group::from_gid(group.gid), Ok(Some(now)) if now.mem.contains(&user.name))
+        user.gid == group.gid || matches!(Group::from_gid(group.gid), Ok(Some(now)) if now.mem.contains(&user.name))
     }
 
     /// The part of `admits` that needs no user database: root, the own user, the caller's effective group.

@@ -76,7 +76,11 @@ mod tests {
             headers.insert(header::AUTHORIZATION, value.parse().unwrap());
         }
         let caller = authenticate(&headers, &pepper, &config(&pepper, status));
-        assert_eq!(caller.as_ref().map(|caller| caller.tenant.as_str()), expected.as_ref().copied(), "{authorization:?}");
+        assert_eq!(
+            caller.as_ref().map(|caller| caller.tenant.as_str()),
+            expected.as_ref().copied(),
+            "{authorization:?}"
+        );
     }
 
     #[test]

@@ -335,7 +335,9 @@ async fn record_end(gateway: &Gateway, order: &Order, outcome: Outcome) {
             // Never opened after all, or closed by an attempt whose answer was lost.
             Ok(Reply::Refused(Refusal::UnknownTurn(_))) => return log::debug!(turn:%; "no such turn was open"),
             Ok(Reply::Refused(refusal)) => return log::error!(turn:%, refusal:%; "the end of a turn was refused"),
-            Err(unavailable) => log::debug!(turn:%, reason = unavailable.reason; "the end of a turn waits for a quorum"),
+            Err(unavailable) => {
+                log::debug!(turn:%, reason = unavailable.reason; "the end of a turn waits for a quorum")
+            }
         }
         tokio::select! {
             () = tokio::time::sleep(pause) => pause = (2 * pause).min(RECORD_AGAIN_MOST),

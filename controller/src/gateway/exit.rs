@@ -191,7 +191,10 @@ mod tests {
         assert_eq!(head.try_recv().unwrap(), Ok(()));
         exit.fail(Error::Stopping);
         let text = all(body).await;
-        assert!(text.contains("hi") && text.trim_end().ends_with("}}") && text.contains("\"code\":\"stopping\""), "{text}");
+        assert!(
+            text.contains("hi") && text.trim_end().ends_with("}}") && text.contains("\"code\":\"stopping\""),
+            "{text}"
+        );
     }
 
     #[tokio::test]

@@ -208,11 +208,7 @@ impl Acceptor {
 
 fn builder(limits: &Limits) -> auto::Builder<TokioExecutor> {
     let mut builder = auto::Builder::new(TokioExecutor::new());
-    builder
-        .http1()
-        .timer(TokioTimer::new())
-        .header_read_timeout(limits.header())
-        .max_buf_size(limits.header_bytes);
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(limits.header()).max_buf_size(limits.header_bytes);
     builder
         .http2()
         .timer(TokioTimer::new())

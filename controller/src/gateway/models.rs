@@ -31,9 +31,9 @@ pub fn context(model: &Model, deployment: &Deployment) -> u32 {
 /// Finds what a name means now.
 pub fn find(config: &Config, catalog: &Catalog, name: &str) -> Result<Served, Error> {
     let (deployment, model) = look_up(config, name).ok_or_else(|| unknown(config, name))?;
-    let text = catalog.text(&deployment.revision).ok_or_else(|| Error::NoReplica {
-        reason: format!("the tokenizer of {name} is not here yet"),
-    })?;
+    let text = catalog
+        .text(&deployment.revision)
+        .ok_or_else(|| Error::NoReplica { reason: format!("the tokenizer of {name} is not here yet") })?;
     Ok(Served {
         deployment: deployment.id.clone(),
         revision: deployment.revision,

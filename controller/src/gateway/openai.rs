@@ -119,7 +119,11 @@ async fn answer(
     let stream = asked.stream;
     let order = line::prepare(gateway, arrival, caller, &model, prompt, asked).await?;
     let head = Head { turn: arrival.turn, created: wall_ms() / 1000, model: order.deployment().clone() };
-    if stream { streamed(gateway, kind, &head, order, include_usage).await } else { whole(gateway, kind, &head, order).await }
+    if stream {
+        streamed(gateway, kind, &head, order, include_usage).await
+    } else {
+        whole(gateway, kind, &head, order).await
+    }
 }
 
 async fn whole(gateway: &Gateway, kind: Kind, head: &Head, order: Order) -> Result<Response<Body>, Error> {

@@ -70,8 +70,14 @@ impl From<String> for Shown {
 pub enum End {
     Finished(Finish),
     /// Failed before anything was shown: place it again, from its prompt, as `attempt`.
-    Again { reason: String, attempt: u32 },
-    Failed { reason: String, retryable: bool },
+    Again {
+        reason: String,
+        attempt: u32,
+    },
+    Failed {
+        reason: String,
+        retryable: bool,
+    },
 }
 
 /// An answer in the making.
@@ -91,7 +97,13 @@ pub struct Turn {
 }
 
 impl Turn {
-    pub fn new(text: Arc<Text>, stop_strings: Vec<String>, prompt_tokens: u32, max_tokens: u32, streamed: bool) -> Self {
+    pub fn new(
+        text: Arc<Text>,
+        stop_strings: Vec<String>,
+        prompt_tokens: u32,
+        max_tokens: u32,
+        streamed: bool,
+    ) -> Self {
         Self {
             detokenizer: text.decoder(),
             stops: StopMatcher::new(stop_strings.clone()),
@@ -115,7 +127,9 @@ impl Turn {
         let step = match event {
             JobEvent::Tokens { position, tokens } => self.tokens(position, &tokens),
             JobEvent::Done { finish, usage } => self.done(finish, usage),
-            JobEvent::Failed { reason, retryable } => Step { end: Some(self.fail(reason, retryable)), ..Step::default() },
+            JobEvent::Failed { reason, retryable } => {
+                Step { end: Some(self.fail(reason, retryable)), ..Step::default() }
+            }
         };
         self.shown |= self.streamed && !step.shown.is_empty();
         step

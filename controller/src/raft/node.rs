@@ -31,6 +31,11 @@ const COMMITTED_BYTES: u64 = 4 << 20;
 pub const KEEP: u64 = 10_000;
 /// Entries that are dropped at once; fewer are not worth an entry of their own.
 const COMPACT_STEP: u64 = 10_000;
+/// Ticks without anything but heartbeats after which a group is quiet: 5 s at 20 ms. Then every other heartbeat is
+/// left out, which spares an idle node half of its work; the group is not quiet while it has anything to lose.
+const QUIET_TICKS: usize = 250;
+/// A quiet group must still have this many heartbeats in the shortest election time.
+const QUIET_BEATS: usize = 2;
 
 /// How the group keeps time.
 #[derive(Debug, Clone, Copy)]
@@ -80,6 +85,11 @@ pub struct Node {
     applied: u64,
     lead: Lead,
     proposed_compaction: u64,
+    times: Times,
+    /// Ticks since something other than a heartbeat happened.
+    quiet: usize,
+    /// The last heartbeat was left out.
+    left_out: bool,
 }
 
 impl std::fmt::Debug for Node {
@@ -124,12 +134,33 @@ impl Node {
             applied,
             lead: Lead::default(),
             proposed_compaction: 0,
+            times,
+            quiet: 0,
+            left_out: false,
         })
     }
 
-    /// Takes what came in, and a tick if one is due, and says what to do.
-    pub fn step(&mut self, inputs: Inputs, tick: bool) -> Effects {
+    /// Ticks until one of them may do something. Until then nobody need wake this node for time's sake.
+    pub fn ticks_to_wait(&self) -> usize {
+        let raft = &self.raw.raft;
+        let due = match raft.state {
+            StateRole::Leader => {
+                let beat = raft.heartbeat_timeout().saturating_sub(raft.heartbeat_elapsed());
+                beat.min(raft.election_timeout().saturating_sub(raft.election_elapsed))
+            }
+            _ => raft.randomized_election_timeout().saturating_sub(raft.election_elapsed),
+        };
+        due.max(1)
+    }
+
+    /// Takes what came in and the ticks that have passed (no more than `ticks_to_wait`), and says what to do.
+    pub fn step(&mut self, inputs: Inputs, ticks: usize) -> Effects {
         let mut effects = Effects::default();
+        // All but the last do nothing; the last comes after the messages, so that a heartbeat that lay there counts.
+        for _ in 1..ticks {
+            self.raw.tick();
+        }
+        self.quiet = if inputs.proposals.is_empty() && inputs.read.is_none() { self.quiet + ticks } else { 0 };
         // First what this node itself has done: an answer from a peer may rest on it.
         self.progress(&inputs, &mut effects);
         for message in inputs.urgent.into_iter().chain(inputs.bulk) {
@@ -146,18 +177,19 @@ impl Node {
         if let Some(context) = inputs.read {
             self.raw.read_index(context);
         }
-        if tick {
+        if ticks > 0 {
             self.raw.tick();
         }
         while self.raw.has_ready() {
             self.ready(&mut effects);
         }
+        self.thin_heartbeats(&mut effects);
         if inputs.log_commit && self.unlogged {
             self.unlogged = false;
             effects.jobs.push(Job { hard_state: Some(self.hard_state.clone()), ..Job::default() });
         }
         self.notice_lead(&mut effects);
-        if tick {
+        if ticks > 0 {
             self.notice_compaction(&mut effects);
         }
         effects
@@ -239,6 +271,22 @@ impl Node {
         effects.jobs.push(job);
     }
 
+    /// Leaves out every other heartbeat of a quiet group. One that carries a question for a read index always goes.
+    fn thin_heartbeats(&mut self, effects: &mut Effects) {
+        if !(effects.committed.is_empty() && effects.jobs.is_empty() && effects.reads.is_empty()) {
+            self.quiet = 0;
+        }
+        let plain = |m: &Message| m.msg_type == MessageType::MsgHeartbeat && m.context.is_empty();
+        let room = self.times.election_ticks >= (2 * QUIET_BEATS + 1) * self.times.heartbeat_ticks;
+        if self.quiet < QUIET_TICKS || !room || !effects.messages.iter().any(plain) {
+            return;
+        }
+        self.left_out = !self.left_out;
+        if self.left_out {
+            effects.messages.retain(|m| !plain(m));
+        }
+    }
+
     fn notice_lead(&mut self, effects: &mut Effects) {
         let raft = &self.raw.raft;
         let lead = Lead { leader: raft.leader_id, term: raft.term, here: raft.state == StateRole::Leader };
@@ -286,9 +334,9 @@ mod tests {
     }
 
     impl Bench {
-        fn step(&mut self, inputs: Inputs, tick: bool) -> Effects {
+        fn step(&mut self, inputs: Inputs, ticks: usize) -> Effects {
             let inputs = Inputs { applied: self.node.applied.max(inputs.applied), ..inputs };
-            let mut effects = self.node.step(inputs, tick);
+            let mut effects = self.node.step(inputs, ticks);
             self.jobs.append(&mut effects.jobs);
             effects
         }
@@ -299,10 +347,10 @@ mod tests {
                 self.disk.disk.write(&job.entries, job.hard_state.as_ref(), job.truncated).unwrap();
                 persisted = job.number.max(persisted);
             }
-            self.step(Inputs { persisted, ..Inputs::default() }, false)
+            self.step(Inputs { persisted, ..Inputs::default() }, 0)
         }
         fn hears(&mut self, message: Message) -> Effects {
-            self.step(Inputs { bulk: [message].into(), ..Inputs::default() }, false)
+            self.step(Inputs { bulk: [message].into(), ..Inputs::default() }, 0)
         }
     }
 
@@ -318,6 +366,20 @@ mod tests {
         Message { index: index - 1, log_term, commit, entries, ..message(MessageType::MsgAppend, term) }
     }
 
+    /// Lets the others vote for this member, and commits its first entry.
+    fn elect(bench: &mut Bench) {
+        let wait = bench.node.ticks_to_wait();
+        bench.step(Inputs::default(), wait);
+        bench.persist();
+        bench.hears(message(MessageType::MsgRequestPreVoteResponse, 1));
+        bench.persist();
+        bench.hears(message(MessageType::MsgRequestVoteResponse, 1));
+        assert!(bench.node.lead.here);
+        bench.persist();
+        bench.hears(Message { index: 1, ..message(MessageType::MsgAppendResponse, 1) });
+        bench.step(Inputs { applied: 1, ..Inputs::default() }, 0);
+    }
+
     fn kinds(messages: &[Message]) -> Vec<MessageType> {
         messages.iter().map(|m| m.msg_type).collect()
     }
@@ -325,11 +387,11 @@ mod tests {
     #[test]
     fn a_single_member_leads_at_once_and_commits_what_is_on_its_disk() {
         let mut one = bench(&[1]);
-        let effects = one.step(Inputs::default(), false);
+        let effects = one.step(Inputs::default(), 0);
         assert!(effects.lead.unwrap().here && effects.committed.is_empty());
         assert_eq!(one.persist().committed.len(), 1, "the entry of a new leader");
         let proposals = [Bytes::from_static(b"a")].into();
-        let effects = one.step(Inputs { proposals, applied: 1, ..Inputs::default() }, false);
+        let effects = one.step(Inputs { proposals, applied: 1, ..Inputs::default() }, 0);
         assert!(effects.committed.is_empty(), "nothing is applied before it is on disk");
         assert_eq!(one.persist().committed[0].data, "a");
     }
@@ -368,7 +430,7 @@ mod tests {
     #[test]
     fn an_idle_member_writes_nothing() {
         let mut leader = bench(&[1]);
-        leader.step(Inputs::default(), false);
+        leader.step(Inputs::default(), 0);
         leader.persist();
         let mut follower = bench(&[1, 2, 3]);
         follower.hears(append(1, 1, 0));
@@ -376,14 +438,49 @@ mod tests {
         // The commit index moves with the next heartbeat, which is no reason to write either.
         follower.hears(Message { commit: 1, ..message(MessageType::MsgHeartbeat, 1) });
         for _ in 0..100 {
-            leader.step(Inputs::default(), true);
-            follower.step(Inputs::default(), true);
+            leader.step(Inputs::default(), 1);
+            follower.step(Inputs::default(), 1);
             follower.hears(message(MessageType::MsgHeartbeat, 1));
         }
         assert!(leader.jobs.is_empty() && follower.jobs.is_empty());
-        let effects = follower.step(Inputs { log_commit: true, ..Inputs::default() }, false);
+        let effects = follower.step(Inputs { log_commit: true, ..Inputs::default() }, 0);
         assert!(effects.messages.is_empty());
         assert_eq!(follower.jobs[0].hard_state.as_ref().unwrap().commit, 1, "the state asked for it");
+    }
+
+    #[test]
+    fn a_quiet_leader_leaves_out_every_other_heartbeat_but_no_question() {
+        let mut leader = bench(&[1, 2, 3]);
+        let beats = |ticks: usize, bench: &mut Bench| {
+            let mut sent = || kinds(&bench.step(Inputs::default(), 1).messages);
+            (0..ticks).filter(|_| sent().contains(&MessageType::MsgHeartbeat)).count()
+        };
+        elect(&mut leader);
+        assert_eq!(beats(8, &mut leader), 4);
+        leader.node.quiet = QUIET_TICKS;
+        assert_eq!(beats(8, &mut leader), 2);
+        let read = Some(b"question".to_vec());
+        let effects = leader.step(Inputs { read, ..Inputs::default() }, 0);
+        assert_eq!(kinds(&effects.messages), [MessageType::MsgHeartbeat; 2]);
+        assert_eq!(beats(8, &mut leader), 4, "the question ended the quiet");
+    }
+
+    #[test]
+    fn ticks_that_do_nothing_need_no_waking() {
+        let mut follower = bench(&[1, 2, 3]);
+        follower.hears(message(MessageType::MsgHeartbeat, 1));
+        follower.persist();
+        let wait = follower.node.ticks_to_wait();
+        assert!((TIMES.election_ticks..2 * TIMES.election_ticks).contains(&wait), "{wait}");
+        follower.step(Inputs::default(), wait - 1);
+        assert_eq!(follower.node.ticks_to_wait(), 1);
+        // A heartbeat that lies there when the last tick comes is heard first.
+        let urgent = [message(MessageType::MsgHeartbeat, 1)].into();
+        let effects = follower.step(Inputs { urgent, ..Inputs::default() }, 1);
+        assert_eq!(kinds(&effects.messages), [MessageType::MsgHeartbeatResponse]);
+        let wait = follower.node.ticks_to_wait();
+        follower.step(Inputs::default(), wait);
+        assert!(follower.node.lead.leader == 0, "the leader is given up on time");
     }
 
     #[test]
@@ -392,7 +489,7 @@ mod tests {
         follower.hears(message(MessageType::MsgHeartbeat, 1));
         follower.persist();
         let proposals = [Bytes::from_static(b"a")].into();
-        let effects = follower.step(Inputs { proposals, ..Inputs::default() }, false);
+        let effects = follower.step(Inputs { proposals, ..Inputs::default() }, 0);
         assert!(effects.messages.is_empty() && follower.jobs.is_empty());
     }
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, anyhow, bail};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Bytes;
-use hyper::{Method, Request};
+use hyper::{Method, Request, StatusCode};
 use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -69,22 +69,23 @@ impl Admin {
         body: Option<Vec<u8>>,
         limit: Duration,
     ) -> anyhow::Result<T> {
+        let listing = method == Method::GET;
         let exchange = self.exchange(method, path, body);
         let (status, bytes) = tokio::time::timeout(limit, exchange)
             .await
             .map_err(|_| anyhow!("the controller did not answer within {} s", limit.as_secs()))??;
         if !status.is_success() {
-            bail!(refusal(status.as_u16(), &bytes));
+            let hint = if status == StatusCode::SERVICE_UNAVAILABLE && listing {
+                "; see what this node knows with --stale"
+            } else {
+                ""
+            };
+            bail!("{}{hint}", refusal(status.as_u16(), &bytes));
         }
         serde_json::from_slice(&bytes).with_context(|| format!("understand the controller's answer to {path}"))
     }
 
-    async fn exchange(
-        &self,
-        method: Method,
-        path: &str,
-        body: Option<Vec<u8>>,
-    ) -> anyhow::Result<(hyper::StatusCode, Bytes)> {
+    async fn exchange(&self, method: Method, path: &str, body: Option<Vec<u8>>) -> anyhow::Result<(StatusCode, Bytes)> {
         let stream = UnixStream::connect(&self.socket)
             .await
             .with_context(|| format!("connect to the admin socket {} (see --socket)", self.socket.display()))?;

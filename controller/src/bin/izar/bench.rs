@@ -117,7 +117,10 @@ impl Options {
     fn check(&self) -> anyhow::Result<()> {
         ensure!((1..=MAX_THREADS).contains(&self.threads), "--threads {}: use 1 to {MAX_THREADS}", self.threads);
         let connections = self.connections();
-        ensure!((1..=MAX_CONCURRENCY).contains(&connections), "--concurrency {connections}: use 1 to {MAX_CONCURRENCY}");
+        ensure!(
+            (1..=MAX_CONCURRENCY).contains(&connections),
+            "--concurrency {connections}: use 1 to {MAX_CONCURRENCY}"
+        );
         if let Some(rate) = self.rate {
             ensure!(rate > 0.0 && rate <= 1e6, "--rate {rate}: use more than 0, and at most 1000000");
         }

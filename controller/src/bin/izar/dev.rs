@@ -185,7 +185,10 @@ fn tell(ready: &Ready, layout: &Layout, file: &std::path::Path) {
     println!("key       {}\n", ready.key);
     println!("{}\n", curl(ready));
     println!("izar chat --ready-file {}", quote(&file.display().to_string()));
-    println!("export IZAR_SOCKET={}   # for izar status, models, turns, …", quote(&layout.controllers[0].socket.display().to_string()));
+    println!(
+        "export IZAR_SOCKET={}   # for izar status, models, turns, …",
+        quote(&layout.controllers[0].socket.display().to_string())
+    );
     println!("\nCtrl-C stops everything.");
 }
 

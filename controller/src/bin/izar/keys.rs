@@ -41,7 +41,7 @@ pub async fn run(command: Command, common: &Common) -> anyhow::Result<()> {
                 format!("{}\n\nThis is key {}. It is not stored and cannot be shown again.\n", c.key, c.view.id)
             })
         }
-        Command::List => show::print(common.json, &admin.get::<Keys>("/v1/keys").await?, |keys| human(keys)),
+        Command::List => show::print(common.json, &admin.get::<Keys>(&common.listing("/v1/keys")).await?, human),
         Command::Revoke { id } => {
             let view: KeyView = admin.post(&format!("/v1/keys/{}/revoke", escape(&id)), &json!({})).await?;
             show::print(common.json, &view, |v| format!("key {} is revoked\n", v.id))

@@ -86,7 +86,8 @@ pub async fn requests(command: Requests, common: &Common) -> anyhow::Result<()> 
 
 pub async fn turns(command: Turns, common: &Common) -> anyhow::Result<()> {
     let Turns::List { limit, open } = command;
-    let turns: view::Turns = common.admin().get(&format!("/v1/turns?limit={limit}&open={open}")).await?;
+    let path = common.listing(&format!("/v1/turns?limit={limit}&open={open}"));
+    let turns: view::Turns = common.admin().get(&path).await?;
     show::print(common.json, &turns, |turns| {
         let rows: Vec<Vec<String>> = turns
             .turns

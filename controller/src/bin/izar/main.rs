@@ -45,9 +45,18 @@ pub struct Common {
     /// Print JSON instead of a table
     #[arg(long, global = true)]
     pub json: bool,
+    /// In listings, show what this controller knows without asking the others: when there is no quorum
+    #[arg(long, global = true)]
+    stale: bool,
 }
 
 impl Common {
+    /// A listing's path, as new as was asked for.
+    pub fn listing(&self, path: &str) -> String {
+        let separator = if path.contains('?') { '&' } else { '?' };
+        if self.stale { format!("{path}{separator}stale=true") } else { path.to_owned() }
+    }
+
     /// The client of the chosen controller.
     pub fn admin(&self) -> admin::Admin {
         let socket = self.socket.clone().or_else(|| std::env::var_os("IZAR_SOCKET").map(PathBuf::from));
@@ -139,5 +148,13 @@ mod tests {
         let arguments = Arguments::try_parse_from(["izar", "keys", "list", "--json", "--socket", "/s"]).unwrap();
         assert!(arguments.common.json);
         assert_eq!(arguments.common.socket.unwrap(), PathBuf::from("/s"));
+    }
+
+    #[test]
+    fn a_listing_is_stale_only_if_asked() {
+        let common = |stale| Common { socket: None, json: false, stale };
+        assert_eq!(common(false).listing("/v1/keys"), "/v1/keys");
+        assert_eq!(common(true).listing("/v1/keys"), "/v1/keys?stale=true");
+        assert_eq!(common(true).listing("/v1/turns?limit=5"), "/v1/turns?limit=5&stale=true");
     }
 }

@@ -92,7 +92,7 @@ pub async fn run(command: Command, common: &Common) -> anyhow::Result<()> {
             let gone: Value = admin.delete(&format!("/v1/deployments/{}", escape(&name))).await?;
             show::print(common.json, &gone, |_| format!("{name} is not served any longer\n"))
         }
-        Command::List => list(&admin, common.json).await,
+        Command::List => list(&admin, common).await,
         Command::Inspect { path } => inspect(path, common.json),
     }
 }
@@ -126,10 +126,10 @@ async fn deploy(admin: &Admin, deploy: &Deploy) -> anyhow::Result<DeploymentView
     admin.post("/v1/deployments", &body).await
 }
 
-async fn list(admin: &Admin, as_json: bool) -> anyhow::Result<()> {
-    let models: Models = admin.get("/v1/models").await?;
-    let deployments: Deployments = admin.get("/v1/deployments").await?;
-    if as_json {
+async fn list(admin: &Admin, common: &Common) -> anyhow::Result<()> {
+    let models: Models = admin.get(&common.listing("/v1/models")).await?;
+    let deployments: Deployments = admin.get(&common.listing("/v1/deployments")).await?;
+    if common.json {
         let both = json!({ "models": models.models, "deployments": deployments.deployments });
         return show::print(true, &both, |_| String::new());
     }

@@ -41,7 +41,9 @@ fn front(limits: Limits) -> Front {
     let router = Router::new()
         .route("/v1/models", post(echo))
         .fallback(|method: Method, uri: Uri| async move { front::unknown_route(&method, uri.path()) })
-        .method_not_allowed_fallback(|method: Method, uri: Uri| async move { front::wrong_method(&method, uri.path()) });
+        .method_not_allowed_fallback(
+            |method: Method, uri: Uri| async move { front::wrong_method(&method, uri.path()) },
+        );
     Front { router, limits, metrics, tasks }
 }
 
@@ -155,7 +157,8 @@ async fn a_slow_body_is_cut_with_408() {
 #[tokio::test]
 async fn a_large_head_is_refused() {
     let server = serve(Limits { header_bytes: 8192, ..Limits::default() }).await;
-    let answer = server.exchange(&request("POST", "/v1/models", &format!("x-long: {}\r\n", "y".repeat(9000)), "")).await;
+    let answer =
+        server.exchange(&request("POST", "/v1/models", &format!("x-long: {}\r\n", "y".repeat(9000)), "")).await;
     assert!(answer.starts_with("HTTP/1.1 431"), "{answer}");
 }
 

@@ -87,7 +87,8 @@ fn message((i, message): (usize, MessageIn)) -> Result<Message, Error> {
         Some("tool") => Role::Tool,
         Some(other) => {
             let other: String = other.chars().take(40).collect();
-            let message = format!("`{}` is `{other}`; it must be system, developer, user, assistant or tool", at("role"));
+            let message =
+                format!("`{}` is `{other}`; it must be system, developer, user, assistant or tool", at("role"));
             return Err(Error::invalid(at("role"), message));
         }
         None => return Err(Error::invalid(at("role"), format!("`{}` is required", at("role")))),

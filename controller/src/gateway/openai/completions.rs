@@ -87,7 +87,8 @@ pub fn prompt(body: &[u8]) -> Result<Prompt, Error> {
     let Some(PromptIn(mut items)) = prompt else {
         return Err(Error::invalid("prompt", "`prompt` is required"));
     };
-    let tokens: Vec<Token> = items.iter().filter_map(|item| if let Item::Token(t) = item { Some(*t) } else { None }).collect();
+    let tokens: Vec<Token> =
+        items.iter().filter_map(|item| if let Item::Token(t) = item { Some(*t) } else { None }).collect();
     let prompt = match items.len() {
         0 => Prompt::Tokens(Vec::new()),
         n if tokens.len() == n => Prompt::Tokens(tokens),
@@ -188,7 +189,10 @@ mod tests {
         let usage = Usage { prompt_tokens: 3, completion_tokens: 4 };
         let whole = answer(&head, &Answer { text: "hi".into(), finish: Finish::Length, usage });
         let json: serde_json::Value = serde_json::from_slice(&whole).unwrap();
-        assert_eq!((json["object"].as_str(), json["choices"][0]["text"].as_str()), (Some("text_completion"), Some("hi")));
+        assert_eq!(
+            (json["object"].as_str(), json["choices"][0]["text"].as_str()),
+            (Some("text_completion"), Some("hi"))
+        );
         assert_eq!(json["choices"][0]["finish_reason"], "length");
     }
 }

@@ -56,7 +56,10 @@ mod tests {
     #[test]
     fn what_may_be_tried_again_says_when() {
         let response = response(&Error::TooManyRequests { limit: 4 });
-        assert_eq!((response.status().as_u16(), &response.headers()["retry-after"]), (429, &HeaderValue::from_static("1")));
+        assert_eq!(
+            (response.status().as_u16(), &response.headers()["retry-after"]),
+            (429, &HeaderValue::from_static("1"))
+        );
         assert!(super::response(&Error::WrongKey).headers().get("retry-after").is_none());
     }
 }

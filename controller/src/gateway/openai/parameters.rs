@@ -184,7 +184,10 @@ impl Parameters {
         }
         let temperature = self.temperature.unwrap_or(1.0);
         if !(0.0..=2.0).contains(&temperature) {
-            return Err(Error::invalid("temperature", format!("`temperature` is {temperature}; it must be from 0 to 2")));
+            return Err(Error::invalid(
+                "temperature",
+                format!("`temperature` is {temperature}; it must be from 0 to 2"),
+            ));
         }
         let top_p = self.top_p.unwrap_or(1.0);
         if !(top_p > 0.0 && top_p <= 1.0) {

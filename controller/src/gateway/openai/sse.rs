@@ -226,7 +226,9 @@ mod tests {
 
     #[test]
     fn awkward_texts_are_escaped_as_serde_does() {
-        for text in ["", "\"", "\\", "a\"b\\c", "\n\r\t\u{8}\u{c}", "\0\u{1f}\u{7f}", "é\u{2028}😀\u{fffd}", "</script>"] {
+        for text in
+            ["", "\"", "\\", "a\"b\\c", "\n\r\t\u{8}\u{c}", "\0\u{1f}\u{7f}", "é\u{2028}😀\u{fffd}", "</script>"]
+        {
             check_escape(text);
         }
     }

@@ -125,8 +125,7 @@ impl World {
         tasks.spawn(async move {
             agent_end.run_until_cancelled(agent.run(controller)).await;
         });
-        let world =
-            Self { gateway, raft, address, go, cancelled, agents, driver, shutdown, end, tasks, _dir: dir };
+        let world = Self { gateway, raft, address, go, cancelled, agents, driver, shutdown, end, tasks, _dir: dir };
         world.furnish(&pepper, &store).await;
         world
     }
@@ -145,8 +144,7 @@ impl World {
         };
         let manifest = import::echo(MODEL, 0, 0, store).unwrap();
         let engine = EngineOptions { max_context: 1000, ..EngineOptions::default() };
-        let deployment =
-            Deployment { id: MODEL.parse().unwrap(), revision: manifest.revision(), replicas: 1, engine };
+        let deployment = Deployment { id: MODEL.parse().unwrap(), revision: manifest.revision(), replicas: 1, engine };
         for command in [Command::CreateKey(key), Command::RegisterModel(manifest), Command::Deploy(deployment)] {
             assert_eq!(self.raft.propose(command).await.unwrap(), Reply::Done);
         }
@@ -175,7 +173,10 @@ impl World {
     /// Sends a request and leaves its answer to be read.
     pub async fn send(&self, method: &str, path: &str, key: Option<&str>, body: &str) -> TcpStream {
         let key = key.map_or(String::new(), |key| format!("authorization: Bearer {key}\r\n"));
-        let head = format!("{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n{key}content-length: {}\r\n\r\n", body.len());
+        let head = format!(
+            "{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n{key}content-length: {}\r\n\r\n",
+            body.len()
+        );
         let mut stream = TcpStream::connect(self.address).await.unwrap();
         stream.write_all((head + body).as_bytes()).await.unwrap();
         stream

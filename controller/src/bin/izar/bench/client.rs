@@ -99,8 +99,7 @@ impl Client {
                 break;
             }
         }
-        (sample.tokens, sample.status, sample.whole) =
-            (self.parser.tokens, self.parser.status, self.parser.is_whole());
+        (sample.tokens, sample.status, sample.whole) = (self.parser.tokens, self.parser.status, self.parser.is_whole());
         if !self.parser.closes {
             self.connection = Some(connection);
         }

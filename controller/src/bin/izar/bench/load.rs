@@ -123,7 +123,8 @@ pub fn run(load: Load, watched: &[Watched]) -> anyhow::Result<Measured> {
     };
     let shared = Arc::new(Shared { load, window, tickets: AtomicU64::new(tickets) });
     let queues: Vec<Arc<Queue>> = (0..shared.load.threads).map(|_| Arc::new(Queue::new())).collect();
-    let (ready, readiness) = mpsc::channel();
+    // Each thread says once that it is ready.
+    let (ready, readiness) = mpsc::sync_channel(shared.load.threads);
     let threads: Vec<JoinHandle<Stats>> = queues
         .iter()
         .enumerate()
@@ -194,11 +195,7 @@ fn sleep_until(at: Instant) {
 }
 
 /// Starts the thread that keeps the open loop's time; it returns how many requests found their queue full.
-fn start_clock(
-    shared: &Arc<Shared>,
-    queues: &[Arc<Queue>],
-    window: Window,
-) -> anyhow::Result<Option<JoinHandle<u64>>> {
+fn start_clock(shared: &Arc<Shared>, queues: &[Arc<Queue>], window: Window) -> anyhow::Result<Option<JoinHandle<u64>>> {
     let Loop::Open { rate, arrivals, seed } = shared.load.how else { return Ok(None) };
     let (queues, connections) = (queues.to_vec(), shared.load.connections);
     let mut left = match shared.load.until {
@@ -233,7 +230,12 @@ fn start_clock(
 }
 
 /// One thread: connects its share, says so, and runs it.
-fn generator(index: usize, shared: &Arc<Shared>, queue: &Arc<Queue>, ready: &mpsc::Sender<anyhow::Result<()>>) -> Stats {
+fn generator(
+    index: usize,
+    shared: &Arc<Shared>,
+    queue: &Arc<Queue>,
+    ready: &mpsc::SyncSender<anyhow::Result<()>>,
+) -> Stats {
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {

