@@ -80,8 +80,17 @@ pub struct Usage {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum JobEvent {
     /// The next tokens; `position` is the index of the first one in the answer (delivered tokens counted).
-    Tokens { position: u32, tokens: Vec<Token> },
-    Done { finish: Finish, usage: Usage },
+    Tokens {
+        position: u32,
+        tokens: Vec<Token>,
+    },
+    Done {
+        finish: Finish,
+        usage: Usage,
+    },
     /// The job did not run or did not end. `retryable`: another worker, or a later time, may do it.
-    Failed { reason: String, retryable: bool },
+    Failed {
+        reason: String,
+        retryable: bool,
+    },
 }

@@ -250,7 +250,8 @@ mod tests {
     fn identities_round_trip_and_refuse_what_is_not_one() {
         let text = "izar://bank/east/agent/a1";
         assert_eq!(text.parse::<Identity>().unwrap().to_string(), text);
-        for bad in ["izar://bank/east/agent", "izar://bank/east/king/a1", "http://a/b/agent/c", "izar://a/b/agent/c/d"] {
+        for bad in ["izar://bank/east/agent", "izar://bank/east/king/a1", "http://a/b/agent/c", "izar://a/b/agent/c/d"]
+        {
             assert!(bad.parse::<Identity>().is_err(), "{bad}");
         }
     }

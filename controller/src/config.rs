@@ -154,7 +154,11 @@ impl Config {
                 ensure!(a.address != b.address, "members: {} and {} have the same address", b.node, a.node);
             }
         }
-        ensure!(self.members.iter().any(|m| m.node == self.node), "members: this node, {}, is not among them", self.node);
+        ensure!(
+            self.members.iter().any(|m| m.node == self.node),
+            "members: this node, {}, is not among them",
+            self.node
+        );
         if let Some(plain) = self.api.plaintext_listen {
             ensure!(plain.ip().is_loopback(), "api.plaintext_listen: {plain} is not a loopback address");
         }

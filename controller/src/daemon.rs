@@ -147,7 +147,8 @@ fn check_identity(config: &Config, tls: &tls::NodeTls) -> anyhow::Result<()> {
 }
 
 fn members(config: &Config) -> Vec<control::view::Member> {
-    let view = |m: &crate::config::Member| control::view::Member { node: m.node.clone(), address: m.address.to_string() };
+    let view =
+        |m: &crate::config::Member| control::view::Member { node: m.node.clone(), address: m.address.to_string() };
     config.members.iter().map(view).collect()
 }
 

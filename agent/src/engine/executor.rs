@@ -85,7 +85,8 @@ fn work(
 ) -> Result<(), Outcome> {
     let loaded = guarded(|| pool.install(|| load_warm(load)));
     let loaded = loaded.map_err(|panic| Outcome::Unloadable(format!("loading panicked: {panic}")))?;
-    let (mut model, loaded) = loaded.map_err(|error| Outcome::Unloadable(format!("{:#}", anyhow::Error::new(error))))?;
+    let (mut model, loaded) =
+        loaded.map_err(|error| Outcome::Unloadable(format!("{:#}", anyhow::Error::new(error))))?;
     say(loaded);
     while let Ok(step) = steps.recv() {
         let drawn = guarded(|| pool.install(|| compute(model.as_mut(), &step)));

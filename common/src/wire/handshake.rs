@@ -22,8 +22,13 @@ impl Wire for Hello {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Welcome {
     /// The schema that both speak.
-    Accepted { schema: u16, version: String },
-    Refused { reason: String },
+    Accepted {
+        schema: u16,
+        version: String,
+    },
+    Refused {
+        reason: String,
+    },
 }
 impl Wire for Welcome {
     const TYPE: u16 = 2;

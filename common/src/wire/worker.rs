@@ -13,10 +13,19 @@ use crate::manifest::Manifest;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum ToWorker {
     /// `files`: where each of the manifest's `files` lies, in their order.
-    Load { manifest: Manifest, files: Vec<PathBuf>, engine: EngineOptions },
+    Load {
+        manifest: Manifest,
+        files: Vec<PathBuf>,
+        engine: EngineOptions,
+    },
     /// `id` is the agent's own number for the job.
-    Submit { id: u64, job: Job },
-    Cancel { id: u64 },
+    Submit {
+        id: u64,
+        job: Job,
+    },
+    Cancel {
+        id: u64,
+    },
 }
 impl Wire for ToWorker {
     const TYPE: u16 = 32;

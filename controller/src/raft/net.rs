@@ -312,7 +312,8 @@ mod tests {
         assert!(inbox.take(std::time::Instant::now()).unreachable.is_empty());
         net.send(vec![append(3)], &inbox);
         assert!(inbox.take(std::time::Instant::now()).unreachable.contains(&2));
-        let frames: Vec<_> = std::iter::repeat_with(|| net.peers[&2].take_bulk()).take_while(|f| !f.is_empty()).collect();
+        let frames: Vec<_> =
+            std::iter::repeat_with(|| net.peers[&2].take_bulk()).take_while(|f| !f.is_empty()).collect();
         assert_eq!(frames.iter().map(|f| f[0].commit).collect::<Vec<_>>(), [2, 3]);
         assert_eq!(lock(&net.peers[&2].bulk).bytes, 0);
     }

@@ -113,11 +113,15 @@ mod tests {
 
     #[test]
     fn only_own_answers_count_and_the_newest_wins() {
-        let state = |asker: u64, number: u64, index| {
-            ReadState { index, request_ctx: [asker.to_be_bytes(), number.to_be_bytes()].concat() }
+        let state = |asker: u64, number: u64, index| ReadState {
+            index,
+            request_ctx: [asker.to_be_bytes(), number.to_be_bytes()].concat(),
         };
         let odd = ReadState { index: 9, request_ctx: b"odd".to_vec() };
-        assert_eq!(newest(1, &[state(1, 3, 7), state(1, 4, 8), state(2, 9, 9), odd]), Some(Answer { number: 4, index: 8 }));
+        assert_eq!(
+            newest(1, &[state(1, 3, 7), state(1, 4, 8), state(2, 9, 9), odd]),
+            Some(Answer { number: 4, index: 8 })
+        );
         assert_eq!(newest(1, &[state(2, 9, 9)]), None);
     }
 }

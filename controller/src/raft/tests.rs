@@ -267,10 +267,8 @@ async fn without_a_quorum_nothing_is_decided_and_all_return_after_a_stop() {
         all.pop().unwrap().stop().await;
     }
     let alone = &all[0];
-    until("the lone member sees no leader", async || {
-        alone.raft.leadership().borrow().leader.is_none().then_some(())
-    })
-    .await;
+    until("the lone member sees no leader", async || alone.raft.leadership().borrow().leader.is_none().then_some(()))
+        .await;
     let (proposed, read) = tokio::join!(alone.raft.propose(key("late")), alone.raft.read_index());
     assert!(proposed.is_err() && read.is_err());
     all.pop().unwrap().stop().await;

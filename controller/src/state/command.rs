@@ -46,14 +46,25 @@ pub enum Command {
     Undeploy(DeploymentId),
     /// The leader's plan: which worker runs where. `based_on` is the plan version it was computed from; an outdated
     /// one is refused.
-    SetPlan { based_on: u64, plan: Plan },
+    SetPlan {
+        based_on: u64,
+        plan: Plan,
+    },
     OpenTurn(Opening),
-    CloseTurn { turn: TurnId, outcome: Outcome },
+    CloseTurn {
+        turn: TurnId,
+        outcome: Outcome,
+    },
     /// Closes as abandoned what earlier incarnations of a controller left open.
-    CloseOrphans { node: NodeId, before_incarnation: u64 },
+    CloseOrphans {
+        node: NodeId,
+        before_incarnation: u64,
+    },
     /// Says that the log up to here is on every voter's disk and may be dropped. Proposed by the leader, which alone
     /// knows how far the others are.
-    CompactLog { through: u64 },
+    CompactLog {
+        through: u64,
+    },
 }
 
 impl Command {

@@ -74,7 +74,8 @@ mod tests {
     #[test]
     fn a_batch_takes_effect_once_in_any_order() {
         let mut origins = Origins::default();
-        let taken = [(2, 1), (1, 1), (2, 1), (3, 3), (1, 3), (2, 3), (3, 3)].map(|(s, f)| origins.admit(&batch(1, s, f)));
+        let taken =
+            [(2, 1), (1, 1), (2, 1), (3, 3), (1, 3), (2, 3), (3, 3)].map(|(s, f)| origins.admit(&batch(1, s, f)));
         assert_eq!(taken, [true, true, false, true, false, false, false]);
         assert_eq!(origins.get(&"c1".parse::<NodeId>().unwrap()).unwrap().applied, BTreeSet::from([3]));
     }

@@ -227,7 +227,11 @@ fn open_segments(dir: &Path, head: &Head) -> anyhow::Result<File> {
     };
     let length = segment.metadata()?.len();
     if length < head.segment_bytes {
-        bail!("{} has {length} bytes, but {} were made durable: the disk lost some", path.display(), head.segment_bytes);
+        bail!(
+            "{} has {length} bytes, but {} were made durable: the disk lost some",
+            path.display(),
+            head.segment_bytes
+        );
     }
     if length > head.segment_bytes {
         segment.set_len(head.segment_bytes)?;

@@ -39,10 +39,18 @@ pub struct Opening {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Outcome {
-    Finished { finish: Finish, usage: Usage },
+    Finished {
+        finish: Finish,
+        usage: Usage,
+    },
     /// The client left; `usage` is what was computed for it.
-    Cancelled { usage: Usage },
-    Failed { reason: String, usage: Usage },
+    Cancelled {
+        usage: Usage,
+    },
+    Failed {
+        reason: String,
+        usage: Usage,
+    },
     /// Its controller died.
     Abandoned,
 }
