@@ -17,8 +17,8 @@ use crate::model::{Batch, SequenceId, Wants};
 /// is sent back as retryable, since another replica or a later time serves it better than a queue of minutes.
 pub const WAITING_LIMIT: usize = 512;
 
-/// Tokens that a step computes at most, the answers' own not counted. On the reference path 256 tokens take about half
-/// a second, and no running answer shall pause for longer.
+/// Tokens that a step computes at most, the answers' own not counted. On the reference path 256 tokens of a model of
+/// 135 million parameters take 0.8 s on two cores, and no running answer shall pause for longer.
 const STEP_TOKENS: usize = 256;
 
 /// One step: what to forget, what to compute, what to draw.

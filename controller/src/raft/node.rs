@@ -452,7 +452,10 @@ mod tests {
     fn a_quiet_leader_leaves_out_every_other_heartbeat_but_no_question() {
         let mut leader = bench(&[1, 2, 3]);
         let beats = |ticks: usize, bench: &mut Bench| {
-            let mut sent = || kinds(&bench.step(Inputs::default(), 1).messages);
+            let mut sent = || {
+                bench.hears(message(MessageType::MsgHeartbeatResponse, 1));
+                kinds(&bench.step(Inputs::default(), 1).messages)
+            };
             (0..ticks).filter(|_| sent().contains(&MessageType::MsgHeartbeat)).count()
         };
         elect(&mut leader);

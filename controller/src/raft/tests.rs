@@ -305,29 +305,43 @@ async fn a_directory_whose_memory_is_gone_or_foreign_is_refused() {
     assert!(refused(mine).contains("lost its memory"));
 }
 
-/// Prints how many commands a second a single member decides, fsync on; there is nothing to fail here but a hang.
+/// Prints how fast commands are decided, fsync on, all members on this machine; only a hang fails it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn many_commands_are_decided_in_a_row() {
     const COMMANDS: u128 = 20_000;
     const AT_ONCE: u128 = 500;
-    let group = Group::new(1).await;
-    let one = group.start(0).await;
-    one.done(key("k")).await;
-    let before = std::time::Instant::now();
-    let mut tasks = tokio::task::JoinSet::new();
-    for lane in 0..AT_ONCE {
-        let raft = one.raft.clone();
-        tasks.spawn(async move {
-            for id in (lane..COMMANDS).step_by(AT_ONCE as usize) {
-                assert_eq!(raft.propose(turn(id, raft.origin())).await, Ok(Reply::Done));
-            }
-        });
+    const ALONE: u128 = 300;
+    for size in [1, 3] {
+        let group = Group::new(size).await;
+        let all = group.start_all().await;
+        let led = leader(&all.iter().collect::<Vec<_>>()).await;
+        let entry = &all[(led + 1) % all.len()];
+        entry.done(key("k")).await;
+        let begun = Instant::now();
+        let mut lanes = tokio::task::JoinSet::new();
+        for lane in 0..AT_ONCE {
+            let raft = entry.raft.clone();
+            lanes.spawn(async move {
+                for id in (lane..COMMANDS).step_by(AT_ONCE as usize) {
+                    assert_eq!(raft.propose(turn(id, raft.origin())).await, Ok(Reply::Done));
+                }
+            });
+        }
+        while let Some(done) = lanes.join_next().await {
+            done.unwrap();
+        }
+        let rate = COMMANDS as f64 / begun.elapsed().as_secs_f64();
+        let mut alone = Vec::new();
+        for id in 0..ALONE {
+            let begun = Instant::now();
+            assert_eq!(entry.raft.propose(turn(COMMANDS + id, entry.raft.origin())).await, Ok(Reply::Done));
+            alone.push(begun.elapsed());
+        }
+        alone.sort_unstable();
+        let (p50, p99) = (alone[ALONE as usize / 2], alone[ALONE as usize * 99 / 100]);
+        println!("{size} member(s): {rate:.0} commands/s with {AT_ONCE} at once; one by one p50 {p50:?}, p99 {p99:?}");
+        for member in all {
+            member.stop().await;
+        }
     }
-    while let Some(done) = tasks.join_next().await {
-        done.unwrap();
-    }
-    let rate = COMMANDS as f64 / before.elapsed().as_secs_f64();
-    let entries = one.raft.state().applied();
-    println!("{rate:.0} commands/s with {AT_ONCE} at once, {entries} entries");
-    one.stop().await;
 }
