@@ -41,7 +41,7 @@ fn ask_many(clients: &[Client], during: impl FnOnce()) -> Vec<Result<String, Str
             let answered = &answered;
             move || -> Vec<Result<String, String>> {
                 let one = |i: usize| {
-                    let result = ask(&clients[(thread + i) % clients.len()], i % 2 == 0);
+                    let result = ask(&clients[(thread + i) % clients.len()], i.is_multiple_of(2));
                     answered.fetch_add(1, Ordering::Relaxed);
                     result
                 };

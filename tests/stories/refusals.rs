@@ -310,7 +310,7 @@ fn content(folder: &Path) -> Vec<(PathBuf, Vec<u8>)> {
 }
 
 #[test]
-fn data_of_another_cluster_or_node_is_refused_and_left_untouched() {
+fn data_of_another_cluster_or_a_newer_version_is_refused_and_left_untouched() {
     let _machine = izar_tests::exclusive();
     let mut site = Site::new(1, false);
     site.start_controllers();
@@ -330,6 +330,17 @@ fn data_of_another_cluster_or_node_is_refused_and_left_untouched() {
     let said = cli::refused_start("izar-controller", &["--config", site.path("other.toml").to_str().unwrap()]);
     assert!(said.contains("story") && said.contains("other"), "both clusters are named: {said}");
     assert_eq!(content(&site.data("c1")), before, "the data is untouched");
+
+    let marker = site.data("c1").join("izar.json");
+    let now = std::fs::read_to_string(&marker).unwrap();
+    let newer = now.replace("\"format\": 1", "\"format\": 1000");
+    assert_ne!(now, newer);
+    std::fs::write(&marker, &newer).unwrap();
+    let before = content(&site.data("c1"));
+    let said = cli::refused_start("izar-controller", &["--config", site.config("c1").to_str().unwrap()]);
+    assert!(said.contains("1000") && said.contains("newer"), "{said}");
+    assert_eq!(content(&site.data("c1")), before, "the data is untouched");
+    std::fs::write(&marker, now).unwrap();
 
     site.start("izar-controller", "c1");
     site.wait_led(1);
