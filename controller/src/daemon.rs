@@ -40,7 +40,6 @@ pub struct Endpoints {
 }
 
 /// A running controller.
-
 pub struct Daemon {
     shutdown: CancellationToken,
     /// What serves requests: ends first, so that turns can still be closed.

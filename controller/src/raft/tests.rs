@@ -1,6 +1,6 @@
 //! Members of a group in one process, over real QUIC on loopback and real files.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::*;
 use crate::state::turns::Opening;
@@ -294,7 +294,10 @@ async fn a_directory_whose_memory_is_gone_or_foreign_is_refused() {
     one.stop().await;
     let refused = |options: Options| {
         let started = Raft::start(options, endpoint.clone(), Arc::default());
-        format!("{:#}", started.err().expect("the start is refused"))
+        match started {
+            Err(error) => format!("{error:#}"),
+            Ok(_) => panic!("the start is not refused"),
+        }
     };
     let mine = group.options(0);
     assert!(refused(Options { site: name("west"), ..mine.clone() }).contains("belongs to site east"));

@@ -73,10 +73,9 @@ pub fn run(mut disk: Disk, jobs: &Receiver<Job>, inbox: &Inbox, net: &Net, logge
             join(&mut group, next);
         }
         let Job { number, entries, hard_state, truncated, messages } = group;
-        if !entries.is_empty() || hard_state.is_some() || truncated.is_some() {
-            if let Err(error) = disk.write(&entries, hard_state.as_ref(), truncated) {
-                fatal("write the raft log", &error.into());
-            }
+        let anything = !entries.is_empty() || hard_state.is_some() || truncated.is_some();
+        if anything && let Err(error) = disk.write(&entries, hard_state.as_ref(), truncated) {
+            fatal("write the raft log", &error.into());
         }
         if let Some(hard_state) = hard_state {
             logged.set(hard_state.commit);
