@@ -68,6 +68,10 @@ pub enum Command {
 }
 
 impl Command {
+    /// Nobody waits for its reply, so it may be gathered with what comes next.
+    pub fn may_ride(&self) -> bool {
+        matches!(self, Command::CloseTurn { .. })
+    }
     /// About how many bytes the command takes in a batch; never much less than it really takes.
     pub fn weight(&self) -> usize {
         /// Covers ids (at most 63 bytes each), numbers and hashes of any one command.
