@@ -80,7 +80,7 @@ pub fn summarize(path: &Path) -> anyhow::Result<Summary> {
         layers: config.layers,
         hidden: config.hidden,
         heads: config.heads,
-        kv_heads: config.kv_heads,
+        kv_heads: config.kv_heads(),
         parameters: total.parameters,
         quantization: most.context("there are no tensors").with_context(context)?,
         bytes: total.bytes,

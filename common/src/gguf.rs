@@ -7,6 +7,7 @@
 
 mod parse;
 mod types;
+mod write;
 
 use std::collections::HashMap;
 use std::io::{BufReader, Cursor};
@@ -14,6 +15,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 pub use types::{GgmlType, Value};
+pub use write::Writer;
 
 /// Why a GGUF file cannot be used. Names the key or the tensor, not the file: that is the caller's to add.
 #[derive(Debug, thiserror::Error)]

@@ -6,9 +6,13 @@
 
 mod gguf;
 mod json;
+mod keys;
+mod rope;
 
 use izar_common::chat::Token;
 use serde_json::Value;
+
+pub use rope::{Scaling, Yarn};
 
 use super::Error;
 
@@ -21,42 +25,111 @@ pub enum Family {
     Llama,
     Qwen2,
     Qwen3,
+    Qwen3Moe,
+    DeepseekV2,
+    DeepseekV3,
 }
 
 impl Family {
-    pub const ALL: &[Family] = &[Family::Llama, Family::Qwen2, Family::Qwen3];
+    pub const ALL: &[Family] =
+        &[Family::Llama, Family::Qwen2, Family::Qwen3, Family::Qwen3Moe, Family::DeepseekV2, Family::DeepseekV3];
 
-    /// Its name in `model_type` and in `general.architecture`.
+    /// Its name in `model_type` of `config.json`.
     pub fn name(self) -> &'static str {
         match self {
             Family::Llama => "llama",
             Family::Qwen2 => "qwen2",
             Family::Qwen3 => "qwen3",
+            Family::Qwen3Moe => "qwen3_moe",
+            Family::DeepseekV2 => "deepseek_v2",
+            Family::DeepseekV3 => "deepseek_v3",
         }
     }
-    /// Finds a family by its name, or says which there are.
-    fn from_name(name: &str) -> Result<Self, String> {
-        let known = || Self::ALL.iter().map(|family| family.name()).collect::<Vec<_>>().join(", ");
-        let found = Self::ALL.iter().copied().find(|family| family.name() == name);
-        found.ok_or_else(|| format!("is \"{name}\"; supported are {}", known()))
+    /// Its name in `general.architecture` of GGUF, which calls both generations of DeepSeek by one.
+    pub fn ggml_name(self) -> &'static str {
+        match self {
+            Family::Qwen3Moe => "qwen3moe",
+            Family::DeepseekV2 | Family::DeepseekV3 => "deepseek2",
+            Family::Llama | Family::Qwen2 | Family::Qwen3 => self.name(),
+        }
+    }
+    /// Finds the first family of a name, or says which there are.
+    fn find(name: &str, name_of: fn(Self) -> &'static str) -> Result<Self, String> {
+        let found = Self::ALL.iter().copied().find(|family| name_of(*family) == name);
+        found.ok_or_else(|| {
+            let mut known: Vec<_> = Self::ALL.iter().map(|family| name_of(*family)).collect();
+            known.dedup();
+            format!("is \"{name}\"; supported are {}", known.join(", "))
+        })
     }
 }
 
-/// How rotary frequencies are stretched for contexts longer than the first training's.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Scaling {
-    None,
-    /// Every frequency divided by the factor.
-    Linear {
-        factor: f32,
+/// How a layer's heads find their keys and values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Attention {
+    /// Groups of query heads share a head of keys and values; the whole head is rotated, halves against each other.
+    Grouped {
+        /// Heads of keys and values; `heads` is a multiple of it.
+        kv_heads: usize,
+        head_dim: usize,
     },
-    /// Low frequencies divided, high ones kept, those between blended (Llama 3.1).
-    Llama3 {
-        factor: f32,
-        low: f32,
-        high: f32,
-        original_context: f32,
-    },
+    /// Keys and values are projections of one small vector per token (DeepSeek's MLA).
+    Latent(Latent),
+}
+
+/// The sizes of latent attention.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Latent {
+    /// Queries come through a normalized vector of this width; `None`: straight from the residual stream.
+    pub q_rank: Option<usize>,
+    /// Width of the vector that keys and values are made of, and that the cache holds.
+    pub kv_rank: usize,
+    /// Part of a head's query and key that knows no position.
+    pub nope_dim: usize,
+    /// Part that is rotated; all heads share one such key, which the cache holds too.
+    pub rope_dim: usize,
+    pub value_dim: usize,
+    /// Rotary pairs are neighbours (0,1), (2,3), …; otherwise halves (i, i + rope_dim / 2).
+    pub interleaved: bool,
+}
+
+impl Latent {
+    /// Width of a head's query.
+    pub fn query_dim(&self) -> usize {
+        self.nope_dim + self.rope_dim
+    }
+}
+
+/// How a token's affinity to each expert is scored, and how groups of experts are compared where there are any.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scoring {
+    /// Softmax over all experts; a group counts as much as its best expert (Qwen3, DeepSeek-V2).
+    Softmax,
+    /// Sigmoid, and a learned bias that counts in choosing but not in weighting; a group counts as much as its best two
+    /// experts together (DeepSeek-V3).
+    Sigmoid,
+}
+
+/// Feed-forward blocks of which each token uses a few.
+///
+/// The chosen experts' scores are their weights: divided by their sum if `normalized`, then times `scale`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Experts {
+    pub count: usize,
+    pub per_token: usize,
+    /// Width inside one expert.
+    pub intermediate: usize,
+    /// Experts that every token uses besides, in the checkpoint one block of `shared * intermediate`; 0: none.
+    pub shared: usize,
+    pub scoring: Scoring,
+    /// Experts fall into so many groups of neighbours; 1: no groups.
+    pub groups: usize,
+    /// Only experts of the best so many groups can be chosen.
+    pub groups_kept: usize,
+    pub normalized: bool,
+    pub scale: f32,
+    /// Which layers have experts; the others have one dense block.
+    sparse: Vec<bool>,
 }
 
 /// The shape of a decoder.
@@ -69,17 +142,30 @@ pub struct Config {
     pub layers: usize,
     /// Width of the residual stream.
     pub hidden: usize,
-    /// Width inside the feed-forward block.
+    /// Width inside a dense feed-forward block.
     pub intermediate: usize,
+    /// Heads of queries.
     pub heads: usize,
-    /// Heads of keys and values; `heads` is a multiple of it.
-    pub kv_heads: usize,
-    pub head_dim: usize,
+    pub attention: Attention,
+    /// The experts, where some layers have them: ask [`Config::experts`] for a layer's.
+    experts: Option<Experts>,
     pub norm_epsilon: f32,
     pub rope_theta: f32,
     pub rope_scaling: Scaling,
     /// The output projection is the embedding table.
     pub tied: bool,
+}
+
+/// What a format calls the values that are checked after reading.
+struct Names {
+    kv_heads: &'static str,
+    head_dim: &'static str,
+    rope_dim: &'static str,
+    norm_epsilon: &'static str,
+    rope_theta: &'static str,
+    per_token: &'static str,
+    groups: &'static str,
+    groups_kept: &'static str,
 }
 
 impl Config {
@@ -89,53 +175,91 @@ impl Config {
     }
     /// Whether queries and keys are normalized per head before they are rotated.
     pub fn qk_norm(&self) -> bool {
-        self.family == Family::Qwen3
+        matches!(self.family, Family::Qwen3 | Family::Qwen3Moe)
     }
-
-    /// The angle by which each pair of a head turns from one position to the next, `[head_dim / 2]`, in radians.
-    ///
-    /// Source: transformers, `modeling_rope_utils.py`, in the same order of f32 operations.
-    pub fn rope_frequencies(&self) -> Vec<f32> {
-        let pairs = self.head_dim / 2;
-        let plain = (0..pairs).map(|i| 1.0 / self.rope_theta.powf((2 * i) as f32 / self.head_dim as f32));
-        plain.map(|frequency| self.rope_scaling.apply(frequency)).collect()
+    /// The experts of a layer, or `None` where it has a dense block.
+    pub fn experts(&self, layer: usize) -> Option<&Experts> {
+        self.experts.as_ref().filter(|experts| experts.sparse[layer])
     }
-
-    fn check(&self, bad: impl Fn(&str, &str) -> Error) -> Result<(), Error> {
-        if !self.heads.is_multiple_of(self.kv_heads) {
-            return Err(bad("num_key_value_heads", "does not divide the number of attention heads"));
+    /// Heads of keys and values; with latent attention each query head has its own.
+    pub fn kv_heads(&self) -> usize {
+        match self.attention {
+            Attention::Grouped { kv_heads, .. } => kv_heads,
+            Attention::Latent(_) => self.heads,
         }
-        if self.head_dim == 0 || !self.head_dim.is_multiple_of(2) {
-            return Err(bad("head_dim", "is not a positive even number, or hidden_size has no room for its heads"));
+    }
+    /// Width of a head's query and key.
+    pub fn head_dim(&self) -> usize {
+        match self.attention {
+            Attention::Grouped { head_dim, .. } => head_dim,
+            Attention::Latent(latent) => latent.query_dim(),
+        }
+    }
+    /// How much of a head is rotated.
+    pub fn rotary_dim(&self) -> usize {
+        match self.attention {
+            Attention::Grouped { head_dim, .. } => head_dim,
+            Attention::Latent(latent) => latent.rope_dim,
+        }
+    }
+
+    /// The angle by which each pair of a head turns from one position to the next, `[rotary_dim / 2]`, in radians.
+    pub fn rope_frequencies(&self) -> Vec<f32> {
+        self.rope_scaling.frequencies(self.rope_theta, self.rotary_dim())
+    }
+    /// What cosines and sines are multiplied by: 1 but for YaRN.
+    pub fn rope_magnitude(&self) -> f32 {
+        if let Scaling::Yarn(yarn) = self.rope_scaling { yarn.magnitude } else { 1.0 }
+    }
+    /// What the product of a query and a key is multiplied by: one over the root of the head's width, and YaRN's gain.
+    pub fn score_scale(&self) -> f32 {
+        let gain = if let Scaling::Yarn(yarn) = self.rope_scaling { yarn.score_gain } else { 1.0 };
+        gain / (self.head_dim() as f32).sqrt()
+    }
+
+    fn check(&self, names: &Names, bad: impl Fn(&str, &str) -> Error) -> Result<(), Error> {
+        match self.attention {
+            Attention::Grouped { kv_heads, .. } if !self.heads.is_multiple_of(kv_heads) => {
+                return Err(bad(names.kv_heads, "does not divide the number of attention heads"));
+            }
+            Attention::Grouped { head_dim, .. } if head_dim == 0 || !head_dim.is_multiple_of(2) => {
+                return Err(bad(names.head_dim, "is not a positive even number, or there is no room for the heads"));
+            }
+            Attention::Latent(latent) if !latent.rope_dim.is_multiple_of(2) => {
+                return Err(bad(names.rope_dim, "is not even"));
+            }
+            _ => {}
         }
         let positive = |value: f32| value.is_finite() && value > 0.0;
         if !positive(self.norm_epsilon) {
-            return Err(bad("rms_norm_eps", "is not a positive number"));
+            return Err(bad(names.norm_epsilon, "is not a positive number"));
         }
         if !positive(self.rope_theta) || !self.rope_frequencies().iter().all(|f| f.is_finite()) {
-            return Err(bad("rope_theta", "or the rotary scaling gives no finite frequencies"));
+            return Err(bad(names.rope_theta, "or the rotary scaling gives no finite frequencies"));
         }
-        Ok(())
+        if !positive(self.rope_magnitude()) || !positive(self.score_scale()) {
+            return Err(bad(names.rope_theta, "has a rotary scaling that makes scores vanish or overflow"));
+        }
+        self.experts.as_ref().map_or(Ok(()), |experts| experts.check(names, bad))
     }
 }
 
-impl Scaling {
-    fn apply(self, frequency: f32) -> f32 {
-        match self {
-            Scaling::None => frequency,
-            Scaling::Linear { factor } => frequency / factor,
-            Scaling::Llama3 { factor, low, high, original_context } => {
-                let wavelength = 2.0 * std::f32::consts::PI / frequency;
-                if wavelength > original_context / low {
-                    frequency / factor
-                } else if wavelength < original_context / high {
-                    frequency
-                } else {
-                    let smooth = (original_context / wavelength - low) / (high - low);
-                    (1.0 - smooth) * frequency / factor + smooth * frequency
-                }
-            }
+impl Experts {
+    fn check(&self, names: &Names, bad: impl Fn(&str, &str) -> Error) -> Result<(), Error> {
+        if !self.count.is_multiple_of(self.groups) {
+            return Err(bad(names.groups, "does not divide the number of experts"));
         }
+        let in_group = self.count / self.groups;
+        if self.scoring == Scoring::Sigmoid && self.groups > 1 && in_group < 2 {
+            return Err(bad(names.groups, "leaves fewer than two experts to a group"));
+        }
+        if self.groups_kept > self.groups {
+            return Err(bad(names.groups_kept, "is more than there are groups"));
+        }
+        if self.per_token > in_group * self.groups_kept {
+            return Err(bad(names.per_token, "is more than can be chosen from"));
+        }
+        Ok(())
     }
 }
 
@@ -150,97 +274,4 @@ pub fn tokens(value: Option<&Value>) -> Vec<Token> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use serde_json::json;
-
-    fn sample() -> Value {
-        json!({
-            "model_type": "llama", "vocab_size": 512, "max_position_embeddings": 256, "num_hidden_layers": 2,
-            "hidden_size": 64, "intermediate_size": 112, "num_attention_heads": 4, "num_key_value_heads": 2,
-            "rms_norm_eps": 1e-5, "hidden_act": "silu", "torch_dtype": "float32", "tie_word_embeddings": true,
-        })
-    }
-    fn read(change: impl FnOnce(&mut Value)) -> Result<Config, String> {
-        let mut value = sample();
-        change(&mut value);
-        Config::from_json("config.json", value.to_string().as_bytes()).map_err(|e| e.to_string())
-    }
-    fn refused(key: &str, value: Value) -> String {
-        read(|v| v[key] = value).unwrap_err()
-    }
-
-    #[test]
-    fn both_generations_say_the_same() {
-        let llama3 = json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64});
-        let four = read(|v| {
-            v["rope_theta"] = json!(5e5);
-            v["rope_scaling"] = llama3.clone();
-        });
-        let five = read(|v| {
-            v["rope_parameters"] = llama3;
-            v["rope_parameters"]["rope_theta"] = json!(5e5);
-        });
-        assert_eq!(four, five);
-        let config = four.unwrap();
-        assert_eq!((config.head_dim, config.kv_heads, config.tied, config.rope_theta), (16, 2, true, 5e5));
-        assert!(matches!(config.rope_scaling, Scaling::Llama3 { factor: 8.0, .. }));
-    }
-
-    #[test]
-    fn what_is_not_supported_is_refused_by_its_key() {
-        assert_eq!(refused("sandwich_norm", json!(true)), "config.json: key `sandwich_norm` is not supported");
-        assert!(refused("attention_bias", json!(true)).contains("`attention_bias` is not supported"));
-        assert!(refused("quantization_config", json!({"bits": 4})).contains("`quantization_config`"));
-        assert!(refused("hidden_act", json!("gelu")).contains("`hidden_act`"));
-        assert!(refused("sliding_window", json!(4096)).contains("`sliding_window`"));
-        assert!(refused("layer_types", json!(["sliding_attention"])).contains("`layer_types`"));
-        assert!(refused("model_type", json!("mamba")).contains("supported are llama, qwen2, qwen3"));
-        assert!(refused("rope_scaling", json!({"type": "yarn", "factor": 2})).contains("`rope_scaling.rope_type`"));
-        let strange = json!({"type": "linear", "factor": 2, "mscale": 0.7});
-        assert!(refused("rope_scaling", strange).contains("`mscale` is not supported"));
-    }
-
-    #[test]
-    fn neutral_and_harmless_keys_are_passed_over() {
-        let plain = read(|_| {}).unwrap();
-        let more = read(|v| {
-            for (key, value) in [("mlp_bias", json!(false)), ("_name_or_path", json!("x")), ("new_thing", json!(null))]
-            {
-                v[key] = value;
-            }
-        });
-        assert_eq!(more.unwrap(), plain);
-    }
-
-    #[test]
-    fn impossible_sizes_are_refused_by_their_key() {
-        assert!(refused("hidden_size", json!(0)).contains("`hidden_size`"));
-        assert!(refused("vocab_size", json!(1_u64 << 40)).contains("`vocab_size`"));
-        assert!(refused("num_hidden_layers", json!("two")).contains("`num_hidden_layers`"));
-        assert!(refused("num_key_value_heads", json!(3)).contains("`num_key_value_heads`"));
-        assert!(refused("head_dim", json!(15)).contains("`head_dim`"));
-        assert!(refused("rope_theta", json!(-1.0)).contains("`rope_theta`"));
-        assert!(read(|v| drop(v.as_object_mut().unwrap().remove("hidden_size"))).unwrap_err().contains("is missing"));
-        assert!(Config::from_json("config.json", b"[]").is_err());
-        assert!(Config::from_json("config.json", b"{").is_err());
-    }
-
-    #[test]
-    fn low_frequencies_are_stretched_and_high_ones_kept() {
-        let scaling = Scaling::Llama3 { factor: 8.0, low: 1.0, high: 4.0, original_context: 64.0 };
-        assert_eq!(scaling.apply(1.0), 1.0);
-        assert_eq!(scaling.apply(0.01), 0.01 / 8.0);
-        let between = scaling.apply(0.2);
-        assert!(0.2 / 8.0 < between && between < 0.2);
-        assert_eq!(Scaling::Linear { factor: 4.0 }.apply(1.0), 0.25);
-    }
-
-    #[test]
-    fn ends_of_text_are_one_or_many() {
-        assert_eq!(tokens(Some(&json!(2))), [2]);
-        assert_eq!(tokens(Some(&json!([2, 7]))), [2, 7]);
-        assert_eq!(tokens(None), [] as [Token; 0]);
-    }
-}
+mod tests;

@@ -70,7 +70,7 @@ impl Decoder {
         };
         let layers = (0..config.layers).into_par_iter().map(|layer| loading.layer(layer)).collect::<Result<_, _>>()?;
         let mut frequencies = config.rope_frequencies();
-        if let Some(divisors) = source.rope_divisors(config.head_dim / 2)? {
+        if let Some(divisors) = source.rope_divisors(config.rotary_dim() / 2)? {
             frequencies.iter_mut().zip(divisors).for_each(|(f, d)| *f /= d);
         }
         Ok(Self {
@@ -87,7 +87,7 @@ impl Decoder {
 
     /// Takes the chunks' caches out, so that layers may change them side by side.
     fn begin(&mut self, batch: &Batch) -> Vec<Running> {
-        let group = self.config.heads / self.config.kv_heads;
+        let group = self.config.heads / self.config.kv_heads();
         let mut end = 0;
         let mut running = Vec::with_capacity(batch.chunks.len());
         for chunk in &batch.chunks {
@@ -131,8 +131,8 @@ impl Layer {
         rotation: &Rotation,
         running: &mut [Running],
     ) -> Tensor<2> {
-        let (heads, kv_heads, tokens) = (config.heads, config.kv_heads, qkv.dims()[0]);
-        let qkv = qkv.reshape([tokens, heads + 2 * kv_heads, config.head_dim]);
+        let (heads, kv_heads, tokens) = (config.heads, config.kv_heads(), qkv.dims()[0]);
+        let qkv = qkv.reshape([tokens, heads + 2 * kv_heads, config.head_dim()]);
         let normed = |x: Tensor<3>, weight: &Option<Tensor<1>>| match weight {
             Some(weight) => rms_norm(x, weight, config.norm_epsilon),
             None => x,
@@ -157,7 +157,7 @@ impl CausalLm for Decoder {
     fn forward(&mut self, batch: &Batch) -> Logits {
         let mut running = self.begin(batch);
         let positions: Vec<usize> = running.iter().flat_map(|c| c.start..c.start + c.rows.len()).collect();
-        let rotation = Rotation::new(&positions, &self.frequencies, &self.device);
+        let rotation = Rotation::new(&positions, &self.frequencies, &self.device).times(self.config.rope_magnitude());
         let mut x = gather(&self.embedding, batch.tokens.iter().map(|t| *t as usize));
         for (index, layer) in self.layers.iter().enumerate() {
             x = layer.forward(index, &self.config, x, &rotation, &mut running);
@@ -218,13 +218,13 @@ impl Loading<'_> {
         let c = self.config;
         let name = |part: &str| format!("model.layers.{index}.{part}");
         let (q, k, v) = (name("self_attn.q_proj"), name("self_attn.k_proj"), name("self_attn.v_proj"));
-        let (q_width, kv_width) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
+        let (q_width, kv_width) = (c.heads * c.head_dim(), c.kv_heads() * c.head_dim());
         let projections = [(&q[..], q_width), (&k[..], kv_width), (&v[..], kv_width)];
         let mut qkv = self.linear(&projections, c.hidden)?;
         if c.qkv_bias() {
             qkv = qkv.with_bias(self.biases(&projections)?, &self.device);
         }
-        let head_norm = |part: &str| c.qk_norm().then(|| self.vector(&name(part), c.head_dim)).transpose();
+        let head_norm = |part: &str| c.qk_norm().then(|| self.vector(&name(part), c.head_dim())).transpose();
         let (gate, up) = (name("mlp.gate_proj"), name("mlp.up_proj"));
         Ok(Layer {
             attention_norm: self.vector(&name("input_layernorm.weight"), c.hidden)?,

@@ -203,7 +203,7 @@ fn gguf_rows(
     let heads = match canonical {
         _ if config.family != Family::Llama => return Ok(values),
         _ if canonical.contains("self_attn.q_proj.") => config.heads,
-        _ if canonical.contains("self_attn.k_proj.") => config.kv_heads,
+        _ if canonical.contains("self_attn.k_proj.") => config.kv_heads(),
         _ => return Ok(values),
     };
     Ok(ggml::uninterleave(&values, heads, columns))

@@ -130,6 +130,10 @@ impl Rotation {
         let sin = tensor(angles().map(f32::sin).collect(), shape, device);
         Self { cos, sin }
     }
+    /// Multiplies cosines and sines (YaRN).
+    pub fn times(self, magnitude: f32) -> Self {
+        if magnitude == 1.0 { self } else { Self { cos: self.cos * magnitude, sin: self.sin * magnitude } }
+    }
     /// Turns pairs (i, i + head_dim / 2) of every head. `x`: `[tokens, heads, head_dim]`.
     ///
     /// Source: Su et al. 2021, in the half-split order of Hugging Face checkpoints.
@@ -288,7 +292,9 @@ mod tests {
         let rotation = Rotation::new(&[0, 2], &[0.5, 0.25], &device);
         let x = tensor(vec![1.0, 1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0], [2, 1, 4], &device);
         let (one, half) = (1.0_f32, 0.5_f32);
-        close(&values(rotation.apply(x)), &[1.0, 1.0, 0.0, 0.0, one.cos(), half.cos(), one.sin(), half.sin()]);
+        let turned = [1.0, 1.0, 0.0, 0.0, one.cos(), half.cos(), one.sin(), half.sin()];
+        close(&values(rotation.apply(x.clone())), &turned);
+        close(&values(rotation.times(2.0).apply(x)), &turned.map(|value| 2.0 * value));
     }
 
     #[test]

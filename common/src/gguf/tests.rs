@@ -1,73 +1,20 @@
-//! A writer of small GGUF files, and what happens to good, bad and mutated ones.
+//! What happens to good, bad and mutated GGUF files.
 
 use proptest::prelude::*;
 
 use super::*;
 
-/// Writes GGUF files for tests, right and wrong ones.
-#[derive(Default)]
-struct Writer {
-    keys: Vec<u8>,
-    key_count: u64,
-    directory: Vec<u8>,
-    tensor_count: u64,
-}
-
-fn put_string(out: &mut Vec<u8>, text: &str) {
-    out.extend((text.len() as u64).to_le_bytes());
-    out.extend(text.as_bytes());
-}
-
-impl Writer {
-    fn key(mut self, key: &str, id: u32, value: &[u8]) -> Self {
-        put_string(&mut self.keys, key);
-        self.keys.extend(id.to_le_bytes());
-        self.keys.extend(value);
-        self.key_count += 1;
-        self
-    }
-    fn tensor(mut self, name: &str, dims: &[u64], id: u32, offset: u64) -> Self {
-        put_string(&mut self.directory, name);
-        self.directory.extend((dims.len() as u32).to_le_bytes());
-        dims.iter().for_each(|d| self.directory.extend(d.to_le_bytes()));
-        self.directory.extend(id.to_le_bytes());
-        self.directory.extend(offset.to_le_bytes());
-        self.tensor_count += 1;
-        self
-    }
-    fn finish(self, version: u32, data: &[u8]) -> Vec<u8> {
-        let mut out = b"GGUF".to_vec();
-        out.extend(version.to_le_bytes());
-        out.extend(self.tensor_count.to_le_bytes());
-        out.extend(self.key_count.to_le_bytes());
-        out.extend(self.keys);
-        out.extend(self.directory);
-        out.resize(out.len().next_multiple_of(32), 0);
-        out.extend(data);
-        out
-    }
-}
-
-fn strings(list: &[&str]) -> Vec<u8> {
-    let mut out = 8_u32.to_le_bytes().to_vec();
-    out.extend((list.len() as u64).to_le_bytes());
-    list.iter().for_each(|s| put_string(&mut out, s));
-    out
-}
-
 fn sample(version: u32) -> Vec<u8> {
-    let mut name = Vec::new();
-    put_string(&mut name, "llama");
     Writer::default()
-        .key("general.architecture", 8, &name)
-        .key("llama.context_length", 4, &77_u32.to_le_bytes())
-        .key("llama.epsilon", 6, &0.5_f32.to_le_bytes())
-        .key("flag", 7, &[1])
-        .key("small", 1, &[0xff])
-        .key("words", 9, &strings(&["a", "bc"]))
-        .tensor("x", &[4, 2], 0, 0)
-        .tensor("y", &[32], 2, 32)
-        .finish(version, &(0..32 + 18).collect::<Vec<u8>>())
+        .key("general.architecture", "llama")
+        .key("llama.context_length", 77_u32)
+        .key("llama.epsilon", 0.5_f32)
+        .key("flag", true)
+        .raw_key("small", 1, &[0xff])
+        .key("words", ["a", "bc"])
+        .raw_tensor("x", &[4, 2], 0, 0)
+        .raw_tensor("y", &[32], 2, 32)
+        .finish_as(version, &(0..32 + 18).collect::<Vec<u8>>())
 }
 
 fn refused(bytes: Vec<u8>, words: &str) {
@@ -124,12 +71,12 @@ fn a_tensor_outside_the_file_is_refused_by_name() {
     let mut bytes = sample(3);
     bytes.pop();
     refused(bytes, "tensor `y` reaches past the end");
-    refused(Writer::default().tensor("far", &[1], 0, u64::MAX - 31).finish(3, &[0; 64]), "`far`");
+    refused(Writer::default().raw_tensor("far", &[1], 0, u64::MAX - 31).finish_as(3, &[0; 64]), "`far`");
 }
 
 #[test]
 fn impossible_tensors_are_refused_by_name() {
-    let with = |dims: &[u64], id| Writer::default().tensor("t", dims, id, 0).finish(3, &[0; 64]);
+    let with = |dims: &[u64], id| Writer::default().raw_tensor("t", dims, id, 0).finish_as(3, &[0; 64]);
     refused(with(&[1 << 40, 1 << 40], 0), "tensor `t` has the impossible shape");
     refused(with(&[u64::MAX], 0), "tensor `t` has the impossible shape");
     refused(with(&[0], 0), "tensor `t` has the impossible shape");
@@ -141,7 +88,8 @@ fn impossible_tensors_are_refused_by_name() {
 
 #[test]
 fn overlapping_twofold_and_misaligned_tensors_are_refused() {
-    let two = |a, b, at| Writer::default().tensor(a, &[16], 0, 0).tensor(b, &[4], 0, at).finish(3, &[0; 128]);
+    let two =
+        |a, b, at| Writer::default().raw_tensor(a, &[16], 0, 0).raw_tensor(b, &[4], 0, at).finish_as(3, &[0; 128]);
     refused(two("a", "b", 32), "tensors `a` and `b` overlap");
     refused(two("a", "a", 64), "tensor `a` is there twice");
     refused(two("a", "b", 65), "tensor `b` is not aligned");
@@ -150,7 +98,7 @@ fn overlapping_twofold_and_misaligned_tensors_are_refused() {
 
 #[test]
 fn impossible_metadata_is_refused_by_key() {
-    let with = |id, value: &[u8]| Writer::default().key("k", id, value).finish(3, &[]);
+    let with = |id, value: &[u8]| Writer::default().raw_key("k", id, value).finish_as(3, &[]);
     refused(with(13, &[]), "`k` has the unknown value type 13");
     refused(with(7, &[2]), "`k` has 2 as a truth value");
     refused(with(8, &u64::MAX.to_le_bytes()), "over the limit");
@@ -165,8 +113,29 @@ fn impossible_metadata_is_refused_by_key() {
     }
     deep.resize(deep.len() + 64, 0);
     refused(with(9, &deep), "nests lists deeper");
-    refused(Writer::default().key("k", 0, &[1]).key("k", 0, &[1]).finish(3, &[]), "`k` is there twice");
-    refused(Writer::default().key("general.alignment", 4, &3_u32.to_le_bytes()).finish(3, &[]), "power of two");
+    refused(Writer::default().raw_key("k", 0, &[1]).raw_key("k", 0, &[1]).finish_as(3, &[]), "`k` is there twice");
+    refused(Writer::default().key("general.alignment", 3_u32).finish_as(3, &[]), "power of two");
+}
+
+#[test]
+fn what_is_written_is_read() {
+    let values: [(&str, Value); 7] = [
+        ("n", 7_u32.into()),
+        ("wide", (1_u64 << 40).into()),
+        ("less", (-3_i32).into()),
+        ("half", 0.5_f32.into()),
+        ("fine", Value::Float(0.1)),
+        ("no", false.into()),
+        ("list", Value::Array(vec![[1_u32, 2].into(), [3_u32].into()])),
+    ];
+    let mut writer = Writer::default().f32s("t", &[2, 3], &[1.0; 6]).tensor("u", &[32], GgmlType::Q8_0, &[9; 34]);
+    for (key, value) in &values {
+        writer = writer.key(key, value.clone());
+    }
+    let file = File::from_bytes(writer.finish()).unwrap();
+    values.iter().for_each(|(key, value)| assert_eq!(file.meta(key), Some(value)));
+    assert_eq!(file.tensor("t").unwrap().dims, [3, 2]);
+    assert_eq!(file.data("u").unwrap().1, [9; 34]);
 }
 
 #[test]
