@@ -22,6 +22,8 @@ mod openai_client;
 mod real_model;
 #[path = "stories/refusals.rs"]
 mod refusals;
+#[path = "stories/sampling.rs"]
+mod sampling;
 #[path = "stories/secrets.rs"]
 mod secrets;
 #[path = "stories/strangers.rs"]

@@ -5,6 +5,7 @@
 //! woken when there is one. [`Lm`] runs a language model so; `model::echo` gives timed words without one.
 
 pub mod batch;
+pub mod blocks;
 pub mod executor;
 pub mod sampler;
 pub mod sequence;
@@ -15,6 +16,7 @@ use izar_common::chat::{Job, JobEvent};
 
 use batch::Batcher;
 use executor::{Executor, Outcome};
+use sampler::Grammars;
 use sequence::Limits;
 
 /// Where an engine is in its life.
@@ -51,9 +53,8 @@ pub struct Lm {
     state: State,
     /// There from the moment the model is loaded.
     batcher: Option<Batcher>,
+    grammars: Grammars,
     max_batch: usize,
-    /// Most tokens of prompt and answer together; 0 means what the model was made for.
-    max_context: usize,
     /// A step is under way.
     stepping: bool,
     /// Answers to submissions, for the next poll.
@@ -62,16 +63,21 @@ pub struct Lm {
 
 impl Lm {
     /// Takes an executor that has begun to load its model.
-    pub fn new(executor: Executor, max_batch: usize, max_context: usize) -> Self {
+    pub fn new(executor: Executor, grammars: Grammars, max_batch: usize) -> Self {
         let (state, batcher, answers) = (State::Loading, None, Vec::new());
-        Self { executor, state, batcher, max_batch, max_context, stepping: false, answers }
+        Self { executor, state, batcher, grammars, max_batch, stepping: false, answers }
+    }
+
+    /// Blocks of the cache that sequences use, and all that there are.
+    pub fn used_blocks(&self) -> (usize, usize) {
+        self.batcher.as_ref().map_or((0, 0), Batcher::used_blocks)
     }
 
     fn take(&mut self, outcome: Outcome, events: &mut Events) {
         match outcome {
-            Outcome::Loaded { context, vocabulary, eos } => {
-                let context = if self.max_context == 0 { context } else { context.min(self.max_context) };
-                self.batcher = Some(Batcher::new(Limits { context, vocabulary, eos }, self.max_batch));
+            Outcome::Loaded { context, vocabulary, eos, blocks } => {
+                let limits = Limits { context, vocabulary, eos };
+                self.batcher = Some(Batcher::new(limits, self.max_batch, blocks, self.grammars.clone()));
                 self.state = State::Ready;
             }
             Outcome::Unloadable(reason) => self.state = State::Unloadable(reason),
@@ -135,7 +141,7 @@ mod tests {
 
     use super::sequence::tests::job;
     use super::*;
-    use crate::model::{Batch, CausalLm, Error, Loaded, Logits, SequenceId};
+    use crate::model::{Batch, CausalLm, Error, Loaded, Logits};
 
     /// What a test waits for an outcome at most.
     const LIMIT: Duration = Duration::from_secs(10);
@@ -151,18 +157,20 @@ mod tests {
             (0..).zip(wanted).for_each(|(row, at)| values[row * 16 + (batch.tokens[at] as usize + 1) % 16] = 1.0);
             Logits::new(values, 16)
         }
-        fn close(&mut self, _sequence: SequenceId) {}
+        fn weight_bytes(&self) -> usize {
+            0
+        }
     }
 
-    fn start(max_context: usize, load: impl FnOnce() -> Result<Loaded, Error> + Send + 'static) -> (Lm, Receiver<()>) {
+    fn start(load: impl FnOnce() -> Result<Loaded, Error> + Send + 'static) -> (Lm, Receiver<()>) {
         let (say, woken) = sync_channel(16);
         let wake = move || say.send(()).expect("the test listens");
-        let mut engine = Lm::new(Executor::start(1, load, wake).unwrap(), 4, max_context);
+        let mut engine = Lm::new(Executor::start(1, load, wake).unwrap(), Grammars::new(None), 4);
         wait(&mut engine, &woken);
         (engine, woken)
     }
-    fn counter(max_context: usize) -> (Lm, Receiver<()>) {
-        start(max_context, || Ok(Loaded { model: Box::new(Counter), context: 100, vocabulary: 16, eos: vec![9] }))
+    fn counter() -> (Lm, Receiver<()>) {
+        start(|| Ok(Loaded { model: Box::new(Counter), context: 100, vocabulary: 16, eos: vec![9], blocks: 64 }))
     }
     /// Polls after the next outcome.
     fn wait(engine: &mut Lm, woken: &Receiver<()>) -> Events {
@@ -172,7 +180,7 @@ mod tests {
 
     #[test]
     fn jobs_that_come_during_a_step_join_the_next() {
-        let (mut engine, woken) = counter(0);
+        let (mut engine, woken) = counter();
         assert_eq!(*engine.state(), State::Ready);
         let now = Instant::now();
         engine.submit(now, 1, job(&[5], &[], 50));
@@ -192,7 +200,7 @@ mod tests {
 
     #[test]
     fn a_panic_fails_every_job_as_retryable_and_breaks_the_engine() {
-        let (mut engine, woken) = counter(0);
+        let (mut engine, woken) = counter();
         (0..6).for_each(|number| engine.submit(Instant::now(), number, job(&[12], &[], 50)));
         engine.poll(Instant::now());
         wait(&mut engine, &woken);
@@ -205,22 +213,30 @@ mod tests {
     }
 
     #[test]
-    fn a_load_that_fails_or_panics_is_said_with_its_reason() {
-        let state = |(engine, _): (Lm, _)| engine.state().clone();
-        let missing = start(0, || Err(Error::NoFile("x".into())));
-        assert_eq!(state(missing), State::Unloadable("the model has no file `x`".into()));
-        let broken = start(0, || panic!("no device"));
-        assert_eq!(state(broken), State::Unloadable("loading panicked: no device".into()));
+    fn a_token_brings_its_log_probabilities_to_the_job_that_asked_for_them() {
+        let (mut engine, woken) = counter();
+        let mut asking = job(&[5], &[], 1);
+        asking.sampling.logprobs = Some(2);
+        engine.submit(Instant::now(), 1, asking);
+        engine.submit(Instant::now(), 2, job(&[5], &[], 1));
+        let mut events = engine.poll(Instant::now());
+        while events.len() < 4 {
+            events.extend(wait(&mut engine, &woken));
+        }
+        for (number, event) in events {
+            let JobEvent::Tokens { tokens, logprobs, .. } = event else { continue };
+            let asked = number == 1;
+            assert_eq!((tokens, logprobs.len()), (vec![6], usize::from(asked)));
+            assert!(logprobs.iter().all(|l| l.top.len() == 2 && l.top[0] == (6, l.logprob)), "{logprobs:?}");
+        }
     }
 
     #[test]
-    fn a_context_of_the_deployment_bounds_the_models_own() {
-        for (asked, holds) in [(0, 100), (40, 40), (1000, 100)] {
-            let (mut engine, _woken) = counter(asked);
-            engine.submit(Instant::now(), 1, job(&[1; 100], &[], 1));
-            let events = engine.poll(Instant::now());
-            let [(1, JobEvent::Failed { reason, retryable: false })] = &events[..] else { panic!("{events:?}") };
-            assert_eq!(*reason, format!("the prompt has 100 tokens, the context holds {holds}"));
-        }
+    fn a_load_that_fails_or_panics_is_said_with_its_reason() {
+        let state = |(engine, _): (Lm, _)| engine.state().clone();
+        let missing = start(|| Err(Error::NoFile("x".into())));
+        assert_eq!(state(missing), State::Unloadable("the model has no file `x`".into()));
+        let broken = start(|| panic!("no device"));
+        assert_eq!(state(broken), State::Unloadable("loading panicked: no device".into()));
     }
 }

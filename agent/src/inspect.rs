@@ -22,6 +22,11 @@ pub struct Summary {
     pub hidden: usize,
     pub heads: usize,
     pub kv_heads: usize,
+    /// What a token keeps in the cache in one layer.
+    pub cache_values: usize,
+    /// Experts of a layer, and how many of them a token uses; both 0 without.
+    pub experts: usize,
+    pub experts_per_token: usize,
     pub parameters: u64,
     /// How most of the weights are stored.
     pub quantization: String,
@@ -81,6 +86,9 @@ pub fn summarize(path: &Path) -> anyhow::Result<Summary> {
         hidden: config.hidden,
         heads: config.heads,
         kv_heads: config.kv_heads(),
+        cache_values: config.cache_values(),
+        experts: config.mixture().map_or(0, |experts| experts.count),
+        experts_per_token: config.mixture().map_or(0, |experts| experts.per_token),
         parameters: total.parameters,
         quantization: most.context("there are no tensors").with_context(context)?,
         bytes: total.bytes,
@@ -110,6 +118,10 @@ fn describe(s: &Summary) -> String {
     line("context", format!("{} tokens", s.context));
     line("vocabulary", format!("{} tokens", s.vocabulary));
     line("shape", format!("{} layers of {}, {} heads, {} of keys", s.layers, s.hidden, s.heads, s.kv_heads));
+    line("cache", format!("{} values a token and layer", s.cache_values));
+    if s.experts > 0 {
+        line("experts", format!("{}, of which a token uses {}", s.experts, s.experts_per_token));
+    }
     line("parameters", millions(s.parameters));
     line("quantization", s.quantization.clone());
     line("size", megabytes(s.bytes));
@@ -149,7 +161,9 @@ mod tests {
         assert_eq!((summary.architecture.as_str(), summary.context, summary.vocabulary), ("llama", 512, 512));
         assert_eq!((summary.quantization.as_str(), summary.bytes), ("F32", summary.parameters * 4));
         assert!(matches!(&summary.tokenizer, Tokenizer::Usable { chat_template: true, eos, .. } if *eos == [1]));
-        assert!(describe(&summary).contains("vocabulary    512 tokens\n"));
+        assert_eq!((summary.cache_values, summary.experts), (64, 0));
+        let described = describe(&summary);
+        assert!(described.contains("vocabulary    512 tokens\n") && !described.contains("experts"), "{described}");
     }
 
     #[test]

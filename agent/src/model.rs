@@ -1,27 +1,30 @@
-//! Models: what a decoder must be able to do, and which decoder runs which architecture.
+//! Models: what a decoder must be able to do, and how one is loaded.
 //!
-//! A step is ragged: chunks of prompts and single tokens of running answers travel together, each chunk belonging to
-//! one sequence whose cache the model keeps under a [`SequenceId`] that the planner chose. When caches become blocks,
-//! a chunk gains its block table and nothing else changes. Adding a family is one file and a line of [`FAMILIES`].
+//! A step is ragged: chunks of prompts and single tokens of running answers travel together, each chunk with the table
+//! of the cache's blocks in which its sequence lies. The planner owns the tables; a model knows blocks, not sequences.
+//! Adding a family is a line of `config::Family`, its keys in `config/{json,gguf}`, and, if it computes what no other
+//! does, a file beside `attention` and `experts`.
 
+pub mod attention;
 pub mod config;
 pub mod decoder;
 pub mod echo;
+pub mod experts;
 pub mod gguf;
+pub mod layers;
 pub mod weights;
 
 use std::path::{Path, PathBuf};
 
 use izar_common::chat::Token;
 use izar_common::manifest::{Kind, Manifest};
+use izar_common::wire::agent::{CACHE_BYTES, CacheType, EngineOptions, Kernels, Quant};
 
-use config::{Config, Family};
+use crate::ops::cpu::isa::Isa;
+use crate::ops::{self, CacheFormat, Format, Ops, TOKENS};
+use config::Config;
 use decoder::Decoder;
 use weights::Source;
-
-/// Names a sequence's cache within one model; chosen by the planner, never used again after `close`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct SequenceId(pub u64);
 
 /// For which of a chunk's tokens the logits of the next token are wanted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,27 +40,34 @@ pub enum Wants {
 /// One sequence's share of a step: the next tokens that its cache does not hold yet.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Chunk {
-    pub sequence: SequenceId,
-    /// How many tokens the sequence's cache holds already; 0 opens the sequence.
+    /// How many tokens the sequence's cache holds already.
     pub start: usize,
     /// How many of the batch's tokens are this chunk's, at least 1.
     pub tokens: usize,
     pub wants: Wants,
+    /// The blocks of positions 0, 16, 32, … as far as the last token; no other chunk's tokens lie in those that this
+    /// one writes.
+    pub blocks: Vec<u32>,
 }
 
-/// The tokens of a step, chunk after chunk.
+/// The tokens of a step, chunk after chunk, and what happens to the cache before.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Batch {
+    /// Blocks that change hands between tenants.
+    pub cleared: Vec<u32>,
+    /// Blocks that are copied, `(from, to)`, after the clearing.
+    pub copied: Vec<(u32, u32)>,
     pub tokens: Vec<Token>,
     pub chunks: Vec<Chunk>,
 }
 
 impl Batch {
     /// Adds a sequence's next tokens.
-    pub fn push(&mut self, sequence: SequenceId, start: usize, tokens: &[Token], wants: Wants) {
+    pub fn push(&mut self, start: usize, tokens: &[Token], wants: Wants, blocks: &[u32]) {
         assert!(!tokens.is_empty(), "a chunk has tokens");
+        let blocks = blocks[..(start + tokens.len()).div_ceil(TOKENS)].to_vec();
         self.tokens.extend_from_slice(tokens);
-        self.chunks.push(Chunk { sequence, start, tokens: tokens.len(), wants });
+        self.chunks.push(Chunk { start, tokens: tokens.len(), wants, blocks });
     }
     /// The indices, among the batch's tokens, whose logits are wanted, in order.
     pub fn wanted(&self) -> Vec<usize> {
@@ -93,26 +103,86 @@ impl Logits {
     }
 }
 
-/// A causal language model with the caches of its running sequences. Owned by one thread.
-///
-/// The dense decoder implements it; the latent-attention family of DeepSeek is the other one that the design names.
+/// A causal language model with its cache. Owned by one thread.
 pub trait CausalLm: Send {
-    /// Computes a step: extends each chunk's cache by its tokens and returns the wanted logits.
+    /// Computes a step: changes the cache as the batch says, adds each chunk's tokens to it, and returns the wanted logits.
     ///
-    /// A chunk that does not start where its sequence's cache ends is a bug of the planner and panics.
+    /// A table with blocks that the cache does not have is a bug of the planner and panics.
     fn forward(&mut self, batch: &Batch) -> Logits;
-    /// Forgets a sequence. One that was never opened is no error: it was cancelled before its first step.
-    fn close(&mut self, sequence: SequenceId);
+    /// Memory that the weights take.
+    fn weight_bytes(&self) -> usize;
+}
+
+/// How a model is kept and computed.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Options {
+    /// How weights are kept.
+    pub format: Format,
+    pub path: ops::Path,
+    /// How keys and values are kept.
+    pub cache: CacheFormat,
+    /// Memory for keys and values.
+    pub cache_bytes: u64,
+    /// Tokens of prompt and answer together at most; 0: what the model was made for, if the cache holds as much.
+    pub max_context: usize,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            format: Format::Int4,
+            path: ops::Path::Kernels(Isa::best()),
+            cache: CacheFormat::F16,
+            cache_bytes: CACHE_BYTES,
+            max_context: 0,
+        }
+    }
+}
+
+impl Options {
+    /// Reads a deployment's wishes.
+    pub fn of(options: &EngineOptions) -> Result<Self, Error> {
+        let forced = |isa: Isa| match isa.available() {
+            true => Ok(ops::Path::Kernels(isa)),
+            false => Err(Error::Kernels(isa.name())),
+        };
+        Ok(Self {
+            format: match options.quant {
+                Quant::F32 => Format::F32,
+                Quant::F16 => Format::F16,
+                Quant::Int8 => Format::Int8,
+                Quant::Int4 => Format::Int4,
+            },
+            path: match options.kernels {
+                Kernels::Auto => ops::Path::Kernels(Isa::best()),
+                Kernels::Reference => ops::Path::Reference,
+                Kernels::Portable => forced(Isa::Portable)?,
+                Kernels::Avx2 => forced(Isa::Avx2)?,
+                Kernels::Avx512 => forced(Isa::Avx512)?,
+            },
+            cache: match options.cache {
+                CacheType::F16 => CacheFormat::F16,
+                CacheType::F32 => CacheFormat::F32,
+            },
+            cache_bytes: options.cache_budget(),
+            max_context: options.max_context as usize,
+        })
+    }
+    fn ops(&self) -> Ops {
+        Ops::cpu(self.path)
+    }
 }
 
 /// A model that is loaded, and what a planner must know of it.
 pub struct Loaded {
     pub model: Box<dyn CausalLm>,
-    /// Tokens of prompt and answer together that the model was made for.
+    /// Tokens of prompt and answer together at most.
     pub context: usize,
     pub vocabulary: usize,
     /// Tokens that end an answer.
     pub eos: Vec<Token>,
+    /// Blocks that the cache has.
+    pub blocks: usize,
 }
 
 /// Why a model cannot be loaded. Each names the file or the tensor or the key.
@@ -120,6 +190,8 @@ pub struct Loaded {
 pub enum Error {
     #[error("{file} cannot be used")]
     Gguf { file: String, source: izar_common::gguf::Error },
+    #[error("{file} cannot be used")]
+    Safetensors { file: String, source: izar_common::safetensors::Error },
     #[error("cannot read {file}")]
     Read { file: String, source: std::io::Error },
     #[error("the tokenizer of {file} cannot be used")]
@@ -132,24 +204,19 @@ pub enum Error {
     Tensor { file: String, tensor: String, reason: String },
     #[error("the model has no file `{0}`")]
     NoFile(String),
-    #[error("there is no decoder for the architecture {0} yet")]
-    NoDecoder(&'static str),
+    #[error(
+        "cache_bytes: {budget} bytes hold {holds} tokens of keys and values, but one sequence may have {context}: give \
+         {needs} bytes, or a smaller max_context"
+    )]
+    Cache { budget: u64, holds: usize, context: usize, needs: u64 },
+    #[error("kernels {0}: this processor does not have their instructions; say auto")]
+    Kernels(&'static str),
     #[error("the model's manifest says {what} {manifest}, its files say {files}")]
     Manifest { what: &'static str, manifest: String, files: String },
 }
 
-/// Makes a model from its configuration and its weights.
-type Loader = fn(&Config, &Source) -> Result<Box<dyn CausalLm>, Error>;
-
-/// Which decoder runs a family.
-const FAMILIES: &[(Family, Loader)] = &[(Family::Llama, dense), (Family::Qwen2, dense), (Family::Qwen3, dense)];
-
-fn dense(config: &Config, source: &Source) -> Result<Box<dyn CausalLm>, Error> {
-    Ok(Box::new(Decoder::load(config, source)?))
-}
-
 /// Loads a model's weights. `files` are where the manifest's files lie, in its order. Not for echo, which has none.
-pub fn load(manifest: &Manifest, files: &[PathBuf]) -> Result<Loaded, Error> {
+pub fn load(manifest: &Manifest, files: &[PathBuf], options: &Options) -> Result<Loaded, Error> {
     let named: Vec<(&str, &Path)> =
         manifest.files.iter().map(|f| f.name.as_str()).zip(files.iter().map(PathBuf::as_path)).collect();
     let source = match manifest.kind {
@@ -174,18 +241,33 @@ pub fn load(manifest: &Manifest, files: &[PathBuf]) -> Result<Loaded, Error> {
     if manifest.vocabulary as usize > config.vocabulary {
         return refused("vocabulary", &manifest.vocabulary, &config.vocabulary);
     }
-    let (context, vocabulary, eos) = (config.context, config.vocabulary, source.eos()?);
-    Ok(Loaded { model: build(&config, &source)?, context, vocabulary, eos })
+    let eos = source.eos()?;
+    Ok(Loaded { eos, ..build(&config, &source, options)? })
 }
 
-/// Builds the decoder that the configuration asks for.
-pub fn build(config: &Config, source: &Source) -> Result<Box<dyn CausalLm>, Error> {
-    loader(config.family)?(config, source)
+/// Builds the decoder that the configuration asks for; what ends an answer is not its concern.
+pub fn build(config: &Config, source: &Source, options: &Options) -> Result<Loaded, Error> {
+    let (context, blocks) = room(config, options)?;
+    let model = Box::new(Decoder::load(config, source, options, blocks)?);
+    Ok(Loaded { model, context, vocabulary: config.vocabulary, eos: Vec::new(), blocks })
 }
 
-fn loader(family: Family) -> Result<Loader, Error> {
-    let line = FAMILIES.iter().find(|(of, _)| *of == family);
-    line.map(|(_, loader)| *loader).ok_or(Error::NoDecoder(family.name()))
+/// How many tokens a sequence may have, and how many blocks the budget holds.
+fn room(config: &Config, options: &Options) -> Result<(usize, usize), Error> {
+    let block_bytes = (config.layers * attention::block_bytes(config, options.cache)) as u64;
+    let blocks = usize::try_from(options.cache_bytes / block_bytes).unwrap_or(usize::MAX).min(u32::MAX as usize);
+    let holds = blocks.saturating_mul(TOKENS);
+    let context = match options.max_context {
+        // What the model was made for is not what was asked for: half of it may do.
+        0 => config.context.min(holds),
+        asked => config.context.min(asked),
+    };
+    if context > holds || context < TOKENS.min(config.context) {
+        let context = context.max(TOKENS);
+        let needs = context.div_ceil(TOKENS) as u64 * block_bytes;
+        return Err(Error::Cache { budget: options.cache_bytes, holds, context, needs });
+    }
+    Ok((context, blocks))
 }
 
 #[cfg(test)]
@@ -193,23 +275,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_family_has_one_decoder_or_is_refused_by_name() {
-        for family in Family::ALL {
-            match (FAMILIES.iter().filter(|(f, _)| f == family).count(), loader(*family)) {
-                (1, Ok(_)) => {}
-                (0, Err(error)) => assert!(error.to_string().contains(family.name()), "{error}"),
-                (lines, found) => panic!("{family:?} has {lines} lines and a loader: {}", found.is_ok()),
-            }
-        }
-    }
-
-    #[test]
     fn wanted_rows_are_counted_over_chunks() {
         let mut batch = Batch::default();
-        batch.push(SequenceId(0), 0, &[1, 2, 3], Wants::Nothing);
-        batch.push(SequenceId(1), 5, &[4], Wants::Last);
-        batch.push(SequenceId(2), 0, &[5, 6], Wants::All);
-        batch.push(SequenceId(3), 0, &[7, 8], Wants::Last);
+        batch.push(0, &[1, 2, 3], Wants::Nothing, &[0]);
+        batch.push(31, &[4], Wants::Last, &[1, 2, 9]);
+        batch.push(0, &[5, 6], Wants::All, &[3]);
+        batch.push(0, &[7, 8], Wants::Last, &[4]);
         assert_eq!(batch.wanted(), [3, 4, 5, 7]);
+        assert_eq!(batch.chunks[1].blocks, [1, 2], "the table ends with the tokens");
     }
 }

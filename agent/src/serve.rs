@@ -6,21 +6,25 @@
 
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::time::Instant;
 
 use anyhow::{Context, bail};
 use bytes::{Buf, BytesMut};
+use izar_common::chat::Token;
+use izar_common::id::NumericsId;
 use izar_common::manifest::{Kind, Manifest};
-use izar_common::wire::agent::EngineOptions;
-use izar_common::wire::worker::{FromWorker, ToWorker};
+use izar_common::wire::agent::{EngineOptions, Kernels};
+use izar_common::wire::worker::{FromWorker, REASON, ToWorker};
 use izar_common::wire::{self, encode};
 
 use crate::engine::executor::Executor;
+use crate::engine::sampler::Grammars;
 use crate::engine::{Engine, Events, Lm, State};
 use crate::model;
 use crate::model::echo::Echo;
+use crate::ops;
 
 /// Happenings that wait for the planner. When it is full the reader stops, and with it, in time, the agent.
 const HAPPENINGS: usize = 64;
@@ -28,7 +32,7 @@ const HAPPENINGS: usize = 64;
 /// Bytes read from the socket at once: some hundred usual jobs.
 const READ_BYTES: usize = 64 << 10;
 
-/// Events in a frame at most; at some tens of bytes each, a frame stays below a megabyte.
+/// Events in a frame at most: with all their alternatives they take 210 bytes each, and a frame stays below its 4 MiB.
 const FRAME_EVENTS: usize = 16_384;
 
 /// What can happen to a worker.
@@ -51,10 +55,11 @@ pub fn run(stream: UnixStream) -> anyhow::Result<()> {
         Happening::Gone(end) => return end.context("read the load"),
         Happening::Wake => unreachable!("nothing runs before the load"),
     };
-    let Some(ToWorker::Load { manifest, files, engine }) = frames.next() else {
+    let Some(ToWorker::Load { manifest, files, text, engine }) = frames.next() else {
         bail!("the first frame is not a load")
     };
-    let mut worker = Worker { engine: start(manifest, files, &engine, say)?, told: State::Loading };
+    let numerics = numerics(&manifest, &engine);
+    let mut worker = Worker { engine: start(manifest, files, text, &engine, say)?, numerics, told: State::Loading };
     let mut output = Output { stream, buffer: BytesMut::new(), busy: 0 };
     frames.try_for_each(|frame| worker.take(frame))?;
     let end = worker.serve(&happenings, &mut output);
@@ -69,26 +74,73 @@ pub fn run(stream: UnixStream) -> anyhow::Result<()> {
 fn start(
     manifest: Manifest,
     files: Vec<PathBuf>,
+    text: Option<PathBuf>,
     options: &EngineOptions,
     say: SyncSender<Happening>,
 ) -> anyhow::Result<Box<dyn Engine>> {
-    let (max_batch, max_context) = (options.max_batch as usize, options.max_context as usize);
     if let Kind::Echo { first_token_us, next_token_us } = manifest.kind {
-        let context = manifest.context as usize;
-        let context = if max_context == 0 { context } else { context.min(max_context) };
+        let context = match options.max_context as usize {
+            0 => manifest.context as usize,
+            asked => asked.min(manifest.context as usize),
+        };
         return Ok(Box::new(Echo::new(first_token_us, next_token_us, context)));
     }
-    let load = move || model::load(&manifest, &files);
+    let grammars = Grammars::new(text.clone());
+    let how = model::Options::of(options);
+    let load = move || {
+        let mut loaded = model::load(&manifest, &files, &how?)?;
+        loaded.eos.extend(text.as_deref().map(ends).transpose()?.unwrap_or_default());
+        Ok(loaded)
+    };
     let wake = move || {
         // A planner that is gone needs no waking.
         let _ = say.send(Happening::Wake);
     };
     let executor = Executor::start(options.threads as usize, load, wake).context("start the executor")?;
-    Ok(Box::new(Lm::new(executor, max_batch, max_context)))
+    Ok(Box::new(Lm::new(executor, grammars, options.max_batch as usize)))
+}
+
+/// Reads the end tokens of a text bundle, past its vocabulary: a folder's own files often name fewer.
+fn ends(text: &Path) -> Result<Vec<Token>, model::Error> {
+    #[derive(serde::Deserialize)]
+    struct Ends {
+        eos: Vec<Token>,
+    }
+    let file = text.display().to_string();
+    let bytes = std::fs::read(text).map_err(|source| model::Error::Read { file: file.clone(), source })?;
+    let ends: Ends = serde_json::from_slice(&bytes)
+        .map_err(|error| model::Error::Format { file, reason: format!("not a text bundle: {error}") })?;
+    Ok(ends.eos)
+}
+
+/// Names what computes here: the revision, how weights and cache are kept, and the operations. Our kernels give the same
+/// bits on every processor; what the reference operations give depends on its instructions.
+fn numerics(manifest: &Manifest, options: &EngineOptions) -> NumericsId {
+    let (quant, cache) = (options.quant.as_str(), options.cache.as_str());
+    let operations = match options.kernels {
+        Kernels::Reference => format!("reference {}", instructions()),
+        _ => format!("kernels {}", ops::KERNELS),
+    };
+    NumericsId::of(&[&manifest.revision().to_string(), quant, cache, &operations])
+}
+
+#[cfg(target_arch = "x86_64")]
+fn instructions() -> &'static str {
+    let (avx512, avx2) = (is_x86_feature_detected!("avx512f"), is_x86_feature_detected!("avx2"));
+    match (avx512, avx2 && is_x86_feature_detected!("fma")) {
+        (true, _) => "x86-64 avx512f",
+        (_, true) => "x86-64 avx2 fma",
+        _ => "x86-64",
+    }
+}
+#[cfg(not(target_arch = "x86_64"))]
+fn instructions() -> &'static str {
+    std::env::consts::ARCH
 }
 
 struct Worker {
     engine: Box<dyn Engine>,
+    numerics: NumericsId,
     /// The state that the agent knows.
     told: State,
 }
@@ -129,9 +181,10 @@ impl Worker {
         self.told = state.clone();
         match &self.told {
             State::Loading => {}
-            State::Ready => output.send(&FromWorker::Ready)?,
+            State::Ready => output.send(&FromWorker::Ready { numerics: self.numerics })?,
             State::Unloadable(reason) => {
-                output.send(&FromWorker::Unloadable { reason: reason.clone() })?;
+                // It may hold what a file says.
+                output.send(&FromWorker::Unloadable { reason: reason.chars().take(REASON).collect() })?;
                 return Ok(false);
             }
             State::Broken(reason) => bail!("the engine broke: {reason}"),

@@ -4,7 +4,8 @@ use std::path::Path;
 
 use izar_agent::model::config::Config;
 use izar_agent::model::weights::Source;
-use izar_agent::model::{self, Batch, SequenceId, Wants, gguf};
+use izar_agent::model::{self, Batch, Options, Wants, gguf};
+use izar_agent::ops::{CacheFormat, Format};
 use izar_common::chat::Token;
 use izar_common::gguf::{Value, Writer};
 
@@ -73,15 +74,16 @@ fn convert(source: &Source, config: &Config) -> Writer {
             n if n.contains("k_proj") => interleave(&rows, config.kv_heads(), config.hidden),
             _ => rows,
         };
-        writer = writer.f32s(&gguf::name(&name).unwrap(), &shape, &rows);
+        writer = writer.f32s(&gguf::place(&name).unwrap().name, &shape, &rows);
     }
     writer
 }
 
 fn logits(config: &Config, source: &Source, prompt: &[Token]) -> Vec<f32> {
-    let mut model = model::build(config, source).unwrap();
+    let options = Options { format: Format::F32, cache: CacheFormat::F32, cache_bytes: 1 << 24, ..Options::default() };
+    let mut model = model::build(config, source, &options).unwrap().model;
     let mut batch = Batch::default();
-    batch.push(SequenceId(0), 0, prompt, Wants::Last);
+    batch.push(0, prompt, Wants::Last, &[0, 1, 2, 3]);
     model.forward(&batch).rows().next().unwrap().to_vec()
 }
 

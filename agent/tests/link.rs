@@ -103,7 +103,7 @@ impl Session {
         self.tx.send(&Down::Assignment(Assignment { generation, workers: workers.collect() })).await.unwrap();
     }
     async fn submit(&self, worker: &str, manifest: &Manifest, max_tokens: u32) -> (Sender, Receiver) {
-        let sampling = Sampling { temperature: 0.0, top_p: 1.0, top_k: 0, seed: 1, max_tokens, ignore_eos: false };
+        let sampling = Sampling { temperature: 0.0, seed: 1, max_tokens, ..Sampling::default() };
         let job = Job {
             turn: TurnId(1),
             choice: 0,
@@ -113,6 +113,8 @@ impl Session {
             prompt: vec![104, 105],
             delivered: Vec::new(),
             sampling,
+            cache_salt: [0; 16],
+            numerics: None,
         };
         let (mut tx, rx) = self.connection.open_bi(Open::Job).await.unwrap();
         tx.send(&Submit { worker: worker.parse().unwrap(), job }).await.unwrap();

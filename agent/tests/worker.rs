@@ -43,7 +43,7 @@ fn assignment(applied: u64, workers: &[(&str, Manifest)]) -> Assignment {
 }
 
 fn job(manifest: &Manifest, max_tokens: u32) -> Job {
-    let sampling = Sampling { temperature: 0.0, top_p: 1.0, top_k: 0, seed: 1, max_tokens, ignore_eos: false };
+    let sampling = Sampling { temperature: 0.0, seed: 1, max_tokens, ..Sampling::default() };
     Job {
         turn: TurnId(1),
         choice: 0,
@@ -53,6 +53,8 @@ fn job(manifest: &Manifest, max_tokens: u32) -> Job {
         prompt: vec![104, 105],
         delivered: Vec::new(),
         sampling,
+        cache_salt: [0; 16],
+        numerics: None,
     }
 }
 
@@ -106,7 +108,7 @@ async fn finish(job: &RunningJob) -> (usize, JobEvent) {
     let mut count = 0;
     loop {
         match next(job).await {
-            JobEvent::Tokens { position, tokens } => {
+            JobEvent::Tokens { position, tokens, .. } => {
                 assert_eq!(position as usize, count, "tokens follow each other");
                 count += tokens.len();
             }
@@ -189,7 +191,8 @@ async fn only_newer_assignments_count_and_a_changed_one_replaces_the_process() {
 async fn a_model_that_cannot_be_had_or_loaded_waits_with_its_reason() {
     let agent = agent();
     let hash = agent.store.add_bytes(b"this is no model").unwrap();
-    let here = manifest(Kind::Gguf, vec![File { name: "m.gguf".into(), hash, bytes: 16 }]);
+    let mut here = manifest(Kind::Gguf, vec![File { name: "m.gguf".into(), hash, bytes: 16 }]);
+    here.text.hash = agent.store.add_bytes(b"{}").unwrap();
     let away = manifest(Kind::Gguf, vec![File { name: "m.gguf".into(), hash: Hash([1; 32]), bytes: 16 }]);
     agent.workers.offer(assignment(1, &[("m.0", here), ("m.1", away)]));
     let failed = |report: &WorkerReport| report.state == WorkerState::Backoff && report.restarts > 0;

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::id::{DeploymentId, Hash, TurnId};
+use crate::id::{DeploymentId, Hash, NumericsId, TurnId};
 
 /// A token's id in its model's vocabulary.
 pub type Token = u32;
@@ -27,6 +27,9 @@ pub struct Message {
 }
 
 /// How tokens are drawn. The same seed, choice and position give the same draw wherever it happens.
+///
+/// The order is fixed: grammar, `logit_bias`, `repetition_penalty`, `frequency_penalty`, `presence_penalty`,
+/// `temperature`, `top_k`, `min_p`, `top_p`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Sampling {
     /// 0 (greedy) to 2.
@@ -35,11 +38,62 @@ pub struct Sampling {
     pub top_p: f32,
     /// Number of candidates kept; 0 keeps all.
     pub top_k: u32,
+    /// Candidates less probable than this times the most probable one are dropped; 0 (none) to 1.
+    pub min_p: f32,
+    /// Divides positive and multiplies negative logits of every token of prompt and answer; above 0 to 2, 1 does
+    /// nothing.
+    pub repetition_penalty: f32,
+    /// Taken from a token's logit for each time it stands in the answer; -2 to 2, 0 does nothing.
+    pub frequency_penalty: f32,
+    /// Taken from a token's logit once if it stands in the answer; -2 to 2, 0 does nothing.
+    pub presence_penalty: f32,
+    /// Added to the logits of these tokens, each named once, in the order of the tokens; -100 to 100.
+    pub logit_bias: Vec<(Token, f32)>,
+    /// Gives each token's log-probability and those of so many of the most probable ones (0 to 20), by the model's own
+    /// distribution: before grammar, bias, penalties and temperature.
+    pub logprobs: Option<u8>,
+    /// What the whole answer must be.
+    pub grammar: Option<Grammar>,
     pub seed: u64,
     /// Tokens to give at most, those already delivered included.
     pub max_tokens: u32,
     /// Go on past the model's end-of-text tokens (benchmarks).
     pub ignore_eos: bool,
+}
+
+/// Asks for nothing: the model's own distribution, 16 tokens of it.
+impl Default for Sampling {
+    fn default() -> Self {
+        Self {
+            temperature: 1.0,
+            top_p: 1.0,
+            top_k: 0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            frequency_penalty: 0.0,
+            presence_penalty: 0.0,
+            logit_bias: Vec::new(),
+            logprobs: None,
+            grammar: None,
+            seed: 0,
+            max_tokens: 16,
+            ignore_eos: false,
+        }
+    }
+}
+
+/// Most alternatives that come with a log-probability.
+pub const TOP_LOGPROBS: u8 = 20;
+
+/// What a whole answer must be. Compiled by [`crate::grammar`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Grammar {
+    /// Any JSON object.
+    JsonObject,
+    /// JSON that a schema describes; the schema as JSON text.
+    JsonSchema(String),
+    /// Text that a regular expression matches from its beginning to its end (Rust's syntax, no look-around).
+    Regex(String),
 }
 
 /// What a worker needs to begin or to continue an answer.
@@ -57,6 +111,11 @@ pub struct Job {
     /// What the client already has of the answer: never sent again, and counted into `max_tokens`.
     pub delivered: Vec<Token>,
     pub sampling: Sampling,
+    /// Names the prefix blocks of one tenant: who does not know it can neither find nor time what another has asked.
+    pub cache_salt: [u8; 16],
+    /// What computed the delivered tokens; `None` for a new answer. A worker with another id goes on all the same: what
+    /// was delivered stays, the rest is a valid answer and not the very one.
+    pub numerics: Option<NumericsId>,
 }
 
 /// Why an answer ended.
@@ -76,6 +135,14 @@ pub struct Usage {
     pub completion_tokens: u32,
 }
 
+/// How probable a token was, by the model's own distribution. Natural logarithms.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Logprobs {
+    pub logprob: f32,
+    /// The most probable tokens, best first; the given one may be missing among them.
+    pub top: Vec<(Token, f32)>,
+}
+
 /// What comes back for a job, in this order: any number of `Tokens`, then one of the others.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum JobEvent {
@@ -83,6 +150,8 @@ pub enum JobEvent {
     Tokens {
         position: u32,
         tokens: Vec<Token>,
+        /// One for each token if they were asked for, else none.
+        logprobs: Vec<Logprobs>,
     },
     Done {
         finish: Finish,

@@ -1,8 +1,7 @@
 //! GGUF, the one-file form of a model: reads its metadata and its directory of tensors, and gives tensors as raw bytes.
 //!
 //! A model file is input from outside: every count, length and range is checked against the file before memory is
-//! taken for it, and no bytes make this panic. Nothing is dequantized here. The file is read, not mapped: a mapped file
-//! that is cut short under us kills the process, and mapping needs unsafe code.
+//! taken for it, and no bytes make this panic. Nothing is dequantized here.
 //! Source: ggml's `docs/gguf.md`, versions 2 and 3 (little-endian).
 
 mod parse;
@@ -11,9 +10,9 @@ mod write;
 
 use std::collections::HashMap;
 use std::io::{BufReader, Cursor};
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+use crate::source::Source;
 pub use types::{GgmlType, Value};
 pub use write::Writer;
 
@@ -53,12 +52,6 @@ impl Tensor {
     pub fn elements(&self) -> u64 {
         self.dims.iter().product()
     }
-}
-
-#[derive(Debug)]
-enum Source {
-    Disk(std::fs::File),
-    Memory(Vec<u8>),
 }
 
 /// A GGUF file whose directory is read and checked.
@@ -141,15 +134,19 @@ impl File {
     /// Reads one tensor's bytes, as they lie in the file. Callers hold one tensor at a time, never the whole file.
     pub fn data(&self, name: &str) -> Result<(&Tensor, Vec<u8>), Error> {
         let tensor = self.tensor(name).ok_or_else(|| Error::NoTensor(name.to_owned()))?;
-        let bytes = match &self.source {
-            Source::Memory(all) => all[tensor.offset as usize..(tensor.offset + tensor.bytes) as usize].to_vec(),
-            Source::Disk(file) => {
-                let mut bytes = vec![0; tensor.bytes as usize];
-                file.read_exact_at(&mut bytes, tensor.offset).map_err(Error::Read)?;
-                bytes
-            }
-        };
-        Ok((tensor, bytes))
+        Ok((tensor, self.read(tensor.offset, tensor.bytes)?))
+    }
+    /// Reads one of `parts` equal parts of a tensor: an expert of all.
+    ///
+    /// Panics if there is no such part, or the tensor cannot be divided so: callers have compared shapes.
+    pub fn part(&self, name: &str, part: u64, parts: u64) -> Result<(&Tensor, Vec<u8>), Error> {
+        let tensor = self.tensor(name).ok_or_else(|| Error::NoTensor(name.to_owned()))?;
+        assert!(part < parts && tensor.bytes.is_multiple_of(parts), "part {part} of {parts} of `{name}`");
+        let bytes = tensor.bytes / parts;
+        Ok((tensor, self.read(tensor.offset + part * bytes, bytes)?))
+    }
+    fn read(&self, offset: u64, bytes: u64) -> Result<Vec<u8>, Error> {
+        self.source.read(offset, bytes).map_err(Error::Read)
     }
 }
 

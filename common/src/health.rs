@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::id::{DeploymentId, Hash, WorkerId};
+use crate::id::{DeploymentId, Hash, NumericsId, WorkerId};
 
 /// Orders assignments: the highest wins, and a new cluster incarnation beats every index of an old one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]
@@ -40,6 +40,8 @@ pub struct WorkerReport {
     pub max_batch: u32,
     /// How often it was started again since the agent began.
     pub restarts: u32,
+    /// What computes it, once it is ready.
+    pub numerics: Option<NumericsId>,
     /// Why it is not ready, in words.
     pub detail: String,
 }

@@ -19,6 +19,8 @@ pub enum Error {
     Hash(String),
     #[error("`{0}` is not a turn id: `turn_` and 32 hexadecimal digits are needed")]
     Turn(String),
+    #[error("`{0}` is not a numerics id: 16 hexadecimal digits are needed")]
+    Numerics(String),
 }
 
 fn check_name(text: &str) -> Result<(), Error> {
@@ -179,6 +181,56 @@ impl<'de> Deserialize<'de> for TurnId {
     }
 }
 
+/// Names all that decides the bits of a worker's numbers: model revision, quantization, kernels, instruction set. Two
+/// workers with one id give the same logits for the same tokens.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct NumericsId(pub u64);
+
+impl NumericsId {
+    /// Names a combination; each part counts, and so does their order.
+    pub fn of(parts: &[&str]) -> Self {
+        let mut all = Vec::new();
+        for part in parts {
+            all.extend_from_slice(&(part.len() as u64).to_be_bytes());
+            all.extend_from_slice(part.as_bytes());
+        }
+        let Hash(hash) = crate::blob::hash(&all);
+        Self(u64::from_be_bytes(*hash.first_chunk().expect("a hash has 32 bytes")))
+    }
+}
+impl fmt::Display for NumericsId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:016x}", self.0)
+    }
+}
+impl fmt::Debug for NumericsId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+impl FromStr for NumericsId {
+    type Err = Error;
+    fn from_str(text: &str) -> Result<Self, Error> {
+        let digits = Some(text).filter(|t| t.len() == 16 && t.bytes().all(|b| b.is_ascii_hexdigit()));
+        let number = digits.and_then(|digits| u64::from_str_radix(digits, 16).ok());
+        number.map(Self).ok_or_else(|| Error::Numerics(text.to_owned()))
+    }
+}
+impl Serialize for NumericsId {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        if serializer.is_human_readable() { serializer.collect_str(self) } else { self.0.serialize(serializer) }
+    }
+}
+impl<'de> Deserialize<'de> for NumericsId {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        if deserializer.is_human_readable() {
+            String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+        } else {
+            u64::deserialize(deserializer).map(Self)
+        }
+    }
+}
+
 /// What a certificate says its holder may be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -253,6 +305,18 @@ mod tests {
         for bad in ["izar://bank/east/agent", "izar://bank/east/king/a1", "http://a/b/agent/c", "izar://a/b/agent/c/d"]
         {
             assert!(bad.parse::<Identity>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_numerics_id_depends_on_every_part_and_round_trips() {
+        let id = NumericsId::of(&["r", "int4", "avx2"]);
+        assert_eq!(id.to_string().parse::<NumericsId>().unwrap(), id);
+        for other in [&["r", "int4avx2"][..], &["r", "avx2", "int4"], &["", "r", "int4", "avx2"]] {
+            assert_ne!(NumericsId::of(other), id);
+        }
+        for bad in ["", "12", "+123456789012345", "00000000000000000"] {
+            assert!(bad.parse::<NumericsId>().is_err(), "{bad}");
         }
     }
 

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use rand::TryRngCore as _;
 use ring::{aead, hmac};
 
-use crate::id::Hash;
+use crate::id::{Hash, TenantId};
 
 const KEY_BYTES: usize = 32;
 /// The form of an envelope; a new cipher is a new number.
@@ -92,6 +92,19 @@ pub struct Pepper {
     key: hmac::Key,
 }
 
+/// Names things by what they hold, for those alone who know the key: HMAC-SHA256, cut to 16 bytes.
+#[derive(Debug, Clone)]
+pub struct Namer(hmac::Key);
+
+impl Namer {
+    pub fn new(key: &[u8]) -> Self {
+        Self(hmac::Key::new(hmac::HMAC_SHA256, key))
+    }
+    pub fn name(&self, text: &[u8]) -> [u8; 16] {
+        *hmac::sign(&self.0, text).as_ref().first_chunk().expect("HMAC-SHA256 has 32 bytes")
+    }
+}
+
 impl Pepper {
     /// Makes a pepper from bytes.
     pub fn from_bytes(bytes: [u8; KEY_BYTES]) -> Self {
@@ -113,6 +126,12 @@ impl Pepper {
     pub fn keyed_hash(&self, text: &str) -> Hash {
         let tag = hmac::sign(&self.key, text.as_bytes());
         Hash(tag.as_ref().try_into().expect("HMAC-SHA256 has 32 bytes"))
+    }
+    /// Returns the salt of a tenant's prefix blocks: the same on every controller, and for nobody without the pepper.
+    pub fn cache_salt(&self, tenant: &TenantId) -> [u8; 16] {
+        // No bearer key begins like this, so a salt is never the beginning of a key's hash.
+        let Hash(hash) = self.keyed_hash(&format!("prefix cache of tenant {tenant}"));
+        *hash.first_chunk().expect("a hash has 32 bytes")
     }
 }
 
@@ -236,6 +255,14 @@ mod tests {
         let sealed: Vec<u8> =
             (0..golden.len() / 2).map(|i| u8::from_str_radix(&golden[2 * i..2 * i + 2], 16).unwrap()).collect();
         assert_eq!(MasterKey::from_bytes([1; 32]).open(b"t", &sealed).unwrap(), b"izar");
+    }
+
+    #[test]
+    fn cache_salts_differ_by_tenant_and_by_pepper_alone() {
+        let (pepper, tenant) = (Pepper::from_bytes([1; 32]), |name| TenantId::new(name).unwrap());
+        assert_eq!(pepper.cache_salt(&tenant("bank")), Pepper::from_bytes([1; 32]).cache_salt(&tenant("bank")));
+        assert_ne!(pepper.cache_salt(&tenant("bank")), pepper.cache_salt(&tenant("shop")));
+        assert_ne!(pepper.cache_salt(&tenant("bank")), Pepper::from_bytes([2; 32]).cache_salt(&tenant("bank")));
     }
 
     #[test]

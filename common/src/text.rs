@@ -8,7 +8,9 @@ mod bpe;
 mod bundle;
 mod decode;
 pub mod echo;
+mod ggml;
 mod special;
+mod spm;
 mod stop;
 mod template;
 
@@ -17,7 +19,7 @@ use std::sync::Arc;
 
 use serde::Deserialize;
 
-pub use bundle::Bundle;
+pub use bundle::{Bundle, Defaults};
 pub use decode::Detokenizer;
 pub use stop::{Released, StopMatcher};
 
@@ -58,6 +60,7 @@ pub struct Text {
     language: Language,
     table: Table,
     eos: Vec<Token>,
+    defaults: Defaults,
 }
 
 enum Language {
@@ -84,7 +87,12 @@ impl Text {
     /// Builds the tokenizer, its table of bytes and the template; takes up to some hundred milliseconds.
     pub fn new(bundle: &Bundle) -> Result<Self, Error> {
         let Some(json) = &bundle.tokenizer else {
-            return Ok(Self { language: Language::Echo, table: echo::table(), eos: Vec::new() });
+            return Ok(Self {
+                language: Language::Echo,
+                table: echo::table(),
+                eos: Vec::new(),
+                defaults: bundle.defaults,
+            });
         };
         let mut tokenizer = tokenizers::Tokenizer::deserialize(json).map_err(|e| Error::Tokenizer(e.to_string()))?;
         // Left over from training in some files; a prompt is never cut short or filled up in silence.
@@ -110,7 +118,7 @@ impl Text {
         let specials =
             Specials::new(tokenizer.get_added_tokens_decoder().into_values().filter(|t| t.special).map(|t| t.content));
         let language = Language::Model(Box::new(Model { tokenizer, template, specials, bos }));
-        Ok(Self { language, table, eos: bundle.eos.clone() })
+        Ok(Self { language, table, eos: bundle.eos.clone(), defaults: bundle.defaults })
     }
 
     /// Encodes the prompt of a plain completion, with the token that the model wants in front. Special tokens that are
@@ -163,6 +171,24 @@ impl Text {
     /// The tokens that end an answer.
     pub fn eos(&self) -> &[Token] {
         &self.eos
+    }
+    /// How tokens are drawn where a request does not say.
+    pub fn defaults(&self) -> &Defaults {
+        &self.defaults
+    }
+    /// The bytes that a token stands for in an answer; special tokens and those outside the vocabulary have none.
+    pub fn token_bytes(&self, token: Token) -> &[u8] {
+        self.table.get(token)
+    }
+    /// A token's name: its bytes, or what a special token is called.
+    pub fn token_name(&self, token: Token) -> Vec<u8> {
+        let bytes = self.table.get(token);
+        match &self.language {
+            Language::Model(model) if bytes.is_empty() => {
+                model.tokenizer.id_to_token(token).unwrap_or_default().into_bytes()
+            }
+            _ => bytes.to_vec(),
+        }
     }
     /// Begins to decode an answer.
     pub fn decoder(self: &Arc<Self>) -> Detokenizer {

@@ -3,14 +3,13 @@
 //! A model is refused here, with the file and the reason, rather than later by a worker that cannot load it. Nothing is
 //! stored before everything is checked. Blocks on the disk: callers use `spawn_blocking`.
 
-mod safetensors;
-
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use izar_common::chat::{Message, Role};
 use izar_common::id::{self, DeploymentId, Hash};
 use izar_common::manifest::{File, Kind, Manifest};
+use izar_common::safetensors::{self, Checkpoint, Fault, INDEX};
 use izar_common::text::{self, Bundle, Text};
 use izar_common::{blob, gguf};
 use serde_json::Value;
@@ -21,7 +20,8 @@ const TEXT_FILE: &str = "text.json";
 const ECHO_CONTEXT: u32 = 32_768;
 /// Bytes of `config.json` and of the index of weights; the largest known index has 12 MB.
 const CONFIG_LIMIT: u64 = 64 << 20;
-const INDEX: &str = "model.safetensors.index.json";
+/// The tensor whose rows are the vocabulary.
+const EMBEDDINGS: &str = "model.embed_tokens.weight";
 
 /// Why a model cannot be imported. Names the file; what lies beneath is in the chain.
 #[derive(Debug, thiserror::Error)]
@@ -36,6 +36,8 @@ pub enum Error {
     ChecksumOfFolder(PathBuf),
     #[error("{} is not a usable GGUF model", path.display())]
     Gguf { path: PathBuf, source: gguf::Error },
+    #[error("{} is not a usable part of a checkpoint", path.display())]
+    Safetensors { path: PathBuf, source: safetensors::Error },
     #[error("{} has no usable tokenizer or chat template", path.display())]
     Text { path: PathBuf, source: text::Error },
     #[error("{} is missing in {}", name, folder.display())]
@@ -92,6 +94,11 @@ fn import_gguf(path: &Path, name: &str, expected: Option<Hash>, store: &blob::St
     // ggml's order: the width first, then the rows.
     let rows = tensor.dims.get(1).copied().unwrap_or(0).try_into().unwrap_or(u32::MAX);
     let bundle = Bundle::from_gguf(&file).map_err(|source| Error::Text { path: path.to_owned(), source })?;
+    let tokens = file.strings("tokenizer.ggml.tokens").map_err(wrong)?.len();
+    if tokens != rows as usize {
+        let reason = format!("`tokenizer.ggml.tokens` names {tokens} tokens, but there are {rows} rows of embeddings");
+        return Err(Error::Malformed { path: path.to_owned(), reason });
+    }
     prove(path, &bundle, context, rows)?;
     let stored = store_file(path, store)?;
     if stored.hash != found {
@@ -122,14 +129,7 @@ fn import_folder(folder: &Path, name: &str, store: &blob::Store) -> Result<Manif
         .ok_or_else(|| Error::Malformed { path: config_path.clone(), reason: "`model_type` is missing".to_owned() })?;
     let mut names = vec!["config.json".to_owned()];
     names.extend(weights(folder)?);
-    for weight in names.iter().filter(|n| n.ends_with(".safetensors")) {
-        let path = folder.join(weight);
-        let rows = safetensors::check(&path)?;
-        if let Some(rows) = rows.filter(|rows| *rows != u64::from(vocabulary)) {
-            let reason = format!("it has {rows} rows of embeddings, but config.json says `vocab_size` {vocabulary}");
-            return Err(Error::Malformed { path, reason });
-        }
-    }
+    check_weights(folder, &names, vocabulary)?;
     let bundle = Bundle::from_folder(folder).map_err(|source| match source {
         text::Error::Missing { name } => Error::Missing { folder: folder.to_owned(), name: name.to_owned() },
         source => Error::Text { path: folder.to_owned(), source },
@@ -150,19 +150,12 @@ fn import_folder(folder: &Path, name: &str, store: &blob::Store) -> Result<Manif
 /// The names of the files that hold weights, and of their index if there is one.
 fn weights(folder: &Path) -> Result<Vec<String>, Error> {
     if folder.join(INDEX).exists() {
-        let index = read_json(folder, INDEX)?;
-        let wrong = |reason: String| Error::Malformed { path: folder.join(INDEX), reason };
-        let map = index["weight_map"].as_object().ok_or_else(|| wrong("`weight_map` is missing".to_owned()))?;
-        let names: BTreeSet<&str> = map.values().filter_map(Value::as_str).collect();
-        for name in &names {
-            if Path::new(name).file_name() != Some(name.as_ref()) || !name.ends_with(".safetensors") {
-                return Err(wrong(format!("`{name}` is not the name of a safetensors file")));
-            }
-            if !folder.join(name).exists() {
-                return Err(Error::Missing { folder: folder.to_owned(), name: (*name).to_owned() });
-            }
+        let index = read_file(folder, INDEX)?;
+        let shards = Checkpoint::shards(&index).map_err(|fault| unusable(folder, fault))?;
+        if let Some(missing) = shards.iter().find(|name| !folder.join(name).exists()) {
+            return Err(Error::Missing { folder: folder.to_owned(), name: missing.clone() });
         }
-        return Ok(std::iter::once(INDEX).chain(names).map(str::to_owned).collect());
+        return Ok(std::iter::once(INDEX.to_owned()).chain(shards).collect());
     }
     let unreadable = |source| Error::Read { path: folder.to_owned(), source };
     let mut names = BTreeSet::new();
@@ -176,21 +169,51 @@ fn weights(folder: &Path) -> Result<Vec<String>, Error> {
     Ok(names.into_iter().collect())
 }
 
+/// Checks every shard, that they are as their index says, and that there is a row for every token.
+fn check_weights(folder: &Path, names: &[String], vocabulary: u32) -> Result<(), Error> {
+    let index = names.iter().any(|name| name == INDEX).then(|| read_file(folder, INDEX)).transpose()?;
+    let paths: Vec<PathBuf> = names.iter().map(|name| folder.join(name)).collect();
+    let files: Vec<(&str, &Path)> = names.iter().map(String::as_str).zip(paths.iter().map(PathBuf::as_path)).collect();
+    let shards: Vec<_> = files.into_iter().filter(|(name, _)| name.ends_with(".safetensors")).collect();
+    let checkpoint = Checkpoint::open(&shards, index.as_deref()).map_err(|fault| unusable(folder, fault))?;
+    let Some((file, tensor)) = checkpoint.tensor(EMBEDDINGS) else {
+        let source = safetensors::Error::NoTensor(EMBEDDINGS.to_owned());
+        return Err(Error::Safetensors { path: folder.to_owned(), source });
+    };
+    match tensor.shape.first() {
+        Some(rows) if *rows == u64::from(vocabulary) => Ok(()),
+        rows => {
+            let rows = rows.copied().unwrap_or_default();
+            let reason = format!("it has {rows} rows of embeddings, but config.json says `vocab_size` {vocabulary}");
+            Err(Error::Malformed { path: folder.join(file), reason })
+        }
+    }
+}
+
+fn unusable(folder: &Path, fault: Fault) -> Error {
+    Error::Safetensors { path: folder.join(fault.file), source: fault.source }
+}
+
 fn read_json(folder: &Path, name: &str) -> Result<Value, Error> {
+    let malformed = |e| Error::Malformed { path: folder.join(name), reason: format!("not JSON: {e}") };
+    serde_json::from_slice(&read_file(folder, name)?).map_err(malformed)
+}
+
+/// Reads a file of JSON whole.
+fn read_file(folder: &Path, name: &str) -> Result<Vec<u8>, Error> {
     let path = folder.join(name);
     let read = || -> std::io::Result<Option<Vec<u8>>> {
         let long = std::fs::metadata(&path)?.len() > CONFIG_LIMIT;
         if long { Ok(None) } else { std::fs::read(&path).map(Some) }
     };
-    let bytes = match read() {
-        Ok(Some(bytes)) => bytes,
-        Ok(None) => return Err(Error::Malformed { path, reason: format!("it is larger than {CONFIG_LIMIT} bytes") }),
+    match read() {
+        Ok(Some(bytes)) => Ok(bytes),
+        Ok(None) => Err(Error::Malformed { path, reason: format!("it is larger than {CONFIG_LIMIT} bytes") }),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            return Err(Error::Missing { folder: folder.to_owned(), name: name.to_owned() });
+            Err(Error::Missing { folder: folder.to_owned(), name: name.to_owned() })
         }
-        Err(source) => return Err(Error::Read { path, source }),
-    };
-    serde_json::from_slice(&bytes).map_err(|e| Error::Malformed { path, reason: format!("not JSON: {e}") })
+        Err(source) => Err(Error::Read { path, source }),
+    }
 }
 
 /// Uses the tokenizer and the template once, and holds them against the model.

@@ -11,7 +11,7 @@ use izar_common::health::WorkerState;
 use izar_common::id::{DeploymentId, NodeId, WorkerId};
 
 use crate::fleet::{AgentView, Fleet};
-use crate::state::{Config, Deployment, Placement, Plan};
+use crate::state::{Config, Deployment, Placement, Plan, REPLICA_LIMIT};
 
 /// How long an agent may be away before others get its workers. Longer than a restart of the server's daemon, for
 /// moving a model costs its loading time.
@@ -50,9 +50,15 @@ fn number(deployment: &DeploymentId, worker: &WorkerId) -> Option<u32> {
     worker.as_str().strip_prefix(deployment.as_str())?.strip_prefix('.')?.parse().ok()
 }
 
-/// The id of a deployment's n-th worker; `None` if the name gets too long for one (its deployment cannot be served).
+/// The id of a deployment's n-th worker; `None` if the name gets too long for one (such a deployment is refused: see
+/// [`can_be_named`]).
 fn worker_id(deployment: &DeploymentId, number: u32) -> Option<WorkerId> {
     WorkerId::new(&format!("{deployment}.{number}")).ok()
+}
+
+/// Whether every worker that a deployment may ever have gets an id.
+pub fn can_be_named(deployment: &DeploymentId) -> bool {
+    worker_id(deployment, REPLICA_LIMIT - 1).is_some()
 }
 
 /// What stays of the current plan: of each deployment the lowest numbers, as many as are wanted.
@@ -215,6 +221,12 @@ mod tests {
         check("m 2", "", "", "same");
         check("m 2", "", "~a1", "same");
         check("m 2", "m.1@a1", "a1 a2", "m.0@a2 m.1@a1");
+    }
+
+    #[test]
+    fn a_name_must_leave_room_for_the_numbers_of_its_workers() {
+        let fits = |length: usize| can_be_named(&DeploymentId::new(&"m".repeat(length)).unwrap());
+        assert_eq!((fits(59), fits(60)), (true, false));
     }
 
     #[test]

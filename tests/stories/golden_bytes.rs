@@ -8,12 +8,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Debug;
 use std::path::PathBuf;
 
-use izar_common::chat::{Finish, Job, JobEvent, Sampling, Usage};
+use izar_common::chat::{Finish, Grammar, Job, JobEvent, Logprobs, Sampling, Usage};
 use izar_common::clock::Hlc;
 use izar_common::health::{Generation, Report, WorkerReport, WorkerState};
-use izar_common::id::{ClusterId, DeploymentId, Hash, KeyId, NodeId, ProjectId, TenantId, TurnId, WorkerId};
+use izar_common::id::{
+    ClusterId, DeploymentId, Hash, KeyId, NodeId, NumericsId, ProjectId, TenantId, TurnId, WorkerId,
+};
 use izar_common::manifest::{File, Kind, Manifest};
-use izar_common::wire::agent::{Assignment, Down, EngineOptions, Submit, Up, WorkerSpec};
+use izar_common::wire::agent::{Assignment, CacheType, Down, EngineOptions, Kernels, Quant, Submit, Up, WorkerSpec};
 use izar_common::wire::handshake::{Hello, Open, Welcome};
 use izar_common::wire::peer::{BlobAnswer, BlobRequest, Proposal, RaftBatch, RaftEntry, RaftMessage};
 use izar_common::wire::worker::{FromWorker, ToWorker};
@@ -91,7 +93,15 @@ pub fn manifest(kind: Kind) -> Manifest {
 }
 
 pub fn engine() -> EngineOptions {
-    EngineOptions { max_batch: 32, max_context: 4096, threads: 2 }
+    EngineOptions {
+        max_batch: 32,
+        max_context: 4096,
+        threads: 2,
+        quant: Quant::Int8,
+        kernels: Kernels::Avx512,
+        cache: CacheType::F32,
+        cache_bytes: 1 << 30,
+    }
 }
 
 pub fn job() -> Job {
@@ -107,10 +117,19 @@ pub fn job() -> Job {
             temperature: 0.7,
             top_p: 0.95,
             top_k: 40,
+            min_p: 0.05,
+            repetition_penalty: 1.1,
+            frequency_penalty: 0.5,
+            presence_penalty: -0.5,
+            logit_bias: vec![(7, -100.0), (70_000, 2.5)],
+            logprobs: Some(20),
+            grammar: Some(Grammar::JsonSchema(r#"{"type":"object"}"#.into())),
             seed: u64::MAX - 1,
             max_tokens: 100,
             ignore_eos: true,
         },
+        cache_salt: std::array::from_fn(|i| 200 + i as u8),
+        numerics: Some(NumericsId(0x0123_4567_89ab_cdef)),
     }
 }
 
@@ -228,6 +247,7 @@ fn agent(frames: &mut Frames) {
         waiting: 300,
         max_batch: 32,
         restarts: 1,
+        numerics: (state == WorkerState::Ready).then_some(NumericsId(17)),
         detail: "why not, ä".into(),
     };
     let generation = Generation { incarnation: 2, applied: 1 << 40 };
@@ -251,20 +271,59 @@ fn agent(frames: &mut Frames) {
     let Down::Assignment(_) = &down;
     frames.check("down", "assignment", &down);
     frames.check("submit", "plain", &Submit { worker: name("echo.1"), job: job() });
+    let variant = |grammar: &Grammar| match grammar {
+        Grammar::JsonObject => "json-object",
+        Grammar::JsonSchema(_) => "json-schema",
+        Grammar::Regex(_) => "regex",
+    };
+    for grammar in [Grammar::JsonObject, Grammar::JsonSchema("{}".into()), Grammar::Regex("ä+".into())] {
+        let (variant, mut job) = (variant(&grammar), job());
+        job.sampling.grammar = Some(grammar);
+        frames.check("submit", variant, &Submit { worker: name("echo.1"), job });
+    }
+    let plain = Job { sampling: Sampling::default(), numerics: None, ..job() };
+    frames.check("submit", "default", &Submit { worker: name("echo.1"), job: plain });
+    options(frames);
+}
+
+/// Every word of every option, in one assignment.
+fn options(frames: &mut Frames) {
+    let worker = |engine: EngineOptions| WorkerSpec {
+        worker: name("echo.1"),
+        deployment: name("echo"),
+        revision: hash(6),
+        manifest: manifest(Kind::Gguf),
+        engine,
+    };
+    let quants = [Quant::F32, Quant::F16, Quant::Int8, Quant::Int4];
+    let kernels = [Kernels::Auto, Kernels::Reference, Kernels::Portable, Kernels::Avx2, Kernels::Avx512];
+    let caches = [CacheType::F16, CacheType::F32];
+    let quants = quants.map(|quant| worker(EngineOptions { quant, ..engine() }));
+    let kernels = kernels.map(|kernels| worker(EngineOptions { kernels, ..engine() }));
+    let caches = caches.map(|cache| worker(EngineOptions { cache, ..engine() }));
+    let workers = quants.into_iter().chain(kernels).chain(caches).collect();
+    let generation = Generation { incarnation: 1, applied: 1 };
+    frames.check("down", "options", &Down::Assignment(Assignment { generation, workers }));
 }
 
 fn job_event(event: &JobEvent) -> &'static str {
     match event {
-        JobEvent::Tokens { .. } => "tokens",
+        JobEvent::Tokens { logprobs, .. } if logprobs.is_empty() => "tokens",
+        JobEvent::Tokens { .. } => "tokens-logprobs",
         JobEvent::Done { finish: Finish::Stop, .. } => "done-stop",
         JobEvent::Done { finish: Finish::Length, .. } => "done-length",
         JobEvent::Failed { .. } => "failed",
     }
 }
 
-fn all_job_events() -> [JobEvent; 4] {
+fn all_job_events() -> [JobEvent; 5] {
     [
-        JobEvent::Tokens { position: 1000, tokens: vec![0, 250, 251, 100_000] },
+        JobEvent::Tokens { position: 1000, tokens: vec![0, 250, 251, 100_000], logprobs: Vec::new() },
+        JobEvent::Tokens {
+            position: 3,
+            tokens: vec![5],
+            logprobs: vec![Logprobs { logprob: -0.5, top: vec![(9, -0.25), (70_000, f32::NEG_INFINITY)] }],
+        },
         JobEvent::Done { finish: Finish::Stop, usage: usage() },
         JobEvent::Done { finish: Finish::Length, usage: usage() },
         JobEvent::Failed { reason: "worker ended".into(), retryable: true },
@@ -285,20 +344,20 @@ fn worker(frames: &mut Frames) {
     };
     let files = vec![PathBuf::from("/var/lib/izar/a"), PathBuf::from("b")];
     for message in [
-        ToWorker::Load { manifest: manifest(Kind::Gguf), files, engine: engine() },
+        ToWorker::Load { manifest: manifest(Kind::Gguf), files, text: Some("/t.json".into()), engine: engine() },
         ToWorker::Submit { id: 300, job: job() },
         ToWorker::Cancel { id: u64::MAX },
     ] {
         frames.check("to-worker", to(&message), &message);
     }
     let from = |message: &FromWorker| match message {
-        FromWorker::Ready => "ready",
+        FromWorker::Ready { .. } => "ready",
         FromWorker::Unloadable { .. } => "unloadable",
         FromWorker::Step { .. } => "step",
     };
     let events = all_job_events().into_iter().zip(1..).map(|(event, id)| (id, event)).collect();
     for message in [
-        FromWorker::Ready,
+        FromWorker::Ready { numerics: NumericsId(u64::MAX) },
         FromWorker::Unloadable { reason: "no tensor output.weight".into() },
         FromWorker::Step { events, running: 4, waiting: 1 },
     ] {

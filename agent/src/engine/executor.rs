@@ -5,14 +5,17 @@
 //! inside that pool, so that the operations of a step need not wake it one by one. Between steps all threads sleep.
 
 use std::any::Any;
+use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
 use izar_common::chat::Token;
 
 use super::batch::{Drawn, Step};
-use super::sampler::sample;
-use crate::model::{Batch, CausalLm, Error, Loaded, SequenceId, Wants};
+use super::sampler::{Drawer, Failure};
+use super::sequence::SequenceId;
+use crate::model::{Batch, CausalLm, Error, Loaded, Wants};
+use crate::ops::cpu::pool;
 
 /// Steps that wait for the executor: the planner has one under way at most.
 const STEPS: usize = 1;
@@ -27,6 +30,7 @@ pub enum Outcome {
         context: usize,
         vocabulary: usize,
         eos: Vec<Token>,
+        blocks: usize,
     },
     Unloadable(String),
     /// The tokens that a step drew, in the order of its draws.
@@ -50,6 +54,7 @@ impl Executor {
     ) -> anyhow::Result<Self> {
         let (steps, submitted) = sync_channel(STEPS);
         let (say, outcomes) = sync_channel(OUTCOMES);
+        pool::start(threads);
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("compute-{i}"));
         let pool = pool.build()?;
         let run = move || {
@@ -88,8 +93,9 @@ fn work(
     let (mut model, loaded) =
         loaded.map_err(|error| Outcome::Unloadable(format!("{:#}", anyhow::Error::new(error))))?;
     say(loaded);
+    let mut drawers = HashMap::new();
     while let Ok(step) = steps.recv() {
-        let drawn = guarded(|| pool.install(|| compute(model.as_mut(), &step)));
+        let drawn = guarded(|| pool.install(|| compute(model.as_mut(), &mut drawers, step)));
         say(Outcome::Stepped(drawn.map_err(Outcome::Broken)?));
     }
     Ok(())
@@ -97,24 +103,36 @@ fn work(
 
 /// Loads a model and runs a token through it: what is set up at first use is set up before the first request.
 fn load_warm(load: impl FnOnce() -> Result<Loaded, Error>) -> Result<(Box<dyn CausalLm>, Outcome), Error> {
-    let Loaded { mut model, context, vocabulary, eos } = load()?;
-    let mut batch = Batch::default();
-    let warm = SequenceId(u64::MAX);
-    batch.push(warm, 0, &[0, 0], Wants::Last);
+    let Loaded { mut model, context, vocabulary, eos, blocks } = load()?;
+    let mut batch = Batch { cleared: vec![0], ..Batch::default() };
+    batch.push(0, &[0, 0], Wants::Last, &[0]);
     model.forward(&batch);
-    model.close(warm);
-    Ok((model, Outcome::Loaded { context, vocabulary, eos }))
+    Ok((model, Outcome::Loaded { context, vocabulary, eos, blocks }))
 }
 
-fn compute(model: &mut dyn CausalLm, step: &Step) -> Vec<Drawn> {
-    step.closed.iter().for_each(|sequence| model.close(*sequence));
+/// Who draws for each open answer.
+type Drawers = HashMap<SequenceId, Drawer>;
+
+fn compute(model: &mut dyn CausalLm, drawers: &mut Drawers, step: Step) -> Vec<Drawn> {
+    step.closed.iter().for_each(|sequence| drop(drawers.remove(sequence)));
+    drawers.extend(step.opened);
     if step.batch.chunks.is_empty() {
         return Vec::new();
     }
     let logits = model.forward(&step.batch);
-    assert_eq!(logits.rows().len(), step.draws.len(), "a step wants the rows that it draws from");
-    let rows = step.draws.iter().zip(logits.rows());
-    rows.map(|(draw, row)| (draw.sequence, sample(row, &draw.sampling, draw.place))).collect()
+    let rows: Vec<&[f32]> = logits.rows().collect();
+    assert_eq!(rows.len(), step.draws.len(), "a step wants the rows that it draws from");
+    let mut take = |id: &SequenceId| drawers.remove(id).expect("an answer was opened before it draws");
+    let mut drawing: Vec<(Drawer, Option<_>)> = step.draws.iter().map(|id| (take(id), None)).collect();
+    pool::each(&mut drawing, |i, (drawer, drawn)| *drawn = Some(draw(drawer, rows[i])));
+    let (drawing, drawn): (Vec<_>, Vec<_>) =
+        drawing.into_iter().map(|(drawer, drawn)| (drawer, drawn.expect("every row is drawn from"))).unzip();
+    drawers.extend(step.draws.iter().copied().zip(drawing));
+    step.draws.into_iter().zip(drawn).collect()
+}
+
+fn draw(drawer: &mut Drawer, row: &[f32]) -> Result<super::sampler::Drawn, Failure> {
+    drawer.draw(row).ok_or_else(|| drawer.failure().expect("what could not be drawn says why").clone())
 }
 
 /// Runs something that may panic; says what it said.

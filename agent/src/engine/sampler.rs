@@ -1,10 +1,24 @@
-//! Draws the next token from logits. Pure: what is drawn depends on the logits, the request's parameters and the place
-//! (seed, choice, position) alone, never on what was drawn before or on company in the batch.
+//! Draws the tokens of one answer from logits. What is drawn depends on the logits, the request's parameters, the place
+//! (seed, choice, position) and the answer's own tokens so far; never on company in the batch.
 //!
-//! So an answer that is continued elsewhere from its delivered tokens goes on as if nothing had happened. Everything is
-//! computed in a fixed order, and the exponential is ours, because that of the C library differs between versions.
+//! So an answer that is continued elsewhere from its delivered tokens goes on as if nothing had happened. The order of
+//! operations is that of vLLM and llama.cpp: grammar, bias, penalties (repetition, frequency, presence), temperature,
+//! top-k, min-p, top-p, draw. Log-probabilities are of the logits as the model gave them.
 
-use izar_common::chat::{Sampling, Token};
+pub mod grammar;
+mod penalties;
+mod row;
+
+use std::cell::RefCell;
+use std::fmt;
+
+use izar_common::chat::{Job, Logprobs, Sampling, Token};
+use izar_common::grammar::Mask;
+
+use grammar::Constraint;
+pub use grammar::Grammars;
+use penalties::Penalties;
+use row::{Scratch, Shape};
 
 /// Which draw this is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -15,88 +29,134 @@ pub struct Place {
     pub position: u32,
 }
 
-/// A token and what it weighs, relative to the heaviest (1).
-type Candidate = (Token, f32);
-
-/// Draws a token, or `None` if no logit is a number.
-///
-/// Temperature first, then the `top_k` heaviest, then the smallest set of the heaviest that holds `top_p` of their
-/// weight. Temperature 0 takes the largest logit, the lowest token among equals.
-pub fn sample(logits: &[f32], sampling: &Sampling, place: Place) -> Option<Token> {
-    let best = argmax(logits)?;
-    if sampling.temperature <= 0.0 {
-        return Some(best);
-    }
-    let largest = bounded(logits[best as usize]);
-    let weigh = |logit: f32| exp((bounded(logit) - largest) / sampling.temperature);
-    let mut candidates: Vec<Candidate> =
-        logits.iter().enumerate().map(|(token, logit)| (token as Token, weigh(*logit))).collect();
-    let limited = sampling.top_k > 0 && (sampling.top_k as usize) < candidates.len();
-    if limited {
-        candidates.select_nth_unstable_by(sampling.top_k as usize - 1, heaviest_first);
-        candidates.truncate(sampling.top_k as usize);
-        // Sorted at once: sums below must not depend on the order that selecting happens to leave.
-        candidates.sort_unstable_by(heaviest_first);
-    }
-    if sampling.top_p < 1.0 {
-        keep_share(&mut candidates, sampling.top_p);
-    }
-    Some(draw(&candidates, uniform(place)))
+/// A token that was drawn.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Drawn {
+    pub token: Token,
+    /// If the request asked for them.
+    pub logprobs: Option<Logprobs>,
 }
 
-/// The largest logit's token, the lowest among equals; `None` if there is no number.
-fn argmax(logits: &[f32]) -> Option<Token> {
-    let mut best: Option<(usize, f32)> = None;
-    for (token, &logit) in logits.iter().enumerate() {
-        if !logit.is_nan() && best.is_none_or(|(_, largest)| logit > largest) {
-            best = Some((token, logit));
+/// Why no token could be drawn.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Failure {
+    pub reason: String,
+    /// Another worker, or a later time, may do it.
+    pub retryable: bool,
+}
+
+/// Draws one answer's tokens, one after the other. Owned by whoever computes the answer.
+pub struct Drawer {
+    shape: Shape,
+    place: Place,
+    bias: Vec<(Token, f32)>,
+    penalties: Option<Penalties>,
+    logprobs: Option<u8>,
+    grammar: Option<Constraint>,
+    failure: Option<Failure>,
+}
+
+impl fmt::Debug for Drawer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Drawer").field("shape", &self.shape).field("place", &self.place).finish_non_exhaustive()
+    }
+}
+
+thread_local! {
+    /// The memory of this thread's draws: a changed row, and what `row` needs. Never held over a wait.
+    static SCRATCH: RefCell<(Vec<f32>, Scratch)> = RefCell::default();
+}
+
+impl Drawer {
+    /// Begins or continues an answer: what was delivered is counted, and followed by the grammar.
+    pub fn new(job: &Job, grammars: &Grammars) -> Result<Self, String> {
+        let Sampling { temperature, top_k, min_p, top_p, seed, logprobs, .. } = job.sampling;
+        let grammar = job.sampling.grammar.as_ref();
+        let grammar = grammar.map(|grammar| Constraint::new(grammar, &job.delivered, grammars)).transpose()?;
+        Ok(Self {
+            shape: Shape { temperature, top_k, min_p, top_p },
+            place: Place { seed, choice: job.choice, position: job.delivered.len() as u32 },
+            bias: job.sampling.logit_bias.clone(),
+            penalties: Penalties::new(job),
+            logprobs,
+            grammar,
+            failure: None,
+        })
+    }
+
+    /// Draws the next token and goes on to the one after it. `None`: see [`Drawer::failure`]; nothing more is drawn.
+    ///
+    /// May wait for a grammar's mask, for some milliseconds at most.
+    pub fn draw(&mut self, logits: &[f32]) -> Option<Drawn> {
+        let mask = match self.grammar.as_mut().map(Constraint::mask).transpose() {
+            Ok(mask) => mask,
+            Err(failure) => {
+                self.failure = Some(failure);
+                return None;
+            }
+        };
+        let drawn = SCRATCH.with_borrow_mut(|(changed, scratch)| {
+            let row = match self.changes(&mask) {
+                true => self.change(logits, &mask, changed),
+                false => logits,
+            };
+            let token = row::choose(row, &self.shape, uniform(self.place), scratch)?;
+            let logprobs = self.logprobs.map(|count| row::logprobs(logits, token, usize::from(count), scratch));
+            Some(Drawn { token, logprobs })
+        });
+        match &drawn {
+            Some(drawn) => self.advance(drawn.token),
+            None => self.failure = Some(Failure { reason: "the model gave no number".into(), retryable: true }),
+        }
+        drawn
+    }
+
+    /// Why the last draw gave nothing.
+    pub fn failure(&self) -> Option<&Failure> {
+        self.failure.as_ref()
+    }
+
+    fn changes(&self, mask: &Option<Mask>) -> bool {
+        mask.is_some() || !self.bias.is_empty() || self.penalties.is_some()
+    }
+
+    /// Copies the logits and changes the copy.
+    fn change<'a>(&self, logits: &[f32], mask: &Option<Mask>, changed: &'a mut Vec<f32>) -> &'a [f32] {
+        changed.clear();
+        changed.extend_from_slice(logits);
+        if let Some(mask) = mask {
+            forbid(mask.words(), changed);
+        }
+        penalties::add_bias(&self.bias, changed);
+        if let Some(penalties) = &self.penalties {
+            penalties.apply(changed);
+        }
+        changed
+    }
+
+    fn advance(&mut self, token: Token) {
+        self.place.position += 1;
+        if let Some(penalties) = &mut self.penalties {
+            penalties.count(token);
+        }
+        if let Some(grammar) = &mut self.grammar {
+            grammar.take(token);
         }
     }
-    best.map(|(token, _)| token as Token)
 }
 
-/// A logit without the values that make arithmetic go astray.
-fn bounded(logit: f32) -> f32 {
-    if logit.is_nan() { f32::MIN } else { logit.clamp(f32::MIN, f32::MAX) }
-}
-
-fn heaviest_first(a: &Candidate, b: &Candidate) -> std::cmp::Ordering {
-    b.1.total_cmp(&a.1).then(a.0.cmp(&b.0))
-}
-
-/// Keeps the smallest set of the heaviest candidates that holds a share of the weight, sorted.
-fn keep_share(candidates: &mut Vec<Candidate>, share: f32) {
-    let total = weight(candidates);
-    let wanted = total * f64::from(share.max(0.0));
-    // All that weigh so little hold less than what may be left out, so the set lies among the others: sorting those
-    // few instead of the whole vocabulary saves most of the time.
-    let least = (total - wanted) / candidates.len() as f64;
-    candidates.retain(|(_, weight)| f64::from(*weight) > least || *weight == 1.0);
-    candidates.sort_unstable_by(heaviest_first);
-    let mut held = 0.0;
-    let enough = candidates.iter().position(|(_, weight)| {
-        held += f64::from(*weight);
-        held >= wanted
-    });
-    candidates.truncate(enough.map_or(candidates.len(), |last| last + 1));
-}
-
-fn weight(candidates: &[Candidate]) -> f64 {
-    candidates.iter().map(|(_, weight)| f64::from(*weight)).sum()
-}
-
-/// Takes the candidate at a share `at` (in [0, 1)) of the weight, counted in the candidates' order.
-fn draw(candidates: &[Candidate], at: f64) -> Token {
-    let mut left = weight(candidates) * at;
-    for (token, weight) in candidates {
-        left -= f64::from(*weight);
-        if left < 0.0 {
-            return *token;
+/// Makes every token impossible whose bit is not set.
+fn forbid(mask: &[u32], row: &mut [f32]) {
+    let mut words = mask.iter();
+    for logits in row.chunks_mut(32) {
+        match words.next().copied().unwrap_or(0) {
+            u32::MAX => {}
+            0 => logits.fill(f32::NEG_INFINITY),
+            word => logits.iter_mut().enumerate().filter(|(bit, _)| word >> bit & 1 == 0).for_each(|(_, logit)| {
+                *logit = f32::NEG_INFINITY;
+            }),
         }
     }
-    // Rounding can leave a crumb past the end: it belongs to the last candidate that weighs anything.
-    let last = candidates.iter().rfind(|(_, weight)| *weight > 0.0);
-    last.expect("the best token weighs 1").0
 }
 
 /// A number in [0, 1) with 53 bits that depends on the place alone.
@@ -113,87 +173,28 @@ pub fn mix(x: u64) -> u64 {
     x ^ x >> 31
 }
 
-/// e to the power of x, for x ≤ 0; relative error below 3e-7. Written without branches, so that it vectorizes.
-///
-/// x = n ln 2 + r with |r| ≤ ln 2 / 2; a polynomial for r, n into the exponent's bits.
-fn exp(x: f32) -> f32 {
-    const LN2_HIGH: f32 = 0.693_359_4;
-    const LN2_LOW: f32 = -2.121_944_4e-4;
-    // Below this the result would be subnormal: its weight beside 1 is nothing.
-    let x = x.max(-87.0);
-    let n = (x * std::f32::consts::LOG2_E).round_ties_even();
-    let r = x - n * LN2_HIGH - n * LN2_LOW;
-    let tail = 0.041_666_66 + r * (0.008_333_335 + r * (0.001_388_89 + r * 0.000_198_41));
-    let power = 1.0 + r * (1.0 + r * (0.5 + r * (0.166_666_67 + r * tail)));
-    power * f32::from_bits(((n as i32 + 127) as u32) << 23)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::sequence::tests::job;
+    use izar_common::chat::Grammar;
     use proptest::prelude::*;
 
-    fn sampling(temperature: f32, top_k: u32, top_p: f32) -> Sampling {
-        Sampling { temperature, top_p, top_k, seed: 0, max_tokens: 1, ignore_eos: false }
+    fn drawer(delivered: &[Token], change: impl Fn(&mut Sampling)) -> Drawer {
+        let mut job = job(&[1, 2], delivered, 100);
+        job.sampling.temperature = 1.0;
+        change(&mut job.sampling);
+        Drawer::new(&job, &Grammars::new(None)).unwrap()
     }
     fn place(position: u32) -> Place {
         Place { seed: 42, choice: 0, position }
     }
-    /// How often each token comes in many draws.
-    fn shares(logits: &[f32], sampling: &Sampling) -> Vec<f64> {
-        const DRAWS: u32 = 20_000;
-        let mut counts = vec![0_u32; logits.len()];
-        (0..DRAWS).for_each(|i| counts[sample(logits, sampling, place(i)).unwrap() as usize] += 1);
-        counts.into_iter().map(|n| f64::from(n) / f64::from(DRAWS)).collect()
+    /// Rows that differ from position to position.
+    fn row(position: u32) -> Vec<f32> {
+        (0..300).map(|token| (mix(u64::from(position) << 32 | token) >> 40) as f32 / (1 << 22) as f32).collect()
     }
-
-    #[test]
-    fn greedy_takes_the_largest_and_the_lowest_among_equals() {
-        let greedy = sampling(0.0, 0, 1.0);
-        assert_eq!(sample(&[0.0, 3.0, 3.0, 1.0], &greedy, place(0)), Some(1));
-        assert_eq!(sample(&[f32::NAN, -1.0, f32::NEG_INFINITY], &greedy, place(0)), Some(1));
-    }
-
-    #[test]
-    fn logits_without_a_number_give_no_token() {
-        for temperature in [0.0, 1.0] {
-            assert_eq!(sample(&[f32::NAN; 3], &sampling(temperature, 0, 1.0), place(0)), None);
-            assert_eq!(sample(&[], &sampling(temperature, 0, 1.0), place(0)), None);
-        }
-    }
-
-    #[test]
-    fn strange_logits_are_survived() {
-        let logits = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 0.0];
-        for (top_k, top_p) in [(0, 1.0), (2, 1.0), (0, 0.5), (3, 0.1)] {
-            assert_eq!(sample(&logits, &sampling(1.0, top_k, top_p), place(0)), Some(1));
-        }
-    }
-
-    #[test]
-    fn draws_follow_the_probabilities() {
-        let logits = [1.0_f32, 0.0, 2.0, -1.0];
-        for temperature in [0.5_f32, 1.0, 2.0] {
-            let weights: Vec<f64> = logits.iter().map(|l| f64::from(l / temperature).exp()).collect();
-            let total: f64 = weights.iter().sum();
-            for (got, weight) in shares(&logits, &sampling(temperature, 0, 1.0)).iter().zip(weights) {
-                assert!((got - weight / total).abs() < 0.015, "{got} {}", weight / total);
-            }
-        }
-    }
-
-    #[test]
-    fn top_k_keeps_the_heaviest_and_the_lowest_among_equals() {
-        let drawn = shares(&[1.0, 1.0, 1.0, 5.0], &sampling(2.0, 2, 1.0));
-        assert!(drawn[0] > 0.0 && drawn[3] > 0.0 && drawn[1] == 0.0 && drawn[2] == 0.0, "{drawn:?}");
-    }
-
-    #[test]
-    fn top_p_keeps_the_smallest_sufficient_set() {
-        // Shares 0.5, 0.25, 0.125, 0.125.
-        let logits = [4.0_f32.ln(), 2.0_f32.ln(), 0.0, 0.0];
-        let kept = |p| shares(&logits, &sampling(1.0, 0, p)).iter().filter(|share| **share > 0.0).count();
-        assert_eq!([kept(0.01), kept(0.45), kept(0.6), kept(0.8), kept(0.99)], [1, 1, 2, 3, 4]);
+    fn tokens(drawer: &mut Drawer, from: u32, to: u32) -> Vec<Token> {
+        (from..to).map(|position| drawer.draw(&row(position)).unwrap().token).collect()
     }
 
     #[test]
@@ -220,28 +221,117 @@ mod tests {
     }
 
     #[test]
-    fn the_exponential_is_close() {
-        for i in 0..8700 {
-            let x = -(i as f32) / 100.0;
-            let want = f64::from(x).exp();
-            assert!((f64::from(exp(x)) / want - 1.0).abs() < 3e-7, "{x}");
+    fn an_answer_that_is_continued_goes_on_as_if_nothing_had_happened() {
+        let all = |s: &mut Sampling| {
+            (s.repetition_penalty, s.frequency_penalty, s.presence_penalty) = (1.3, 0.4, 0.2);
+            (s.top_k, s.min_p, s.top_p) = (50, 0.05, 0.9);
+            s.logit_bias = vec![(3, 2.0), (4, -100.0)];
+        };
+        let whole = tokens(&mut drawer(&[], all), 0, 30);
+        for cut in [1, 7, 29] {
+            assert_eq!(tokens(&mut drawer(&whole[..cut], all), cut as u32, 30), whole[cut..], "{cut}");
         }
-        assert_eq!(exp(0.0), 1.0);
-        assert!(exp(f32::NEG_INFINITY) < 1e-37);
+        assert!(!whole.contains(&4));
+    }
+
+    #[test]
+    fn choices_and_seeds_give_other_answers() {
+        let mut other = job(&[1, 2], &[], 100);
+        other.sampling.temperature = 1.0;
+        other.choice = 1;
+        let other = tokens(&mut Drawer::new(&other, &Grammars::new(None)).unwrap(), 0, 20);
+        let first = tokens(&mut drawer(&[], |_| ()), 0, 20);
+        let seeded = tokens(&mut drawer(&[], |s| s.seed = 1), 0, 20);
+        assert!(first != other && first != seeded && other != seeded);
+    }
+
+    #[test]
+    fn a_bias_forces_and_bans() {
+        let greedy = |bias: &[(Token, f32)]| {
+            drawer(&[], |s| (s.temperature, s.logit_bias) = (0.0, bias.to_vec())).draw(&[1.0, 3.0, 2.0]).unwrap().token
+        };
+        assert_eq!([greedy(&[]), greedy(&[(1, -100.0)]), greedy(&[(0, 100.0)])], [1, 2, 0]);
+    }
+
+    #[test]
+    fn a_frequent_token_gets_rarer() {
+        let mut drawer = drawer(&[], |s| (s.temperature, s.frequency_penalty) = (0.0, 1.0));
+        let drawn: Vec<Token> = (0..6).map(|_| drawer.draw(&[1.5, 3.2, 2.1]).unwrap().token).collect();
+        assert_eq!(drawn, [1, 1, 2, 0, 1, 2]);
+    }
+
+    #[test]
+    fn log_probabilities_are_of_the_model_and_not_of_what_was_made_of_it() {
+        let mut drawer = drawer(&[], |s| {
+            (s.temperature, s.top_k, s.logprobs) = (0.0, 1, Some(2));
+            s.logit_bias = vec![(0, -100.0)];
+        });
+        let drawn = drawer.draw(&[4.0_f32.ln(), 2.0_f32.ln(), 0.0, 0.0]).unwrap();
+        let logprobs = drawn.logprobs.unwrap();
+        assert_eq!((drawn.token, logprobs.top[0].0, logprobs.top[1].0), (1, 0, 1));
+        assert!((logprobs.logprob - 0.25_f32.ln()).abs() < 1e-6 && logprobs.top[1].1 == logprobs.logprob);
+        assert!(self::drawer(&[], |_| ()).draw(&[0.0]).unwrap().logprobs.is_none());
+    }
+
+    #[test]
+    fn a_row_without_a_number_fails_as_retryable() {
+        let mut drawer = drawer(&[], |_| ());
+        assert_eq!(drawer.draw(&[f32::NAN; 3]), None);
+        assert!(drawer.failure().unwrap().retryable);
+    }
+
+    #[test]
+    fn only_allowed_tokens_are_left() {
+        let mut row = vec![1.0; 80];
+        forbid(&[u32::MAX, 1 << 5], &mut row);
+        let left: Vec<usize> = (0..80).filter(|token| row[*token] == 1.0).collect();
+        assert_eq!(left, (0..32).chain([37]).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn a_structured_answer_follows_its_grammar_and_ends() {
+        let (_dir, grammars) = grammar::tests::golden();
+        for regex in ["(red|green|blue){2}", "[0-9]{4}-[0-9]{2}"] {
+            let mut job = job(&[1, 2], &[], 100);
+            job.sampling.temperature = 1.0;
+            job.sampling.grammar = Some(Grammar::Regex(regex.into()));
+            let answer = |delivered: &[Token]| {
+                let mut job = job.clone();
+                job.delivered = delivered.to_vec();
+                let mut drawer = Drawer::new(&job, &grammars).unwrap();
+                let mut tokens = delivered.to_vec();
+                while tokens.last() != Some(&1) {
+                    tokens.push(drawer.draw(&row(tokens.len() as u32).repeat(2)[..512]).unwrap().token);
+                    assert!(tokens.len() < 20, "{regex}: {tokens:?} has no end");
+                }
+                tokens
+            };
+            let whole = answer(&[]);
+            assert!(whole.len() > 2, "{whole:?}");
+            assert_eq!(answer(&whole[..2]), whole);
+        }
+        let mut job = job(&[1], &[], 9);
+        job.sampling.grammar = Some(Grammar::Regex("(".into()));
+        let mut drawer = Drawer::new(&job, &grammars).unwrap();
+        assert_eq!(drawer.draw(&row(0)), None);
+        assert!(!drawer.failure().unwrap().retryable);
     }
 
     proptest! {
         #[test]
-        fn a_draw_is_always_a_candidate_and_repeats(
-            logits in proptest::collection::vec(-50.0_f32..50.0, 1..80),
-            temperature in 0.0_f32..2.0, top_k in 0_u32..90, top_p in 0.001_f32..=1.0,
-            seed: u64, choice: u32, position: u32,
+        fn a_draw_repeats_whatever_was_drawn_on_this_thread_before(
+            logits in proptest::collection::vec(-50.0_f32..50.0, 1..400),
+            temperature in 0.0_f32..2.0, top_k in 0_u32..90, top_p in 0.001_f32..=1.0, min_p in 0.0_f32..0.5,
+            repetition in 0.5_f32..2.0, seed: u64,
         ) {
-            let (sampling, place) = (sampling(temperature, top_k, top_p), Place { seed, choice, position });
-            let token = sample(&logits, &sampling, place).unwrap();
-            prop_assert_eq!(sample(&logits, &sampling, place), Some(token));
-            let better = logits.iter().filter(|l| **l > logits[token as usize]).count();
-            prop_assert!(top_k == 0 || better < top_k as usize);
+            let change = |s: &mut Sampling| {
+                (s.temperature, s.top_k, s.top_p, s.min_p) = (temperature, top_k, top_p, min_p);
+                (s.repetition_penalty, s.seed, s.logprobs) = (repetition, seed, Some(3));
+            };
+            let first = drawer(&[5], change).draw(&logits).unwrap();
+            let other: Vec<f32> = logits.iter().rev().copied().chain([9.0; 100]).collect();
+            drawer(&[6], change).draw(&other).unwrap();
+            prop_assert_eq!(drawer(&[5], change).draw(&logits).unwrap(), first);
         }
     }
 }

@@ -181,6 +181,10 @@ impl Config {
     pub fn experts(&self, layer: usize) -> Option<&Experts> {
         self.experts.as_ref().filter(|experts| experts.sparse[layer])
     }
+    /// The experts of those layers that have them, if any has.
+    pub fn mixture(&self) -> Option<&Experts> {
+        self.experts.as_ref()
+    }
     /// Heads of keys and values; with latent attention each query head has its own.
     pub fn kv_heads(&self) -> usize {
         match self.attention {
@@ -200,6 +204,14 @@ impl Config {
         match self.attention {
             Attention::Grouped { head_dim, .. } => head_dim,
             Attention::Latent(latent) => latent.rope_dim,
+        }
+    }
+
+    /// How many numbers a token keeps in the cache in one layer: keys and values, or the latent and its rotated key.
+    pub fn cache_values(&self) -> usize {
+        match self.attention {
+            Attention::Grouped { kv_heads, head_dim } => 2 * kv_heads * head_dim,
+            Attention::Latent(latent) => latent.kv_rank + latent.rope_dim,
         }
     }
 
@@ -245,6 +257,19 @@ impl Config {
 }
 
 impl Experts {
+    #[cfg(test)]
+    pub fn for_tests(
+        count: usize,
+        per_token: usize,
+        scoring: Scoring,
+        groups: usize,
+        groups_kept: usize,
+        normalized: bool,
+        scale: f32,
+    ) -> Self {
+        let (intermediate, shared, sparse) = (1, 0, vec![true]);
+        Self { count, per_token, intermediate, shared, scoring, groups, groups_kept, normalized, scale, sparse }
+    }
     fn check(&self, names: &Names, bad: impl Fn(&str, &str) -> Error) -> Result<(), Error> {
         if !self.count.is_multiple_of(self.groups) {
             return Err(bad(names.groups, "does not divide the number of experts"));

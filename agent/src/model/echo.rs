@@ -8,7 +8,7 @@ use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
 use std::time::{Duration, Instant};
 
-use izar_common::chat::{Finish, Job, JobEvent, Token, Usage};
+use izar_common::chat::{Finish, Job, JobEvent, Logprobs, Token, Usage};
 use izar_common::text;
 
 use crate::engine::sampler::mix;
@@ -38,6 +38,8 @@ struct Answer {
     /// Tokens given, the delivered ones included.
     given: u32,
     last: u32,
+    /// Whether tokens come with log-probabilities, and with how many alternatives.
+    logprobs: Option<u8>,
     /// When the next token is due.
     due: Instant,
 }
@@ -73,6 +75,10 @@ impl Echo {
         if let Err(reason) = sequence::check(job, &self.limits) {
             return Some(JobEvent::Failed { reason, retryable: false });
         }
+        if job.sampling.grammar.is_some() {
+            let reason = "the echo model cannot follow a grammar".to_owned();
+            return Some(JobEvent::Failed { reason, retryable: false });
+        }
         if self.due.len() >= ANSWER_LIMIT {
             return Some(JobEvent::Failed { reason: format!("{ANSWER_LIMIT} answers run already"), retryable: true });
         }
@@ -86,7 +92,8 @@ impl Echo {
         let due = now + self.first;
         self.serial += 1;
         self.due.push(Reverse((due, self.serial, number)));
-        self.answers.insert(number, Answer { serial: self.serial, prompt_tokens, hash, given, last, due });
+        let (serial, logprobs) = (self.serial, job.sampling.logprobs);
+        self.answers.insert(number, Answer { serial, prompt_tokens, hash, given, last, logprobs, due });
         None
     }
 
@@ -96,7 +103,11 @@ impl Echo {
             if answer.due > until {
                 break;
             }
-            give(JobEvent::Tokens { position: answer.given, tokens: vec![word(answer.hash, answer.given)] });
+            let token = word(answer.hash, answer.given);
+            // No other word could come.
+            let sure = |count: u8| Logprobs { logprob: 0.0, top: (0..count.min(1)).map(|_| (token, 0.0)).collect() };
+            let logprobs = answer.logprobs.map(sure).into_iter().collect();
+            give(JobEvent::Tokens { position: answer.given, tokens: vec![token], logprobs });
             answer.given += 1;
             answer.due += next;
             if answer.given == answer.last {
@@ -238,6 +249,20 @@ mod tests {
         echo.submit(start + 5 * MS, 1, job(&[1], &[], 3));
         assert_eq!(echo.poll(start + 2 * MS), []);
         assert_eq!(tokens(&echo.poll(start + 6 * MS), 1).len(), 1);
+    }
+
+    #[test]
+    fn words_are_sure_and_follow_no_grammar() {
+        let (mut echo, start) = (Echo::new(0, 0, 100), Instant::now());
+        let mut asking = job(&[1], &[], 1);
+        asking.sampling.logprobs = Some(5);
+        echo.submit(start, 1, asking.clone());
+        let events = echo.poll(start);
+        let (_, JobEvent::Tokens { tokens, logprobs, .. }) = &events[0] else { panic!("{events:?}") };
+        assert_eq!(*logprobs, [Logprobs { logprob: 0.0, top: vec![(tokens[0], 0.0)] }]);
+        asking.sampling.grammar = Some(izar_common::chat::Grammar::JsonObject);
+        echo.submit(start, 2, asking);
+        assert!(matches!(echo.poll(start)[0].1, JobEvent::Failed { retryable: false, .. }));
     }
 
     #[test]

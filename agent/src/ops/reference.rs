@@ -9,6 +9,9 @@ use std::ops::Range;
 use burn::tensor::{Bool, DType, Device, Int, Tensor, TensorData, activation, s};
 use rayon::prelude::*;
 
+use super::cpu::attention::Span;
+use super::{CacheFormat, Grouped, HeadNorms, Latent, TOKENS};
+
 /// Makes a tensor of f32 values.
 pub fn tensor<const D: usize>(values: Vec<f32>, shape: [usize; D], device: &Device) -> Tensor<D> {
     Tensor::from_data(TensorData::new(values, shape), (device, DType::F32))
@@ -56,6 +59,10 @@ impl Linear {
         self.bias = Some(tensor(bias, [1, self.outputs], device));
         self
     }
+    /// Memory that the weights take.
+    pub fn bytes(&self) -> usize {
+        self.stacks.iter().map(|stack| stack.shape().num_elements() * 4).sum()
+    }
     /// Multiplies. `x`: `[rows, inputs]`. Returns `[rows, outputs]`.
     ///
     /// A single row is computed as two: Flex multiplies one row by another method, which rounds differently.
@@ -90,12 +97,11 @@ fn interleave(rows: &[f32], inputs: usize) -> Vec<f32> {
     out
 }
 
-/// Looks rows up. `table`: `[rows, width]`. Returns `[indices, width]`. Every index must lie in the table.
-pub fn gather(table: &Tensor<2>, indices: impl Iterator<Item = usize>) -> Tensor<2> {
+/// Makes a tensor of indices. Each must fit 31 bits.
+pub fn indices(indices: impl Iterator<Item = usize>, device: &Device) -> Tensor<1, Int> {
     let indices: Vec<i32> = indices.map(|i| i32::try_from(i).expect("an index fits 31 bits")).collect();
     let count = indices.len();
-    let indices = Tensor::<1, Int>::from_data(TensorData::new(indices, [count]), (&table.device(), DType::I32));
-    table.clone().select(0, indices)
+    Tensor::from_data(TensorData::new(indices, [count]), (device, DType::I32))
 }
 
 /// Scales each row to a root mean square of one, then by `weight`.
@@ -114,7 +120,7 @@ pub fn swiglu(gate_up: Tensor<2>) -> Tensor<2> {
     activation::silu(gate) * up
 }
 
-/// Cosines and sines of the positions of a step's tokens, each `[tokens, 1, head_dim / 2]`.
+/// Cosines and sines of the positions of a step's rows, each `[rows, 1, pairs]`.
 #[derive(Debug, Clone)]
 pub struct Rotation {
     cos: Tensor<3>,
@@ -122,117 +128,192 @@ pub struct Rotation {
 }
 
 impl Rotation {
-    /// `frequencies`: radians per position, `[head_dim / 2]`.
-    pub fn new(positions: &[usize], frequencies: &[f32], device: &Device) -> Self {
-        let angles = || positions.iter().flat_map(|p| frequencies.iter().map(move |f| *p as f32 * f));
-        let shape = [positions.len(), 1, frequencies.len()];
-        let cos = tensor(angles().map(f32::cos).collect(), shape, device);
-        let sin = tensor(angles().map(f32::sin).collect(), shape, device);
+    pub fn new(cos: Tensor<3>, sin: Tensor<3>) -> Self {
         Self { cos, sin }
     }
-    /// Multiplies cosines and sines (YaRN).
-    pub fn times(self, magnitude: f32) -> Self {
-        if magnitude == 1.0 { self } else { Self { cos: self.cos * magnitude, sin: self.sin * magnitude } }
-    }
-    /// Turns pairs (i, i + head_dim / 2) of every head. `x`: `[tokens, heads, head_dim]`.
+    /// Turns pairs of every head: (i, i + half), or (2 i, 2 i + 1) if `neighbours`. `x`: `[rows, heads, dim]`.
     ///
-    /// Source: Su et al. 2021, in the half-split order of Hugging Face checkpoints.
-    pub fn apply(&self, x: Tensor<3>) -> Tensor<3> {
-        let half = x.dims()[2] / 2;
-        let a = x.clone().slice(s![.., .., 0..half]);
-        let b = x.slice(s![.., .., half..2 * half]);
+    /// Source: Su et al. 2021; halves in the order of Hugging Face checkpoints.
+    pub fn apply(&self, x: Tensor<3>, neighbours: bool) -> Tensor<3> {
+        let [rows, heads, dim] = x.dims();
+        let half = dim / 2;
+        let (a, b) = if neighbours {
+            let pairs = x.reshape([rows, heads, half, 2]);
+            let side = |i: usize| pairs.clone().slice(s![.., .., .., i..i + 1]).reshape([rows, heads, half]);
+            (side(0), side(1))
+        } else {
+            (x.clone().slice(s![.., .., 0..half]), x.slice(s![.., .., half..dim]))
+        };
         let first = a.clone() * self.cos.clone() - b.clone() * self.sin.clone();
         let second = b * self.cos.clone() + a * self.sin.clone();
-        Tensor::cat(vec![first, second], 2)
+        if neighbours {
+            let pairs = [first, second].map(|x| x.reshape([rows, heads, half, 1]));
+            Tensor::cat(pairs.into(), 3).reshape([rows, heads, dim])
+        } else {
+            Tensor::cat(vec![first, second], 2)
+        }
     }
 }
 
-/// Positions by which a cache grows. Growing copies it, which is little beside the weights that the same number of
-/// steps read; larger steps would leave most of the memory of short answers empty.
-const CACHE_STEP: usize = 64;
-
-/// Keys and values of one sequence in one layer, each `[kv_heads, capacity, head_dim]`.
+/// Keys and values of a layer, each `[blocks * TOKENS, heads, dim]`; with latent attention there are no values.
 ///
 /// They are moved out, changed in place and moved back: a second owner would force a copy of the whole.
-#[derive(Debug, Default)]
-pub struct Cache(Option<(Tensor<3>, Tensor<3>)>);
+#[derive(Debug)]
+pub struct Cache {
+    keys: Option<Tensor<3>>,
+    values: Option<Tensor<3>>,
+    format: CacheFormat,
+}
 
 impl Cache {
-    /// Writes new positions and returns views of all that are filled. `k`, `v`: `[kv_heads, tokens, head_dim]`.
-    fn extend(&mut self, start: usize, k: Tensor<3>, v: Tensor<3>) -> (Tensor<3>, Tensor<3>) {
-        let end = start + k.dims()[1];
-        let (keys, values) = match self.0.take() {
-            Some((keys, values)) => (grown(keys, start, end), grown(values, start, end)),
-            None => (room(&k, end), room(&v, end)),
-        };
-        // A second owner would make these copy the whole cache: nothing else holds it between steps.
-        let keys = keys.slice_assign(s![.., start..end, ..], k);
-        let values = values.slice_assign(s![.., start..end, ..], v);
-        let views = (keys.clone().slice(s![.., 0..end, ..]), values.clone().slice(s![.., 0..end, ..]));
-        self.0 = Some((keys, values));
-        views
+    /// Makes an empty cache. `keys`, `values`: heads and numbers of a head.
+    pub fn new(
+        format: CacheFormat,
+        blocks: usize,
+        keys: [usize; 2],
+        values: Option<[usize; 2]>,
+        device: &Device,
+    ) -> Self {
+        let pool = |[heads, dim]: [usize; 2]| Tensor::zeros([blocks * TOKENS, heads, dim], (device, DType::F32));
+        Self { keys: Some(pool(keys)), values: values.map(pool), format }
+    }
+    pub fn clear(&mut self, blocks: &[u32]) {
+        for pool in [&mut self.keys, &mut self.values] {
+            *pool = pool.take().map(|pool| {
+                let [_, heads, dim] = pool.dims();
+                let zeros = Tensor::zeros([TOKENS, heads, dim], (&pool.device(), pool.dtype()));
+                blocks.iter().fold(pool, |pool, block| pool.slice_assign(s![of(*block), .., ..], zeros.clone()))
+            });
+        }
+    }
+    pub fn copy(&mut self, blocks: &[(u32, u32)]) {
+        for pool in [&mut self.keys, &mut self.values] {
+            *pool = pool.take().map(|pool| {
+                blocks.iter().fold(pool, |pool, (from, to)| {
+                    let block = pool.clone().slice(s![of(*from), .., ..]);
+                    pool.slice_assign(s![of(*to), .., ..], block)
+                })
+            });
+        }
+    }
+
+    /// Stores the rows of a span and reads back all that the sequence has. `k`, `v`: `[rows, heads, dim]`.
+    fn extend(&mut self, span: &Span, k: Tensor<3>, v: Option<Tensor<3>>) -> (Tensor<3>, Option<Tensor<3>>) {
+        let format = self.format;
+        let pools = [(&mut self.keys, Some(k)), (&mut self.values, v)];
+        let [keys, values] = pools.map(|(pool, new)| {
+            let changed = pool.take().zip(new).map(|(pool, new)| stored(pool, span, new, format));
+            *pool = changed;
+            pool.as_ref().map(|pool| gathered(pool, span))
+        });
+        (keys.expect("there are keys"), values)
     }
 }
 
-/// Returns an empty cache for keys or values like these, with room for `end` positions.
-fn room(like: &Tensor<3>, end: usize) -> Tensor<3> {
-    let [heads, _, head_dim] = like.dims();
-    Tensor::zeros([heads, end.next_multiple_of(CACHE_STEP), head_dim], (&like.device(), like.dtype()))
+fn of(block: u32) -> Range<usize> {
+    block as usize * TOKENS..(block as usize + 1) * TOKENS
 }
 
-/// Returns a cache with room for `end` positions that holds the first `filled` ones of `cache`.
-fn grown(cache: Tensor<3>, filled: usize, end: usize) -> Tensor<3> {
-    if end <= cache.dims()[1] {
-        return cache;
+/// Writes a span's new rows into their slots, rounded as the cache keeps them.
+fn stored(pool: Tensor<3>, span: &Span, new: Tensor<3>, format: CacheFormat) -> Tensor<3> {
+    let new = match format {
+        CacheFormat::F16 => new.cast(DType::F16).cast(DType::F32),
+        CacheFormat::F32 => new,
+    };
+    let (mut pool, mut done) = (pool, 0);
+    while done < span.rows.len() {
+        let position = span.start + done;
+        let count = (TOKENS - position % TOKENS).min(span.rows.len() - done);
+        let slot = span.blocks[position / TOKENS] as usize * TOKENS + position % TOKENS;
+        let rows = new.clone().slice(s![done..done + count, .., ..]);
+        pool = pool.slice_assign(s![slot..slot + count, .., ..], rows);
+        done += count;
     }
-    let all = s![.., 0..filled, ..];
-    room(&cache, end).slice_assign(all, cache.slice(all))
+    pool
 }
 
-/// Which keys each query may not see: those after its own position. `[1, group * tokens, context]`, for one chunk.
+/// Reads a sequence's rows in the order of their positions.
+fn gathered(pool: &Tensor<3>, span: &Span) -> Tensor<3> {
+    let context = span.start + span.rows.len();
+    let slot = |position: usize| span.blocks[position / TOKENS] as usize * TOKENS + position % TOKENS;
+    pool.clone().select(0, indices((0..context).map(slot), &pool.device()))
+}
+
+/// Which keys each query may not see: those after its own position. `[1, group * rows, context]`.
 ///
-/// `None` for a single token, which sees all. Made once a step, used by every layer.
-pub fn causal_mask(start: usize, tokens: usize, group: usize, device: &Device) -> Option<Tensor<3, Bool>> {
-    if tokens == 1 {
+/// `None` for a single row, which sees all.
+fn causal_mask(span: &Span, group: usize, device: &Device) -> Option<Tensor<3, Bool>> {
+    let rows = span.rows.len();
+    if rows == 1 {
         return None;
     }
-    let context = start + tokens;
-    let row = |query: usize| (0..context).map(move |key| key > start + query);
-    let hidden: Vec<bool> = (0..group).flat_map(|_| (0..tokens).flat_map(row)).collect();
-    Some(Tensor::from_data(TensorData::new(hidden, [1, group * tokens, context]), device))
+    let context = span.start + rows;
+    let row = |query: usize| (0..context).map(move |key| key > span.start + query);
+    let hidden: Vec<bool> = (0..group).flat_map(|_| (0..rows).flat_map(row)).collect();
+    Some(Tensor::from_data(TensorData::new(hidden, [1, group * rows, context]), device))
 }
 
-/// Attends the queries of one chunk to the keys of its own sequence, new ones included, and extends the cache.
-///
-/// `q`: `[tokens, heads, head_dim]`, rotated; `k`, `v`: `[tokens, kv_heads, head_dim]`, keys rotated; `start`: how many
-/// positions the cache held before. Returns `[tokens, heads * head_dim]`. Scores are divided by sqrt(head_dim). The
-/// heads that share keys become rows of one product, so that nothing is repeated. Cost: O(tokens * context)
-/// multiply-adds.
-pub fn attend(
-    q: Tensor<3>,
-    k: Tensor<3>,
-    v: Tensor<3>,
-    cache: &mut Cache,
-    start: usize,
-    mask: &Option<Tensor<3, Bool>>,
-) -> Tensor<2> {
-    let [tokens, heads, head_dim] = q.dims();
-    let kv_heads = k.dims()[1];
-    let (keys, values) = cache.extend(start, k.swap_dims(0, 1), v.swap_dims(0, 1));
-    let q = q.mul_scalar(1.0 / (head_dim as f32).sqrt());
-    let q = q.swap_dims(0, 1).reshape([kv_heads, heads / kv_heads * tokens, head_dim]);
-    let scores = q.matmul(keys.swap_dims(1, 2));
+/// Softmax attention of scaled queries. `q`: `[kv_heads, group * rows, dim]`; `keys`, `values`: `[context, kv_heads, dim]`.
+fn mixed(q: Tensor<3>, keys: Tensor<3>, values: Tensor<3>, mask: Option<Tensor<3, Bool>>) -> Tensor<3> {
+    let kv_heads = q.dims()[0];
+    let scores = q.matmul(keys.permute([1, 2, 0]));
     let scores = match mask {
-        Some(mask) => scores.mask_fill(mask.clone().expand(mask_shape(mask, kv_heads)), f32::NEG_INFINITY),
+        Some(mask) => {
+            let [_, rows, context] = mask.dims();
+            scores.mask_fill(mask.expand([kv_heads, rows, context]), f32::NEG_INFINITY)
+        }
         None => scores,
     };
-    let mixed = activation::softmax(scores, 2).matmul(values);
-    mixed.reshape([heads, tokens, head_dim]).swap_dims(0, 1).reshape([tokens, heads * head_dim])
+    activation::softmax(scores, 2).matmul(values.swap_dims(0, 1))
 }
 
-fn mask_shape(mask: &Tensor<3, Bool>, kv_heads: usize) -> [usize; 3] {
-    let [_, rows, context] = mask.dims();
-    [kv_heads, rows, context]
+/// See [`super::Ops::attend`]. The heads that share keys become rows of one product.
+pub fn grouped(
+    shape: Grouped,
+    norms: Option<&HeadNorms>,
+    qkv: Tensor<2>,
+    cache: &mut Cache,
+    spans: &[Span],
+    rotation: &Rotation,
+) -> Tensor<2> {
+    let Grouped { heads, kv_heads, dim, scale } = shape;
+    let (rows, device) = (qkv.dims()[0], qkv.device());
+    let qkv = qkv.reshape([rows, heads + 2 * kv_heads, dim]);
+    let normed = |x: Tensor<3>, pick: fn(&HeadNorms) -> &Vec<f32>| match norms {
+        Some(norms) => rms_norm(x, &tensor(pick(norms).clone(), [dim], &device), norms.epsilon),
+        None => x,
+    };
+    let q = normed(qkv.clone().slice(s![.., 0..heads, ..]), |n| &n.q);
+    let k = normed(qkv.clone().slice(s![.., heads..heads + kv_heads, ..]), |n| &n.k);
+    let v = qkv.slice(s![.., heads + kv_heads.., ..]);
+    let q = rotation.apply(q, false).mul_scalar(scale);
+    let k = rotation.apply(k, false);
+    let one = |span: &Span| {
+        let take = |x: &Tensor<3>| x.clone().slice(s![span.rows.clone(), .., ..]);
+        let (rows, group) = (span.rows.len(), heads / kv_heads);
+        let (keys, values) = cache.extend(span, take(&k), Some(take(&v)));
+        let q = take(&q).swap_dims(0, 1).reshape([kv_heads, group * rows, dim]);
+        let out = mixed(q, keys, values.expect("there are values"), causal_mask(span, group, &device));
+        out.reshape([heads, rows, dim]).swap_dims(0, 1).reshape([rows, heads * dim])
+    };
+    Tensor::cat(spans.iter().map(one).collect(), 0)
+}
+
+/// See [`super::Ops::attend_latent`]: all heads share one key, whose first numbers are the value.
+pub fn latent(shape: Latent, queries: Tensor<3>, new: Tensor<2>, cache: &mut Cache, spans: &[Span]) -> Tensor<3> {
+    let Latent { heads, width, rank, scale } = shape;
+    let device = queries.device();
+    let queries = queries.mul_scalar(scale);
+    let one = |span: &Span| {
+        let rows = span.rows.len();
+        let new = new.clone().slice(s![span.rows.clone(), ..]).reshape([rows, 1, width]);
+        let (keys, _) = cache.extend(span, new, None);
+        let values = keys.clone().slice(s![.., .., 0..rank]);
+        let q = queries.clone().slice(s![span.rows.clone(), .., ..]).swap_dims(0, 1).reshape([1, heads * rows, width]);
+        let out = mixed(q, keys, values, causal_mask(span, heads, &device));
+        out.reshape([heads, rows, rank]).swap_dims(0, 1)
+    };
+    Tensor::cat(spans.iter().map(one).collect(), 0)
 }
 
 #[cfg(test)]
@@ -284,46 +365,5 @@ mod tests {
         let y = rms_norm(tensor(vec![3.0, 4.0], [1, 2], &device), &tensor(vec![1.0, 2.0], [2], &device), 0.0);
         let rms = 12.5_f32.sqrt();
         close(&values(y), &[3.0 / rms, 8.0 / rms]);
-    }
-
-    #[test]
-    fn rotation_turns_pairs_half_a_head_apart() {
-        let device = Device::flex();
-        let rotation = Rotation::new(&[0, 2], &[0.5, 0.25], &device);
-        let x = tensor(vec![1.0, 1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0], [2, 1, 4], &device);
-        let (one, half) = (1.0_f32, 0.5_f32);
-        let turned = [1.0, 1.0, 0.0, 0.0, one.cos(), half.cos(), one.sin(), half.sin()];
-        close(&values(rotation.apply(x.clone())), &turned);
-        close(&values(rotation.times(2.0).apply(x)), &turned.map(|value| 2.0 * value));
-    }
-
-    #[test]
-    fn attention_in_pieces_equals_attention_in_one() {
-        let device = Device::flex();
-        let (tokens, heads, kv_heads, head_dim) = (300, 4, 2, 8);
-        let q = numbers(tokens * heads * head_dim, 3);
-        let k = numbers(tokens * kv_heads * head_dim, 4);
-        let v = numbers(tokens * kv_heads * head_dim, 5);
-        let run = |cache: &mut Cache, from: usize, to: usize| {
-            let part = |all: &[f32], heads: usize| {
-                let width = heads * head_dim;
-                tensor(all[from * width..to * width].to_vec(), [to - from, heads, head_dim], &device)
-            };
-            let mask = causal_mask(from, to - from, heads / kv_heads, &device);
-            values(attend(part(&q, heads), part(&k, kv_heads), part(&v, kv_heads), cache, from, &mask))
-        };
-        let whole = run(&mut Cache::default(), 0, tokens);
-        let mut cache = Cache::default();
-        let pieces = [(0, 1), (1, 100), (100, 256), (256, 257), (257, 299), (299, 300)];
-        let pieced: Vec<f32> = pieces.iter().flat_map(|(from, to)| run(&mut cache, *from, *to)).collect();
-        close(&whole, &pieced);
-    }
-
-    #[test]
-    fn a_single_token_attends_to_itself_alone() {
-        let device = Device::flex();
-        let one = |x: f32| tensor(vec![x, -x], [1, 1, 2], &device);
-        let out = attend(one(3.0), one(5.0), one(7.0), &mut Cache::default(), 0, &None);
-        close(&values(out), &[7.0, -7.0]);
     }
 }

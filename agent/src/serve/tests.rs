@@ -4,9 +4,10 @@ use std::time::Duration;
 
 use super::*;
 use crate::engine::sequence::tests::job;
-use izar_common::chat::{Finish, JobEvent, Token, Usage};
+use izar_common::chat::{Finish, Grammar, JobEvent, Token, Usage};
 use izar_common::id::Hash;
 use izar_common::manifest;
+use izar_common::wire::agent::{CacheType, Quant};
 
 /// What a test waits for anything at most.
 const LIMIT: Duration = Duration::from_secs(20);
@@ -28,8 +29,8 @@ impl Agent {
     fn echo(first_token_us: u64, next_token_us: u64) -> Self {
         let mut agent = Self::start();
         let manifest = manifest(Kind::Echo { first_token_us, next_token_us }, "echo", &[]);
-        agent.send(&ToWorker::Load { manifest, files: Vec::new(), engine: EngineOptions::default() });
-        assert_eq!(agent.next(), FromWorker::Ready);
+        agent.send(&ToWorker::Load { manifest, files: Vec::new(), text: None, engine: EngineOptions::default() });
+        assert!(matches!(agent.next(), FromWorker::Ready { .. }));
         agent
     }
     fn send(&mut self, message: &ToWorker) {
@@ -88,7 +89,15 @@ fn load_llama() -> ToWorker {
     ToWorker::Load {
         manifest: manifest(Kind::Safetensors, "llama", &names),
         files: names.iter().map(|name| folder.join(name)).collect(),
-        engine: EngineOptions { max_batch: 2, max_context: 0, threads: 1 },
+        text: None,
+        // As the golden answers were computed.
+        engine: EngineOptions {
+            max_batch: 2,
+            threads: 1,
+            quant: Quant::F32,
+            cache: CacheType::F32,
+            ..EngineOptions::default()
+        },
     }
 }
 
@@ -98,7 +107,7 @@ fn a_job_is_answered_token_by_token_and_ends() {
     agent.submit(7, &[1, 2], 3);
     let events = agent.answer(7);
     for (at, event) in (0..).zip(&events[..3]) {
-        assert!(matches!(event, JobEvent::Tokens { position, tokens } if *position == at && tokens.len() == 1));
+        assert!(matches!(event, JobEvent::Tokens { position, tokens, .. } if *position == at && tokens.len() == 1));
     }
     let usage = Usage { prompt_tokens: 2, completion_tokens: 3 };
     assert_eq!(events[3], JobEvent::Done { finish: Finish::Length, usage });
@@ -155,17 +164,87 @@ fn a_model_that_cannot_be_loaded_is_said_so_and_the_worker_ends() {
     let mut agent = Agent::start();
     let manifest = manifest(Kind::Gguf, "llama", &["gone.gguf"]);
     let engine = EngineOptions::default();
-    agent.send(&ToWorker::Load { manifest, files: vec!["/nonexistent".into()], engine });
+    agent.send(&ToWorker::Load { manifest, files: vec!["/nonexistent".into()], text: None, engine });
     let FromWorker::Unloadable { reason } = agent.next() else { panic!("it was loaded") };
     assert!(reason.contains("gone.gguf"), "{reason}");
     agent.worker.join().unwrap().unwrap();
 }
 
 #[test]
+fn a_reason_of_any_length_fits_its_frame() {
+    let mut agent = Agent::start();
+    let name = "x".repeat(5 << 20);
+    let manifest = manifest(Kind::Gguf, "llama", &[&name]);
+    let (files, text, engine) = (vec!["/nonexistent".into()], None, EngineOptions::default());
+    agent.send(&ToWorker::Load { manifest, files, text, engine });
+    let FromWorker::Unloadable { reason } = agent.next() else { panic!("it was loaded") };
+    assert_eq!(reason.len(), REASON);
+    agent.worker.join().unwrap().unwrap();
+}
+
+#[test]
+fn a_structured_answer_comes_over_the_socket_and_ends_where_its_grammar_does() {
+    let folder = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/llama"));
+    let bundle = izar_common::text::Bundle::from_folder(&folder).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("text.json");
+    let mut load = load_llama();
+    let ToWorker::Load { text, .. } = &mut load else { unreachable!() };
+    *text = Some(path.clone());
+    std::fs::write(&path, serde_json::to_vec(&bundle).unwrap()).unwrap();
+    let mut agent = Agent::start();
+    agent.send(&load);
+    assert!(matches!(agent.next(), FromWorker::Ready { .. }));
+    let mut structured = job(&[413], &[], 40);
+    structured.sampling.temperature = 1.0;
+    structured.sampling.grammar = Some(Grammar::Regex("(yes|no), [a-c]{3}".into()));
+    agent.send(&ToWorker::Submit { id: 1, job: structured });
+    let events = agent.answer(1);
+    let mut decoder = std::sync::Arc::new(izar_common::text::Text::new(&bundle).unwrap()).decoder();
+    let mut answer = String::new();
+    for event in &events {
+        if let JobEvent::Tokens { tokens, .. } = event {
+            tokens.iter().for_each(|token| decoder.push_to(*token, &mut answer));
+        }
+    }
+    let (word, letters) = answer.split_once(", ").unwrap_or_else(|| panic!("{answer:?}"));
+    assert!(["yes", "no"].contains(&word) && letters.len() == 3, "{answer:?}");
+    assert!(letters.bytes().all(|b| (b'a'..=b'c').contains(&b)), "{answer:?}");
+    assert!(matches!(events.last(), Some(JobEvent::Done { finish: Finish::Stop, .. })), "{events:?}");
+    agent.leave().unwrap();
+}
+
+#[test]
+fn the_end_tokens_of_the_text_bundle_count_too() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("text.json");
+    // The second token of the answer of golden/llama's first case.
+    let bundle = izar_common::text::Bundle { eos: vec![377], ..izar_common::text::Bundle::echo() };
+    std::fs::write(&path, serde_json::to_vec(&bundle).unwrap()).unwrap();
+    let load = |path: &Path| {
+        let mut load = load_llama();
+        let ToWorker::Load { text, .. } = &mut load else { unreachable!() };
+        *text = Some(path.to_owned());
+        load
+    };
+    let mut agent = Agent::start();
+    agent.send(&load(&path));
+    assert!(matches!(agent.next(), FromWorker::Ready { .. }));
+    agent.submit(1, &[413], 4);
+    let usage = Usage { prompt_tokens: 1, completion_tokens: 1 };
+    assert_eq!(agent.answer(1).last(), Some(&JobEvent::Done { finish: Finish::Stop, usage }));
+    agent.leave().unwrap();
+    let mut agent = Agent::start();
+    agent.send(&load(&dir.path().join("gone.json")));
+    let FromWorker::Unloadable { reason } = agent.next() else { panic!("it was loaded") };
+    assert!(reason.contains("gone.json"), "{reason}");
+}
+
+#[test]
 fn a_real_model_answers_over_the_socket_and_refuses_what_is_impossible() {
     let mut agent = Agent::start();
     agent.send(&load_llama());
-    assert_eq!(agent.next(), FromWorker::Ready);
+    assert!(matches!(agent.next(), FromWorker::Ready { .. }));
     agent.submit(1, &[413], 4);
     // From golden/llama, the first case.
     let tokens: Vec<Token> = agent

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use izar_common::blob::{self, FetchError, Store};
-use izar_common::manifest::{File, Manifest};
+use izar_common::manifest::{File, Kind, Manifest};
 use izar_common::quic::Connection;
 use tokio::sync::Semaphore;
 
@@ -25,6 +25,15 @@ impl Default for Sources {
     fn default() -> Self {
         Self { connections: Arc::default(), turn: Arc::new(Semaphore::new(AT_ONCE)) }
     }
+}
+
+/// Where a model's files lie.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Files {
+    /// In the manifest's order.
+    pub model: Vec<PathBuf>,
+    /// The text bundle; none for the echo model, whose words every worker knows.
+    pub text: Option<PathBuf>,
 }
 
 /// Why a model's files are not here.
@@ -49,7 +58,7 @@ impl Sources {
         self.connections().remove(&controller);
     }
 
-    /// Brings every file of a model that is not here yet; returns their paths in the manifest's order.
+    /// Brings every file of a model that is not here yet; returns where they are.
     ///
     /// `progress` is told in words. Dropping the future keeps what was fetched.
     pub async fn bring(
@@ -57,14 +66,16 @@ impl Sources {
         manifest: &Manifest,
         store: &Store,
         progress: impl Fn(String) + Sync,
-    ) -> Result<Vec<PathBuf>, Error> {
-        for file in &manifest.files {
+    ) -> Result<Files, Error> {
+        let text = Some(&manifest.text).filter(|_| !matches!(manifest.kind, Kind::Echo { .. }));
+        for file in manifest.files.iter().chain(text) {
             if !store.has(&file.hash) {
                 let _turn = self.turn.acquire().await.expect("the semaphore is never closed");
                 self.bring_one(file, store, &progress).await?;
             }
         }
-        Ok(manifest.files.iter().map(|file| store.path(&file.hash)).collect())
+        let model = manifest.files.iter().map(|file| store.path(&file.hash)).collect();
+        Ok(Files { model, text: text.map(|file| store.path(&file.hash)) })
     }
 
     async fn bring_one(&self, file: &File, store: &Store, progress: &(impl Fn(String) + Sync)) -> Result<(), Error> {

@@ -6,8 +6,8 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use izar_common::chat::{Job, JobEvent, Token};
-use izar_common::wire::worker::ToWorker;
+use izar_common::chat::{Job, JobEvent, Logprobs, Token};
+use izar_common::wire::worker::{REASON, ToWorker};
 use tokio::sync::Notify;
 
 /// Jobs in one worker at most, in batches. Each controller stops at 8; the rest is for reports that come late.
@@ -17,11 +17,10 @@ pub const BATCHES_PER_WORKER: usize = 32;
 /// and new jobs are refused as retryable. Cancellations always find room: each belongs to an accepted job.
 const OUTBOX: usize = 256;
 
-/// Tokens in one event at most, so that it fits a frame of 64 KiB at five bytes each.
+/// Tokens in one event at most, so that it fits a frame of 64 KiB: at five bytes each, or with log-probabilities and all
+/// their alternatives at 200.
 const TOKENS_PER_EVENT: usize = 4096;
-
-/// Characters of a reason that travel; the frame's limit is far higher.
-const REASON: usize = 1000;
+const LOGPROBS_PER_EVENT: usize = 256;
 
 /// The table of one worker process. Ids are its own and begin at 1.
 #[derive(Debug)]
@@ -156,6 +155,9 @@ struct Inbox {
 #[derive(Debug)]
 struct Waiting {
     tokens: Vec<Token>,
+    /// One for each of them if the job asks for them, else none.
+    logprobs: Vec<Logprobs>,
+    asked: bool,
     /// Position in the answer of the next token to come, and the one that no token may reach.
     next: u32,
     limit: u32,
@@ -166,7 +168,8 @@ impl Inbox {
     fn new(job: &Job) -> Self {
         let next = u32::try_from(job.delivered.len()).unwrap_or(u32::MAX);
         let limit = job.sampling.max_tokens;
-        let waiting = Waiting { tokens: Vec::new(), next, limit, end: None };
+        let asked = job.sampling.logprobs.is_some();
+        let waiting = Waiting { tokens: Vec::new(), logprobs: Vec::new(), asked, next, limit, end: None };
         Self { waiting: Mutex::new(waiting), filled: Notify::new() }
     }
 
@@ -178,11 +181,13 @@ impl Inbox {
     fn push(&self, event: JobEvent) -> bool {
         let mut waiting = self.waiting();
         let end = match event {
-            JobEvent::Tokens { position, tokens } => {
+            JobEvent::Tokens { position, tokens, logprobs } => {
                 let room = waiting.limit.saturating_sub(waiting.next) as usize;
-                if position == waiting.next && tokens.len() <= room {
+                let complete = logprobs.len() == if waiting.asked { tokens.len() } else { 0 };
+                if position == waiting.next && tokens.len() <= room && complete {
                     waiting.next += tokens.len() as u32;
                     waiting.tokens.extend(tokens);
+                    waiting.logprobs.extend(logprobs);
                     None
                 } else {
                     let reason = "the worker sent tokens that do not follow".to_owned();
@@ -209,10 +214,14 @@ impl Inbox {
             return waiting.end.take();
         }
         let position = waiting.next - waiting.tokens.len() as u32;
-        let cut = waiting.tokens.len().min(TOKENS_PER_EVENT);
+        let most = if waiting.asked { LOGPROBS_PER_EVENT } else { TOKENS_PER_EVENT };
+        let cut = waiting.tokens.len().min(most);
         let rest = waiting.tokens.split_off(cut);
         let tokens = std::mem::replace(&mut waiting.tokens, rest);
-        Some(JobEvent::Tokens { position, tokens })
+        let scored = if waiting.asked { cut } else { 0 };
+        let rest = waiting.logprobs.split_off(scored);
+        let logprobs = std::mem::replace(&mut waiting.logprobs, rest);
+        Some(JobEvent::Tokens { position, tokens, logprobs })
     }
 }
 
@@ -223,7 +232,7 @@ mod tests {
     use izar_common::id::{Hash, TurnId};
 
     fn job(max_tokens: u32, delivered: usize) -> Job {
-        let sampling = Sampling { temperature: 0.0, top_p: 1.0, top_k: 0, seed: 0, max_tokens, ignore_eos: false };
+        let sampling = Sampling { max_tokens, ..Sampling::default() };
         Job {
             turn: TurnId(1),
             choice: 0,
@@ -233,11 +242,13 @@ mod tests {
             prompt: vec![1],
             delivered: vec![9; delivered],
             sampling,
+            cache_salt: [0; 16],
+            numerics: None,
         }
     }
 
     fn tokens(position: u32, tokens: &[Token]) -> JobEvent {
-        JobEvent::Tokens { position, tokens: tokens.to_vec() }
+        JobEvent::Tokens { position, tokens: tokens.to_vec(), logprobs: Vec::new() }
     }
 
     fn done() -> JobEvent {
@@ -267,10 +278,34 @@ mod tests {
         let running = jobs.submit(job(10_000, 0)).unwrap();
         jobs.deliver(vec![(1, tokens(0, &vec![1; 9000]))]);
         let lengths = drain(&running).into_iter().map(|event| match event {
-            JobEvent::Tokens { position, tokens } => (position, tokens.len()),
+            JobEvent::Tokens { position, tokens, .. } => (position, tokens.len()),
             other => panic!("{other:?}"),
         });
         assert_eq!(lengths.collect::<Vec<_>>(), [(0, 4096), (4096, 4096), (8192, 808)]);
+    }
+
+    #[test]
+    fn log_probabilities_stay_with_their_tokens_and_fit_their_frames() {
+        let jobs = Arc::new(Jobs::new(1));
+        let mut asking = job(10_000, 0);
+        asking.sampling.logprobs = Some(20);
+        let running = jobs.submit(asking.clone()).unwrap();
+        let of = |token: Token| Logprobs { logprob: -(token as f32), top: vec![(Token::MAX, f32::MIN); 20] };
+        for token in 0..600 {
+            let (position, tokens) = (token, vec![token]);
+            jobs.deliver(vec![(1, JobEvent::Tokens { position, tokens, logprobs: vec![of(token)] })]);
+        }
+        let mut seen = 0;
+        for event in drain(&running) {
+            assert!(izar_common::wire::to_bytes(&event).len() < 64 << 10);
+            let JobEvent::Tokens { tokens, logprobs, .. } = event else { panic!("{event:?}") };
+            assert!(tokens.len() == logprobs.len() && tokens.iter().zip(&logprobs).all(|(t, l)| of(*t) == *l));
+            seen += tokens.len();
+        }
+        assert_eq!(seen, 600);
+        let running = jobs.submit(asking).unwrap();
+        jobs.deliver(vec![(2, tokens(0, &[1]))]);
+        assert!(matches!(drain(&running)[..], [JobEvent::Failed { .. }]), "it sent none");
     }
 
     #[test]

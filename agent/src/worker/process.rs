@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
-use izar_common::id::WorkerId;
+use izar_common::id::{NumericsId, WorkerId};
 use izar_common::manifest::Manifest;
 use izar_common::wire::agent::EngineOptions;
 use izar_common::wire::worker::{FromWorker, ToWorker};
@@ -61,14 +61,15 @@ impl Process {
         &mut self,
         manifest: &Manifest,
         files: Vec<PathBuf>,
+        text: Option<PathBuf>,
         engine: EngineOptions,
-    ) -> Result<(), String> {
-        let load = ToWorker::Load { manifest: manifest.clone(), files, engine };
+    ) -> Result<NumericsId, String> {
+        let load = ToWorker::Load { manifest: manifest.clone(), files, text, engine };
         if let Err(error) = self.tx.send(&load).await {
             return Err(format!("the worker died before it could load: {error}"));
         }
         match tokio::time::timeout(LOAD_LIMIT, self.rx.next::<FromWorker>()).await {
-            Ok(Ok(Some(FromWorker::Ready))) => Ok(()),
+            Ok(Ok(Some(FromWorker::Ready { numerics }))) => Ok(numerics),
             Ok(Ok(Some(FromWorker::Unloadable { reason }))) => Err(format!("the model cannot be loaded: {reason}")),
             Ok(Ok(Some(FromWorker::Step { .. }))) => Err("the worker answered before it was ready".into()),
             Ok(Ok(None)) => Err("the worker died while loading".into()),
@@ -88,7 +89,7 @@ impl Process {
                         load(running, waiting);
                     }
                     Ok(Some(FromWorker::Unloadable { reason })) => return reason,
-                    Ok(Some(FromWorker::Ready)) => return "the worker got ready twice".to_owned(),
+                    Ok(Some(FromWorker::Ready { .. })) => return "the worker got ready twice".to_owned(),
                     Ok(None) => return "the worker died".to_owned(),
                     Err(error) => return format!("the worker died: {error}"),
                 }

@@ -1,18 +1,18 @@
 //! The life of one worker: fetch, load, serve, and again after it died, until it is stopped.
 
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use izar_common::blob::Store;
 use izar_common::chat::Job;
 use izar_common::health::{WorkerReport, WorkerState};
+use izar_common::id::NumericsId;
 use izar_common::wire::agent::{EngineOptions, WorkerSpec};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::Options;
-use super::files::Sources;
+use super::files::{Files, Sources};
 use super::jobs::{Jobs, RunningJob};
 use super::process::Process;
 use crate::backoff::Backoff;
@@ -44,6 +44,7 @@ struct Status {
     running: u32,
     waiting: u32,
     restarts: u32,
+    numerics: Option<NumericsId>,
     detail: String,
 }
 
@@ -66,7 +67,8 @@ enum End {
 impl Replica {
     pub fn new(spec: WorkerSpec, threads: u32, changed: watch::Sender<()>) -> Self {
         let detail = "starting".to_owned();
-        let status = Status { state: WorkerState::Fetching, pid: None, running: 0, waiting: 0, restarts: 0, detail };
+        let (state, pid, numerics) = (WorkerState::Fetching, None, None);
+        let status = Status { state, pid, running: 0, waiting: 0, restarts: 0, numerics, detail };
         Self { spec, threads, seen: Mutex::new(Seen { status, jobs: None }), changed }
     }
 
@@ -100,6 +102,7 @@ impl Replica {
             waiting: status.waiting,
             max_batch: self.spec.engine.max_batch,
             restarts: status.restarts,
+            numerics: status.numerics,
             detail: status.detail,
         }
     }
@@ -134,6 +137,7 @@ impl Replica {
                     running: 0,
                     waiting: 0,
                     restarts: status.restarts + 1,
+                    numerics: None,
                     detail: reason,
                 };
             });
@@ -173,6 +177,7 @@ impl Replica {
         }
         self.note(|status| {
             (status.state, status.running, status.waiting) = (WorkerState::Backoff, 0, 0);
+            status.numerics = None;
             status.detail = "ending".into();
         });
         let status = process.end().await;
@@ -183,19 +188,21 @@ impl Replica {
     }
 
     /// Loads and serves until the worker fails; says why, and how long it was ready.
-    async fn serve(&self, process: &mut Process, files: Vec<PathBuf>) -> (String, Option<Duration>) {
+    async fn serve(&self, process: &mut Process, files: Files) -> (String, Option<Duration>) {
         let worker = &self.spec.worker;
         let begun = Instant::now();
         let engine = EngineOptions { threads: self.threads, ..self.spec.engine.clone() };
-        if let Err(reason) = process.load(&self.spec.manifest, files, engine).await {
-            return (reason, None);
-        }
+        let numerics = match process.load(&self.spec.manifest, files.model, files.text, engine).await {
+            Ok(numerics) => numerics,
+            Err(reason) => return (reason, None),
+        };
         let ready = Instant::now();
-        log::info!(worker:%, pid = process.pid(), load_ms = begun.elapsed().as_millis() as u64; "worker ready");
+        log::info!(worker:%, pid = process.pid(), load_ms = begun.elapsed().as_millis() as u64, numerics:%; "worker ready");
         let jobs = Arc::new(Jobs::new(self.spec.engine.max_batch));
         self.seen().jobs = Some(jobs.clone());
         self.note(|status| {
             status.state = WorkerState::Ready;
+            status.numerics = Some(numerics);
             status.detail = String::new();
         });
         let load = |running, waiting| self.note(|status| (status.running, status.waiting) = (running, waiting));

@@ -136,6 +136,8 @@ fn what_is_written_is_read() {
     values.iter().for_each(|(key, value)| assert_eq!(file.meta(key), Some(value)));
     assert_eq!(file.tensor("t").unwrap().dims, [3, 2]);
     assert_eq!(file.data("u").unwrap().1, [9; 34]);
+    let halves = [0, 1].map(|part| file.part("t", part, 2).unwrap().1);
+    assert_eq!(halves.concat(), file.data("t").unwrap().1);
 }
 
 #[test]

@@ -80,7 +80,7 @@ fn id(value: &Value) -> u32 {
     match value {
         Value::Unsigned(n) if u32::try_from(*n).is_ok() => 4,
         Value::Signed(n) if i32::try_from(*n).is_ok() => 5,
-        Value::Float(n) if f64::from(*n as f32) == *n => 6,
+        Value::Float(n) if n.is_nan() || f64::from(*n as f32) == *n => 6,
         Value::Bool(_) => 7,
         Value::String(_) => 8,
         Value::Array(_) => 9,

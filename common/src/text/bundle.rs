@@ -7,7 +7,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::{Error, bpe};
+use super::{Error, ggml};
 use crate::chat::Token;
 use crate::gguf;
 
@@ -29,17 +29,74 @@ pub struct Bundle {
     pub eos: Vec<Token>,
     /// Plain prompts begin with `bos` (also when the tokenizer's own post-processor does not see to it).
     pub add_bos: bool,
+    /// How the model's makers draw, where a request does not say.
+    #[serde(default, skip_serializing_if = "Defaults::is_empty")]
+    pub defaults: Defaults,
+}
+
+/// What a model's makers recommend for drawing tokens. Here and not in a manifest, because the replicated state holds
+/// no floats.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Defaults {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub temperature: Option<f32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub top_p: Option<f32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub top_k: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub min_p: Option<f32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub repetition_penalty: Option<f32>,
+}
+
+impl Defaults {
+    fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// Reads them from a `generation_config.json`. A value that no request could have is an error: the model would
+    /// refuse every request.
+    fn from_json(generation: &Value) -> Result<Self, Error> {
+        let number = |key: &str, range: std::ops::RangeInclusive<f64>| match &generation[key] {
+            Value::Null => Ok(None),
+            value => match value.as_f64().filter(|n| range.contains(n)) {
+                Some(n) => Ok(Some(n as f32)),
+                None => {
+                    let reason = format!("`{key}` is {value}; it must be from {} to {}", range.start(), range.end());
+                    Err(Error::Malformed { name: "generation_config.json".to_owned(), reason })
+                }
+            },
+        };
+        Ok(Self {
+            temperature: number("temperature", 0.0..=2.0)?,
+            top_p: number("top_p", f64::from(f32::MIN_POSITIVE)..=1.0)?,
+            // -1 is an older way to say all.
+            top_k: number("top_k", -1.0..=f64::from(u32::MAX))?.map(|k| k.max(0.0) as u32),
+            min_p: number("min_p", 0.0..=1.0)?,
+            repetition_penalty: number("repetition_penalty", f64::from(f32::MIN_POSITIVE)..=2.0)?,
+        })
+    }
 }
 
 impl Bundle {
     /// The echo model's: bytes in, words out.
     pub fn echo() -> Self {
-        Self { tokenizer: None, chat_template: None, bos: None, eos_text: None, eos: Vec::new(), add_bos: false }
+        Self {
+            tokenizer: None,
+            chat_template: None,
+            bos: None,
+            eos_text: None,
+            eos: Vec::new(),
+            add_bos: false,
+            defaults: Defaults::default(),
+        }
     }
 
     /// Reads it from a GGUF file's metadata.
     pub fn from_gguf(file: &gguf::File) -> Result<Self, Error> {
-        let found = bpe::from_gguf(file)?;
+        let found = ggml::from_gguf(file)?;
         let token = |key: &str| -> Result<Option<Token>, Error> {
             let key = format!("tokenizer.ggml.{key}_token_id");
             if file.meta(&key).is_none() {
@@ -61,7 +118,10 @@ impl Bundle {
         }
         let string = |id: Token| found.tokens[id as usize].clone();
         let optional = |key: &str| file.meta(key).is_some();
-        let add_bos = optional("tokenizer.ggml.add_bos_token") && file.bool("tokenizer.ggml.add_bos_token")?;
+        let add_bos = match optional("tokenizer.ggml.add_bos_token") {
+            true => file.bool("tokenizer.ggml.add_bos_token")?,
+            false => found.add_bos && bos.is_some(),
+        };
         let chat_template = match optional("tokenizer.chat_template") {
             true => Some(file.str("tokenizer.chat_template")?.to_owned()),
             false => None,
@@ -73,6 +133,8 @@ impl Bundle {
             eos: ends,
             add_bos,
             tokenizer: Some(found.json),
+            // GGUF has none that converters agree on.
+            defaults: Defaults::default(),
         })
     }
 
@@ -106,6 +168,7 @@ impl Bundle {
             eos_text: eos_text.or_else(|| text_of(&tokenizer, eos.first().copied())),
             add_bos: bos.is_some() && options["add_bos_token"] == Value::Bool(true),
             tokenizer: Some(tokenizer),
+            defaults: Defaults::from_json(&generation)?,
             chat_template,
             bos,
             eos,
@@ -257,8 +320,32 @@ mod tests {
     }
 
     #[test]
+    fn sampling_defaults_come_from_the_generation_config_and_are_checked() {
+        let read = |generation: Value| {
+            let config = ("config.json", json!({"eos_token_id": 1}));
+            let dir = folder(&[("tokenizer.json", tokenizer()), config, ("generation_config.json", generation)]);
+            Bundle::from_folder(dir.path()).map(|bundle| bundle.defaults).map_err(|e| e.to_string())
+        };
+        let all = json!({"temperature": 0.6, "top_p": 0.95, "top_k": -1, "min_p": null, "repetition_penalty": 1.05});
+        let expected = Defaults {
+            temperature: Some(0.6),
+            top_p: Some(0.95),
+            top_k: Some(0),
+            min_p: None,
+            repetition_penalty: Some(1.05),
+        };
+        assert_eq!(read(all), Ok(expected));
+        assert_eq!(read(json!({"do_sample": true})), Ok(Defaults::default()));
+        for (wrong, key) in [(json!({"top_p": 0}), "`top_p` is 0"), (json!({"temperature": "warm"}), "`temperature`")] {
+            let error = read(wrong).unwrap_err();
+            assert!(error.contains("generation_config.json") && error.contains(key), "{error}");
+        }
+    }
+
+    #[test]
     fn it_survives_its_json() {
-        let bundle = Bundle { tokenizer: Some(tokenizer()), eos: vec![1], ..Bundle::echo() };
+        let defaults = Defaults { top_k: Some(20), ..Defaults::default() };
+        let bundle = Bundle { tokenizer: Some(tokenizer()), eos: vec![1], defaults, ..Bundle::echo() };
         let back: Bundle = serde_json::from_slice(&serde_json::to_vec(&bundle).unwrap()).unwrap();
         assert_eq!(back, bundle);
     }

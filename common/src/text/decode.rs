@@ -73,7 +73,7 @@ impl Table {
         self.ends.len() as u32
     }
     /// A token's bytes; none for a token outside the vocabulary (models have padding rows that mean nothing).
-    fn get(&self, token: Token) -> &[u8] {
+    pub(super) fn get(&self, token: Token) -> &[u8] {
         let index = token as usize;
         let Some(end) = self.ends.get(index) else { return &[] };
         let start = if index == 0 { 0 } else { self.ends[index - 1] };
@@ -232,7 +232,7 @@ mod tests {
 
     fn text(pieces: Vec<Vec<u8>>, leading: Leading) -> Arc<Text> {
         let table = Table::from_pieces(pieces.into_iter(), leading);
-        Arc::new(Text { language: super::super::Language::Echo, table, eos: Vec::new() })
+        Arc::new(Text { language: super::super::Language::Echo, table, eos: Vec::new(), defaults: Default::default() })
     }
     fn stream(text: &Arc<Text>, tokens: impl IntoIterator<Item = Token>) -> Vec<String> {
         let mut decoder = text.decoder();

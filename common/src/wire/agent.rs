@@ -1,5 +1,8 @@
 //! Between a controller and an agent: reports up, whole assignments down, and a stream for each job.
 
+use std::fmt;
+use std::str::FromStr;
+
 use serde::{Deserialize, Serialize};
 
 use super::Wire;
@@ -54,11 +57,106 @@ pub struct EngineOptions {
     pub max_context: u32,
     /// Threads of the engine; 0 leaves it to the agent.
     pub threads: u32,
+    /// How the weights are kept in memory. Default int4.
+    pub quant: Quant,
+    /// Which kernels compute. Default auto.
+    pub kernels: Kernels,
+    /// How keys and values are kept. Default f16.
+    pub cache: CacheType,
+    /// Memory for keys and values; 0 means [`CACHE_BYTES`].
+    pub cache_bytes: u64,
 }
+
+/// What `cache_bytes` 0 means: 512 MiB.
+pub const CACHE_BYTES: u64 = 512 << 20;
 
 impl Default for EngineOptions {
     fn default() -> Self {
-        Self { max_batch: 32, max_context: 0, threads: 0 }
+        Self {
+            max_batch: 32,
+            max_context: 0,
+            threads: 0,
+            quant: Quant::Int4,
+            kernels: Kernels::Auto,
+            cache: CacheType::F16,
+            cache_bytes: 0,
+        }
+    }
+}
+
+impl EngineOptions {
+    /// Memory for keys and values, the default put in.
+    pub fn cache_budget(&self) -> u64 {
+        if self.cache_bytes == 0 { CACHE_BYTES } else { self.cache_bytes }
+    }
+}
+
+/// Makes an enum that is written as one of some words, in JSON and on command lines.
+macro_rules! words {
+    ($(#[$doc:meta])* $name:ident { $($(#[$variant_doc:meta])* $variant:ident = $word:literal,)* }) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+        pub enum $name {
+            $($(#[$variant_doc])* #[serde(rename = $word)] $variant,)*
+        }
+        impl $name {
+            pub fn as_str(self) -> &'static str {
+                match self { $(Self::$variant => $word,)* }
+            }
+        }
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(self.as_str())
+            }
+        }
+        impl FromStr for $name {
+            type Err = UnknownWord;
+            fn from_str(word: &str) -> Result<Self, UnknownWord> {
+                match word {
+                    $($word => Ok(Self::$variant),)*
+                    _ => Err(UnknownWord { word: word.to_owned(), known: [$($word),*].join(", ") }),
+                }
+            }
+        }
+    };
+}
+
+/// A word that is none of those that an option takes.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("`{word}` is not one of {known}")]
+pub struct UnknownWord {
+    word: String,
+    known: String,
+}
+
+words! {
+    /// How weights are kept in memory: less of it, faster, less exact.
+    Quant {
+        F32 = "f32",
+        F16 = "f16",
+        Int8 = "int8",
+        Int4 = "int4",
+    }
+}
+words! {
+    /// Which kernels compute a model.
+    Kernels {
+        /// The fastest that the processor has.
+        Auto = "auto",
+        /// Burn's own operations: what the others are held against.
+        Reference = "reference",
+        /// Plain Rust for any processor.
+        Portable = "portable",
+        Avx2 = "avx2",
+        /// AVX-512 with VNNI.
+        Avx512 = "avx512",
+    }
+}
+words! {
+    /// How keys and values are kept between steps.
+    CacheType {
+        F16 = "f16",
+        F32 = "f32",
     }
 }
 
@@ -79,4 +177,26 @@ impl Wire for Submit {
 impl Wire for JobEvent {
     const TYPE: u16 = 19;
     const LIMIT: usize = 1 << 16;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_are_the_same_words_everywhere() {
+        for word in ["f32", "f16", "int8", "int4"] {
+            let quant: Quant = word.parse().unwrap();
+            assert_eq!((quant.to_string(), serde_json::to_value(quant).unwrap()), (word.to_owned(), word.into()));
+        }
+        assert_eq!("int5".parse::<Quant>().unwrap_err().to_string(), "`int5` is not one of f32, f16, int8, int4");
+        assert_eq!("sse".parse::<Kernels>().unwrap_err().to_string().matches(',').count(), 4);
+        assert!("F16".parse::<CacheType>().is_err());
+    }
+
+    #[test]
+    fn no_cache_budget_means_the_default_one() {
+        assert_eq!(EngineOptions::default().cache_budget(), CACHE_BYTES);
+        assert_eq!(EngineOptions { cache_bytes: 5, ..EngineOptions::default() }.cache_budget(), 5);
+    }
 }

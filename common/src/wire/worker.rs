@@ -7,15 +7,21 @@ use serde::{Deserialize, Serialize};
 use super::Wire;
 use super::agent::EngineOptions;
 use crate::chat::{Job, JobEvent};
+use crate::id::NumericsId;
 use crate::manifest::Manifest;
+
+/// Characters of a reason that travel; the frames' limits are far higher.
+pub const REASON: usize = 1000;
 
 /// From the agent. The first frame is `Load`; the end of the stream ends the worker.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum ToWorker {
-    /// `files`: where each of the manifest's `files` lies, in their order.
+    /// `files`: where each of the manifest's `files` lies, in their order; `text`: where its text bundle
+    /// lies, if it has one.
     Load {
         manifest: Manifest,
         files: Vec<PathBuf>,
+        text: Option<PathBuf>,
         engine: EngineOptions,
     },
     /// `id` is the agent's own number for the job.
@@ -35,9 +41,9 @@ impl Wire for ToWorker {
 /// From the worker.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum FromWorker {
-    /// The model is loaded and warm.
-    Ready,
-    /// The model cannot be loaded; the process ends after it.
+    /// The model is loaded and warm; `numerics` says what computes it.
+    Ready { numerics: NumericsId },
+    /// The model cannot be loaded; the process ends after it. The reason has at most [`REASON`] characters.
     Unloadable { reason: String },
     /// What a step gave, for all its jobs together, and the load after it.
     Step { events: Vec<(u64, JobEvent)>, running: u32, waiting: u32 },

@@ -68,6 +68,7 @@ pub fn fleet(said: &str, now_ms: u64) -> Fleet {
             waiting: number(4),
             max_batch: 4,
             restarts: 0,
+            numerics: None,
             detail: String::new(),
         });
         fleet.report(&agent, report, now_ms);

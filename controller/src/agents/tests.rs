@@ -75,7 +75,7 @@ fn report() -> Report {
 }
 
 fn job() -> Job {
-    let sampling = Sampling { temperature: 0.0, top_p: 1.0, top_k: 0, seed: 1, max_tokens: 9, ignore_eos: false };
+    let sampling = Sampling { temperature: 0.0, seed: 1, max_tokens: 9, ..Sampling::default() };
     Job {
         turn: TurnId(1),
         choice: 0,
@@ -85,11 +85,13 @@ fn job() -> Job {
         prompt: vec![1, 2],
         delivered: Vec::new(),
         sampling,
+        cache_salt: [0; 16],
+        numerics: None,
     }
 }
 
 fn tokens(position: u32) -> JobEvent {
-    JobEvent::Tokens { position, tokens: vec![7] }
+    JobEvent::Tokens { position, tokens: vec![7], logprobs: Vec::new() }
 }
 
 fn done() -> JobEvent {

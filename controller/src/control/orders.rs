@@ -5,9 +5,9 @@ use std::path::PathBuf;
 use axum::Json;
 use axum::body::Body;
 use axum::extract::{Path, State as Extract};
-use izar_common::id::{DeploymentId, Hash, KeyId, ProjectId};
+use izar_common::id::{DeploymentId, Hash, KeyId, NAME_LIMIT, ProjectId};
 use izar_common::manifest::Manifest;
-use izar_common::wire::agent::EngineOptions;
+use izar_common::wire::agent::{CacheType, EngineOptions, Kernels, Quant};
 use rand::Rng;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -16,10 +16,10 @@ use serde_json::{Value, json};
 use super::error::Error;
 use super::view::{self, CreatedKey, DeploymentView, KeyView, ModelView};
 use super::{Control, Shared};
-use crate::import;
 use crate::state::command::{Command, Reply};
 use crate::state::tenants::DEFAULT;
 use crate::state::{Config, Deployment, Key, KeyStatus, Model, REPLICA_LIMIT};
+use crate::{import, planner};
 
 /// An order is a few fields; a path has at most 4 KiB.
 const BODY_LIMIT: usize = 64 << 10;
@@ -33,6 +33,10 @@ const NOTE_BYTES: usize = 256;
 
 /// Sequences in a batch: beyond this a step takes seconds on any processor.
 const MAX_BATCH: u32 = 4096;
+
+/// Memory for keys and values: below this no sequence fits, beyond it the number was meant in another unit.
+const MIN_CACHE: u64 = 1 << 20;
+const MAX_CACHE: u64 = 1 << 44;
 
 /// An echo that takes longer than this for a token is a typing error.
 const MAX_ECHO_US: u64 = 60_000_000;
@@ -79,6 +83,10 @@ struct Deploy {
     replicas: Option<u32>,
     max_batch: Option<u32>,
     max_context: Option<u32>,
+    quant: Option<Quant>,
+    kernels: Option<Kernels>,
+    cache_type: Option<CacheType>,
+    cache_bytes: Option<u64>,
 }
 
 async fn read<T: DeserializeOwned>(body: Body) -> Result<T, Error> {
@@ -177,7 +185,7 @@ pub async fn revoke_key(Extract(control): Shared, Path(id): Path<String>) -> Res
 pub async fn import(Extract(control): Shared, body: Body) -> Result<Json<ModelView>, Error> {
     let order: Import = read(body).await?;
     // Whatever is imported can be deployed under its own name.
-    DeploymentId::new(&order.name).map_err(|e| Error::Invalid(format!("name: {e}")))?;
+    check_name(&order.name)?;
     let Ok(place) = control.importing.clone().try_acquire_owned() else {
         return Err(Error::Conflict("another import runs on this controller; wait for it to end".into()));
     };
@@ -241,10 +249,22 @@ pub async fn deploy(Extract(control): Shared, body: Body) -> Result<Json<Deploym
     Ok(Json(view::deployment(&deployment, &config, &control.parts.agents.fleet())))
 }
 
+/// A name that a deployment and all its workers can have.
+fn check_name(name: &str) -> Result<DeploymentId, Error> {
+    let id = DeploymentId::new(name).map_err(|e| Error::Invalid(format!("name: {e}")))?;
+    if !planner::can_be_named(&id) {
+        let most = NAME_LIMIT - format!(".{}", REPLICA_LIMIT - 1).len();
+        let reason =
+            format!("name: `{id}` has {} characters; {most} leave room for the numbers of workers", name.len());
+        return Err(Error::Invalid(reason));
+    }
+    Ok(id)
+}
+
 fn check_deployment(order: &Deploy, config: &Config) -> Result<Deployment, Error> {
     let model = find_model(&order.model, config)?;
     let name = order.name.as_deref().unwrap_or(&model.manifest.name);
-    let id = DeploymentId::new(name).map_err(|e| Error::Invalid(format!("name: {e}")))?;
+    let id = check_name(name)?;
     let defaults = EngineOptions::default();
     let context = model.manifest.context;
     let engine = EngineOptions {
@@ -253,7 +273,19 @@ fn check_deployment(order: &Deploy, config: &Config) -> Result<Deployment, Error
             Some(tokens) => in_range("max_context", tokens, 1, context)?,
             None => defaults.max_context,
         },
-        ..defaults
+        threads: defaults.threads,
+        quant: order.quant.unwrap_or(defaults.quant),
+        kernels: order.kernels.unwrap_or(defaults.kernels),
+        cache: order.cache_type.unwrap_or(defaults.cache),
+        cache_bytes: match order.cache_bytes {
+            Some(0) | None => 0,
+            Some(bytes) if (MIN_CACHE..=MAX_CACHE).contains(&bytes) => bytes,
+            Some(bytes) => {
+                return Err(Error::Invalid(format!(
+                    "cache_bytes: {bytes} is not 0 (the default) or in {MIN_CACHE}..={MAX_CACHE}"
+                )));
+            }
+        },
     };
     let replicas = in_range("replicas", order.replicas.unwrap_or(1), 1, REPLICA_LIMIT)?;
     Ok(Deployment { id, revision: model.revision, replicas, engine })
@@ -336,11 +368,28 @@ mod tests {
         let config = config(&[("echo", 1)]);
         let good = deploy(r#"{"model":"echo","replicas":2,"max_context":100}"#, &config).unwrap();
         assert_eq!((good.id.as_str(), good.replicas, good.engine.max_context), ("echo", 2, 100));
+        let engine = EngineOptions { max_context: 100, ..EngineOptions::default() };
+        assert_eq!(good.engine, engine, "what is not said has its default");
+        let all = r#"{"model":"echo","max_batch":8,"quant":"int8","kernels":"portable","cache_type":"f32","cache_bytes":1048576}"#;
+        let engine = EngineOptions {
+            max_batch: 8,
+            quant: Quant::Int8,
+            kernels: Kernels::Portable,
+            cache: CacheType::F32,
+            cache_bytes: 1 << 20,
+            ..EngineOptions::default()
+        };
+        assert_eq!(deploy(all, &config).unwrap().engine, engine);
         for (json, part) in [
             (r#"{"model":"echo","replicas":0}"#, "replicas: 0"),
             (r#"{"model":"echo","max_batch":5000}"#, "max_batch: 5000"),
             (r#"{"model":"echo","max_context":4096}"#, "max_context: 4096 is not in 1..=2048"),
             (r#"{"model":"echo","name":"Not a name"}"#, "name: `Not a name`"),
+            (&format!(r#"{{"model":"echo","name":"{}"}}"#, "x".repeat(60)), "60 characters; 59 leave room"),
+            (r#"{"model":"echo","quant":"int5"}"#, "quant: unknown variant `int5`, expected one of `f32`"),
+            (r#"{"model":"echo","kernels":"sse"}"#, "kernels: unknown variant `sse`"),
+            (r#"{"model":"echo","cache_type":"int8"}"#, "cache_type: unknown variant"),
+            (r#"{"model":"echo","cache_bytes":512}"#, "cache_bytes: 512"),
             (r#"{"model":"echo","replica":1}"#, "unknown field `replica`"),
             (r#"{"model":"echo","replicas":"two"}"#, "replicas: invalid type"),
             (r#"{"model""#, "the body: EOF"),

@@ -7,8 +7,9 @@ use std::collections::BTreeMap;
 
 use izar_common::chat::{Finish, Usage};
 use izar_common::health::{Generation, WorkerReport, WorkerState};
-use izar_common::id::{DeploymentId, Hash, KeyId, NodeId, ProjectId, TurnId, WorkerId};
+use izar_common::id::{DeploymentId, Hash, KeyId, NodeId, NumericsId, ProjectId, TurnId, WorkerId};
 use izar_common::manifest::{Kind, Manifest};
+use izar_common::wire::agent::{CacheType, Kernels, Quant};
 use serde::{Deserialize, Serialize};
 
 use crate::fleet::{AgentView, Fleet};
@@ -128,6 +129,11 @@ pub struct DeploymentView {
     pub max_batch: u32,
     /// 0: what the model was made for.
     pub max_context: u32,
+    pub quant: Quant,
+    pub kernels: Kernels,
+    pub cache_type: CacheType,
+    /// Memory of each replica for keys and values; the default is put in.
+    pub cache_bytes: u64,
     /// Replicas that have no place yet.
     pub unplaced: u32,
     pub workers: Vec<ReplicaView>,
@@ -146,6 +152,8 @@ pub struct ReplicaView {
     pub state: ReplicaState,
     pub pid: Option<u32>,
     pub restarts: u32,
+    /// What computes it, once it is ready: replicas with one id give the same answers to the bit.
+    pub numerics: Option<NumericsId>,
     /// Why it is not ready, in words; may be empty.
     pub detail: String,
 }
@@ -325,6 +333,10 @@ pub fn deployment(wanted: &Deployment, config: &Config, fleet: &Fleet) -> Deploy
         ready,
         max_batch: wanted.engine.max_batch,
         max_context: wanted.engine.max_context,
+        quant: wanted.engine.quant,
+        kernels: wanted.engine.kernels,
+        cache_type: wanted.engine.cache,
+        cache_bytes: wanted.engine.cache_budget(),
         unplaced: wanted.replicas.saturating_sub(workers.len() as u32),
         workers,
     }
@@ -347,6 +359,7 @@ fn replica(worker: &WorkerId, agent: &NodeId, wanted: &Deployment, view: Option<
         state,
         pid: report.and_then(|r| r.pid),
         restarts: report.map_or(0, |r| r.restarts),
+        numerics: report.and_then(|r| r.numerics),
         detail,
     }
 }
@@ -421,6 +434,7 @@ mod tests {
             waiting: 0,
             max_batch: 32,
             restarts: 1,
+            numerics: Some(NumericsId(0x17)),
             detail: String::new(),
         }
     }
@@ -457,6 +471,8 @@ mod tests {
         assert_eq!((view.wanted, view.ready, view.unplaced), (5, 1, 1));
         assert!(view.workers[1].detail.contains("still runs"));
         assert_eq!(view.workers[2].pid, None);
+        assert_eq!((view.workers[0].numerics, view.workers[3].numerics), (Some(NumericsId(0x17)), None));
+        assert_eq!(view.cache_bytes, 512 << 20);
     }
 
     #[test]

@@ -4,15 +4,16 @@
 //! and placing its job run side by side, and no byte of an answer leaves before the opening is committed.
 
 use std::future::poll_fn;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
-use std::task::Poll;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
-use izar_common::chat::{Finish, Job, JobEvent, Message, Sampling, Token, Usage};
+use futures_util::future::{self, FutureExt, MaybeDone};
+use izar_common::chat::{Finish, Grammar, Job, JobEvent, Message, Sampling, Token, Usage};
 use izar_common::clock::wall_ms;
 use izar_common::id::{DeploymentId, WorkerId};
-use izar_common::text;
+use izar_common::{grammar, text};
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 use tokio::time::Instant;
 
@@ -26,8 +27,8 @@ use super::openai::sse::{Events, OTHER_EVENTS};
 use super::outlet::{OutletBody, outlet};
 use super::permits::Permit;
 use super::running::{Begun, Listed, Stage};
-use super::turn::{End, Turn};
-use crate::agents::JobStream;
+use super::turn::{End, Form, Scored, Turn};
+use crate::agents::{JobStream, NoPlace};
 use crate::metrics::{Counter, Histogram};
 use crate::state::command::{Command, Refusal, Reply};
 use crate::state::turns::{Opening, Outcome};
@@ -90,25 +91,42 @@ impl Prompt {
     }
 }
 
-/// How it is to be answered, every range checked.
+/// How it is to be answered, every range checked. What is `None` is as the model's makers recommend.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Asked {
-    pub temperature: f32,
-    pub top_p: f32,
-    pub top_k: u32,
+    pub temperature: Option<f32>,
+    pub top_p: Option<f32>,
+    pub top_k: Option<u32>,
+    pub min_p: Option<f32>,
+    pub repetition_penalty: Option<f32>,
+    pub frequency_penalty: f32,
+    pub presence_penalty: f32,
+    pub logit_bias: Vec<(Token, f32)>,
+    pub logprobs: Option<u8>,
+    pub grammar: Option<Grammar>,
     pub seed: Option<u64>,
+    /// How many answers.
+    pub n: u32,
     pub max_tokens: Option<u64>,
     pub ignore_eos: bool,
     pub stops: Vec<String>,
     pub stream: bool,
 }
 
-/// A whole answer.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// A whole answer: all its choices.
+#[derive(Debug, Clone, PartialEq)]
 pub struct Answer {
-    pub text: String,
-    pub finish: Finish,
+    pub choices: Vec<Choice>,
     pub usage: Usage,
+}
+
+/// One of the answers to a request.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Choice {
+    pub text: String,
+    /// Its tokens, if they were asked for.
+    pub scored: Vec<Scored>,
+    pub finish: Finish,
 }
 
 /// A request that may run.
@@ -118,6 +136,7 @@ pub struct Order {
     served: Served,
     prompt: Vec<Token>,
     sampling: Sampling,
+    choices: u32,
     stops: Vec<String>,
     /// The key's, given back just before the answer ends, so that a client that asks again at once finds it free.
     permit: Option<Permit>,
@@ -147,15 +166,63 @@ pub async fn prepare(
     let place = gateway.places.clone().try_acquire_owned().map_err(|_| Error::Overloaded)?;
     let prompt = encode(gateway, &served, prompt).await?;
     let max_tokens = max_tokens(served.context, prompt.len(), asked.max_tokens)?;
+    check_bias(&served, &asked.logit_bias)?;
+    let grammar = match asked.grammar {
+        Some(grammar) => Some(compile(gateway, &served, grammar).await?),
+        None => None,
+    };
+    let (plain, defaults) = (Sampling::default(), served.text.defaults());
     let sampling = Sampling {
-        temperature: asked.temperature,
-        top_p: asked.top_p,
-        top_k: asked.top_k,
+        temperature: asked.temperature.or(defaults.temperature).unwrap_or(plain.temperature),
+        top_p: asked.top_p.or(defaults.top_p).unwrap_or(plain.top_p),
+        top_k: asked.top_k.or(defaults.top_k).unwrap_or(plain.top_k),
+        min_p: asked.min_p.or(defaults.min_p).unwrap_or(plain.min_p),
+        repetition_penalty: asked
+            .repetition_penalty
+            .or(defaults.repetition_penalty)
+            .unwrap_or(plain.repetition_penalty),
+        frequency_penalty: asked.frequency_penalty,
+        presence_penalty: asked.presence_penalty,
+        logit_bias: asked.logit_bias,
+        logprobs: asked.logprobs,
+        grammar,
         seed: asked.seed.unwrap_or_else(rand::random),
         max_tokens,
         ignore_eos: asked.ignore_eos,
     };
-    Ok(Order { arrival, caller, served, prompt, sampling, stops: asked.stops, permit: Some(permit), _place: place })
+    let (choices, stops) = (asked.n, asked.stops);
+    Ok(Order { arrival, caller, served, prompt, sampling, choices, stops, permit: Some(permit), _place: place })
+}
+
+fn check_bias(served: &Served, bias: &[(Token, f32)]) -> Result<(), Error> {
+    match bias.last() {
+        Some((token, _)) if *token >= served.vocabulary => {
+            let message = format!("`logit_bias` has token {token}; the vocabulary ends at {}", served.vocabulary);
+            Err(Error::invalid("logit_bias", message))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Proves that a grammar can be followed, before anything is recorded or computed.
+async fn compile(gateway: &Gateway, served: &Served, grammar: Grammar) -> Result<Grammar, Error> {
+    let field = match grammar {
+        Grammar::JsonObject | Grammar::JsonSchema(_) => "response_format",
+        Grammar::Regex(_) => "guided_regex",
+    };
+    let invalid = |reason: &dyn std::fmt::Display| Error::invalid(field, format!("`{field}`: {reason}"));
+    if served.text.eos().is_empty() {
+        return Err(invalid(&grammar::Error::NoEnd));
+    }
+    let _thread = gateway.encoders.acquire().await.expect("the semaphore is never closed");
+    let compiled = tokio::task::spawn_blocking(move || grammar::check(&grammar).map(|()| grammar)).await;
+    match compiled {
+        Ok(checked) => checked.map_err(|error| invalid(&error)),
+        Err(error) => {
+            log::error!(error:%; "compiling a grammar failed");
+            Err(invalid(&"it cannot be compiled"))
+        }
+    }
 }
 
 async fn encode(gateway: &Gateway, served: &Served, prompt: Prompt) -> Result<Vec<Token>, Error> {
@@ -185,7 +252,8 @@ fn max_tokens(context: u32, prompt: usize, asked: Option<u64>) -> Result<u32, Er
 /// Runs a request and returns its whole answer.
 pub async fn whole(gateway: &Gateway, order: Order) -> Result<Answer, Error> {
     let (client, answer) = oneshot::channel();
-    gateway.tasks.spawn(run(gateway.clone(), order, Exit::whole(client), false));
+    let choices = order.choices;
+    gateway.tasks.spawn(run(gateway.clone(), order, Exit::whole(client, choices), false));
     answer.await.unwrap_or_else(|_| Err(broken()))
 }
 
@@ -193,8 +261,9 @@ pub async fn whole(gateway: &Gateway, order: Order) -> Result<Answer, Error> {
 pub async fn stream(gateway: &Gateway, order: Order, events: Events) -> Result<OutletBody, Error> {
     let (head, decided) = oneshot::channel();
     // A slow client is buffered up to all that it can be told.
-    let (outlet, body) = outlet(order.sampling.max_tokens as usize + OTHER_EVENTS);
-    gateway.tasks.spawn(run(gateway.clone(), order, Exit::stream(head, outlet, events), true));
+    let choices = order.choices;
+    let (outlet, body) = outlet(choices as usize * (order.sampling.max_tokens as usize + OTHER_EVENTS));
+    gateway.tasks.spawn(run(gateway.clone(), order, Exit::stream(head, outlet, events, choices), true));
     decided.await.unwrap_or_else(|_| Err(broken()))?;
     Ok(body)
 }
@@ -206,7 +275,12 @@ fn broken() -> Error {
 /// How a turn ended, before it is told and recorded.
 #[derive(Debug)]
 enum Ended {
-    Finished(Finish),
+    /// The choice that ended last; the others have been told. `recorded` speaks for all of them.
+    Finished {
+        choice: u32,
+        finish: Finish,
+        recorded: Finish,
+    },
     Gone,
     Failed(Error),
 }
@@ -223,8 +297,8 @@ async fn run(gateway: Gateway, mut order: Order, mut exit: Exit, streamed: bool)
         started_ms: wall_ms(),
     });
     let (ended, usage, recorded) = match begin(&gateway, &order, streamed).await {
-        Ok(stream) => {
-            let (ended, usage) = pump(&gateway, &order, &listed, stream, &mut exit, streamed).await;
+        Ok(streams) => {
+            let (ended, usage) = pump(&gateway, &order, &listed, streams, &mut exit, streamed).await;
             (ended, usage, true)
         }
         Err(refused) => (Ended::Failed(refused.error), Usage::default(), refused.recorded),
@@ -232,7 +306,9 @@ async fn run(gateway: Gateway, mut order: Order, mut exit: Exit, streamed: bool)
     listed.enter(Stage::Closing);
     order.permit = None;
     let (outcome, word, rest) = match ended {
-        Ended::Finished(finish) => (Outcome::Finished { finish, usage }, "finished", exit.finish(finish, usage)),
+        Ended::Finished { choice, finish, recorded } => {
+            (Outcome::Finished { finish: recorded, usage }, "finished", exit.finish(choice, finish, usage))
+        }
         Ended::Gone => (Outcome::Cancelled { usage }, "cancelled", None),
         Ended::Failed(error) => {
             log::debug!(turn:% = order.arrival.turn, error:%; "a turn failed");
@@ -261,37 +337,38 @@ struct Refused {
     recorded: bool,
 }
 
-/// Records the turn and places its job, side by side.
-async fn begin(gateway: &Gateway, order: &Order, streamed: bool) -> Result<JobStream, Refused> {
+/// Records the turn and places its jobs, side by side.
+async fn begin(gateway: &Gateway, order: &Order, streamed: bool) -> Result<Vec<JobStream>, Refused> {
     let refused = |error| Refused { error, recorded: false };
-    let mut submit = pin!(gateway.agents.submit(job(order, 0)));
+    let submit = |choice| Box::pin(gateway.agents.submit(job(gateway, order, choice, 0)));
+    let mut jobs: Vec<_> = (0..order.choices).map(submit).map(future::maybe_done).collect();
     // Placing is decided at once; a job that goes nowhere needs no record.
-    let placed = match poll_fn(|cx| Poll::Ready(submit.as_mut().poll(cx))).await {
-        Poll::Ready(Err(no_place)) => return Err(refused(no_place.into())),
-        Poll::Ready(Ok(stream)) => Some(stream),
-        Poll::Pending => None,
-    };
-    let placed = async {
-        match placed {
-            Some(stream) => Ok(stream),
-            None => submit.await,
+    for job in &mut jobs {
+        let _ = poll_fn(|cx| Poll::Ready(job.poll_unpin(cx))).await;
+        if let MaybeDone::Done(Err(_)) = job {
+            let Some(Err(no_place)) = Pin::new(job).take_output() else { unreachable!("it was just seen") };
+            return Err(refused(no_place.into()));
         }
-    };
-    let (opened, placed) = tokio::join!(record_begin(gateway, order, streamed), placed);
+    }
+    let (opened, _) = tokio::join!(record_begin(gateway, order, streamed), future::join_all(&mut jobs));
     opened?;
+    let placed = jobs.iter_mut().map(|job| Pin::new(job).take_output().expect("all jobs were waited for"));
+    let placed: Result<_, NoPlace> = placed.collect();
     placed.map_err(|no_place| Refused { error: no_place.into(), recorded: true })
 }
 
-fn job(order: &Order, attempt: u32) -> Job {
+fn job(gateway: &Gateway, order: &Order, choice: u32, attempt: u32) -> Job {
     Job {
         turn: order.arrival.turn,
-        choice: 0,
+        choice,
         attempt,
         deployment: order.served.deployment.clone(),
         revision: order.served.revision,
         prompt: order.prompt.clone(),
         delivered: Vec::new(),
         sampling: order.sampling.clone(),
+        cache_salt: gateway.pepper.cache_salt(&order.caller.tenant),
+        numerics: None,
     }
 }
 
@@ -352,8 +429,8 @@ async fn record_end(gateway: &Gateway, order: &Order, outcome: Outcome) {
 struct Gauges {
     between: Arc<Histogram>,
     completion: Arc<Counter>,
-    last: Instant,
-    tokens: u32,
+    /// A token of any choice has come.
+    begun: bool,
 }
 
 impl Gauges {
@@ -364,108 +441,247 @@ impl Gauges {
         Self {
             between: gateway.metrics.between_tokens_seconds.with(&[deployment]),
             completion: tokens.with(&["completion", deployment]),
-            last: Instant::now(),
-            tokens: 0,
+            begun: false,
         }
     }
 
-    /// Counts what came with an event, `tokens` being all tokens of the answer so far.
-    fn event(&mut self, gateway: &Gateway, order: &Order, tokens: u32, now: Instant) {
-        if tokens > self.tokens {
-            if self.tokens == 0 {
+    /// Counts what came with an event, `tokens` being all tokens of its choice so far.
+    fn event(&mut self, gateway: &Gateway, order: &Order, branch: &mut Branch<'_>, tokens: u32, now: Instant) {
+        if tokens > branch.tokens {
+            if !self.begun {
                 let first = gateway.metrics.first_token_seconds.with(&[order.served.deployment.as_str()]);
                 first.observe(now - order.arrival.at);
-            } else {
-                self.between.observe(now - self.last);
+                self.begun = true;
             }
-            self.completion.add(u64::from(tokens - self.tokens));
+            if branch.tokens > 0 {
+                self.between.observe(now - branch.last);
+            }
+            self.completion.add(u64::from(tokens - branch.tokens));
         }
-        (self.tokens, self.last) = (tokens, now);
+        (branch.tokens, branch.last) = (tokens, now);
     }
 }
 
-/// Passes on what the worker gives until the answer ends, and places the job again where that is allowed.
+/// One choice of a turn.
+struct Branch<'a> {
+    choice: u32,
+    source: Source<'a>,
+    turn: Turn,
+    /// When it gave something, or was placed, for the last time.
+    last: Instant,
+    tokens: u32,
+    /// Workers that failed it.
+    failed: Vec<WorkerId>,
+}
+
+/// Where a choice's events come from.
+enum Source<'a> {
+    Worker(JobStream),
+    /// It is being placed again.
+    Placing(Pin<Box<dyn Future<Output = Result<JobStream, NoPlace>> + Send + 'a>>),
+    Ended,
+}
+
+/// What happened to a choice.
+enum Happened {
+    Event(JobEvent),
+    Placed(Result<JobStream, NoPlace>),
+}
+
+impl Branch<'_> {
+    /// Looks for what comes next. Each look begins anew, which waiting for an event allows.
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Happened> {
+        match &mut self.source {
+            Source::Worker(stream) => pin!(stream.next()).poll(cx).map(Happened::Event),
+            Source::Placing(placing) => placing.as_mut().poll(cx).map(Happened::Placed),
+            Source::Ended => Poll::Pending,
+        }
+    }
+    fn runs(&self) -> bool {
+        !matches!(self.source, Source::Ended)
+    }
+    /// What is said of a worker that gives nothing; choices that wait for none are never silent.
+    fn silent(&self, silence: Duration, now: Instant) -> Option<JobEvent> {
+        let Source::Worker(stream) = &self.source else { return None };
+        let reason = || format!("worker {} gave nothing for {} ms", stream.worker, silence.as_millis());
+        (self.last + silence <= now).then(|| JobEvent::Failed { reason: reason(), retryable: true })
+    }
+}
+
+/// A turn whose choices are computed.
+struct Pump<'a> {
+    gateway: &'a Gateway,
+    order: &'a Order,
+    listed: &'a Listed,
+    branches: Vec<Branch<'a>>,
+    gauges: Gauges,
+    /// `Length` if any choice ended so.
+    finish: Finish,
+}
+
+/// Passes on what the workers give until every choice has ended, and places a job again where that is allowed.
 async fn pump(
     gateway: &Gateway,
     order: &Order,
     listed: &Listed,
-    mut stream: JobStream,
+    streams: Vec<JobStream>,
     exit: &mut Exit,
     streamed: bool,
 ) -> (Ended, Usage) {
-    let (text, stops) = (order.served.text.clone(), order.stops.clone());
-    let mut turn = Turn::new(text, stops, order.prompt.len() as u32, order.sampling.max_tokens, streamed);
-    let mut gauges = Gauges::new(gateway, order);
+    let mut pump = Pump::new(gateway, order, listed, streams, streamed);
     let silence = gateway.limits.worker_silence();
     let mut killed = pin!(gateway.kill.cancelled());
-    let mut tick = pin!(tokio::time::sleep_until(next_tick(exit, gauges.last, silence)));
-    let mut failed = Vec::new();
-    listed.placed(&stream.agent, &stream.worker);
+    let mut tick = pin!(tokio::time::sleep_until(pump.next_tick(exit, silence)));
+    let mut rotation = 0;
     loop {
-        let event = tokio::select! {
+        // Every choice has its turn, whatever the others give.
+        rotation += 1;
+        let (at, happened) = tokio::select! {
             biased;
-            event = stream.next() => event,
-            () = exit.gone() => return (Ended::Gone, turn.usage()),
-            () = &mut killed => return (Ended::Failed(Error::Stopping), turn.usage()),
-            () = &mut tick => match gauges.last + silence <= Instant::now() {
-                true => silent(&stream, silence),
-                false => {
-                    tick.as_mut().reset(next_tick(exit, gauges.last, silence));
-                    continue;
+            next = poll_fn(|cx| pump.poll(rotation, cx)) => next,
+            () = exit.gone() => return (Ended::Gone, pump.usage()),
+            () = &mut killed => return (Ended::Failed(Error::Stopping), pump.usage()),
+            () = &mut tick => {
+                let now = Instant::now();
+                let silent = |(at, branch): (usize, &Branch<'_>)| Some((at, branch.silent(silence, now)?));
+                match pump.branches.iter().enumerate().find_map(silent) {
+                    Some((at, event)) => (at, Happened::Event(event)),
+                    None => {
+                        tick.as_mut().reset(pump.next_tick(exit, silence));
+                        continue;
+                    }
                 }
-            },
+            }
         };
-        let now = Instant::now();
-        let step = turn.on(event);
-        let tokens = turn.usage().completion_tokens;
-        gauges.event(gateway, order, tokens, now);
-        listed.tokens(tokens);
-        if !step.shown.is_empty() {
-            listed.enter(Stage::Answering);
-            if exit.text(&step.shown, now).is_err() {
-                return (Ended::Gone, turn.usage());
-            }
+        let ended = match happened {
+            Happened::Event(event) => pump.event(at, event, exit),
+            Happened::Placed(placed) => pump.placed(at, placed),
+        };
+        if let Some(ended) = ended {
+            return (ended, pump.usage());
         }
-        match step.end {
-            None => {}
-            Some(End::Finished(finish)) => return (Ended::Finished(finish), turn.usage()),
-            Some(End::Failed { reason, retryable: true }) => {
-                return (Ended::Failed(Error::Interrupted { reason }), turn.usage());
-            }
-            Some(End::Failed { reason, .. }) => return (Ended::Failed(Error::Failed { reason }), turn.usage()),
-            Some(End::Again { reason, attempt }) => {
-                log::debug!(turn:% = order.arrival.turn, worker:% = stream.worker, reason; "a job is placed again");
-                exit.again();
-                failed.push(stream.worker.clone());
-                stream = match place_again(gateway, order, attempt, &failed).await {
-                    Ok(stream) => stream,
-                    Err(error) => return (Ended::Failed(error), turn.usage()),
-                };
-                listed.placed(&stream.agent, &stream.worker);
-                // The new worker has as long as the first one had.
-                gauges.last = Instant::now();
-                tick.as_mut().reset(next_tick(exit, gauges.last, silence));
-            }
+        if tick.is_elapsed() {
+            tick.as_mut().reset(pump.next_tick(exit, silence));
         }
     }
 }
 
-/// When to look after the client and the worker next, whatever comes meanwhile.
-fn next_tick(exit: &mut Exit, last: Instant, silence: Duration) -> Instant {
-    let worker = last + silence;
-    exit.beat(Instant::now()).map_or(worker, |client| client.min(worker))
-}
+impl<'a> Pump<'a> {
+    fn new(
+        gateway: &'a Gateway,
+        order: &'a Order,
+        listed: &'a Listed,
+        streams: Vec<JobStream>,
+        streamed: bool,
+    ) -> Self {
+        let form = Form {
+            stops: order.stops.clone(),
+            prompt_tokens: order.prompt.len() as u32,
+            max_tokens: order.sampling.max_tokens,
+            streamed,
+            scored: order.sampling.logprobs.is_some(),
+        };
+        let branch = |(choice, stream): (u32, JobStream)| {
+            listed.placed(&stream.agent, &stream.worker);
+            let (turn, last) = (Turn::new(order.served.text.clone(), form.clone()), Instant::now());
+            Branch { choice, source: Source::Worker(stream), turn, last, tokens: 0, failed: Vec::new() }
+        };
+        let branches = (0..).zip(streams).map(branch).collect();
+        Self { gateway, order, listed, branches, gauges: Gauges::new(gateway, order), finish: Finish::Stop }
+    }
 
-fn silent(stream: &JobStream, silence: Duration) -> JobEvent {
-    let reason = format!("worker {} gave nothing for {} ms", stream.worker, silence.as_millis());
-    JobEvent::Failed { reason, retryable: true }
-}
+    /// Looks for what comes next, first at the choice that `rotation` says.
+    fn poll(&mut self, rotation: usize, cx: &mut Context<'_>) -> Poll<(usize, Happened)> {
+        let count = self.branches.len();
+        for at in (0..count).map(|i| (i + rotation) % count) {
+            if let Poll::Ready(happened) = self.branches[at].poll(cx) {
+                return Poll::Ready((at, happened));
+            }
+        }
+        Poll::Pending
+    }
 
-async fn place_again(gateway: &Gateway, order: &Order, attempt: u32, failed: &[WorkerId]) -> Result<JobStream, Error> {
-    gateway.metrics.placed_again.add(1);
-    let pause = AGAIN[(attempt as usize - 1).min(AGAIN.len() - 1)];
-    tokio::time::sleep(pause).await;
-    Ok(gateway.agents.submit_avoiding(job(order, attempt), failed).await?)
+    /// Of all choices; the prompt counts once.
+    fn usage(&self) -> Usage {
+        let completion_tokens = self.branches.iter().map(|branch| branch.turn.usage().completion_tokens).sum();
+        Usage { prompt_tokens: self.order.prompt.len() as u32, completion_tokens }
+    }
+
+    /// When to look after the client and the workers next, whatever comes meanwhile.
+    fn next_tick(&self, exit: &mut Exit, silence: Duration) -> Instant {
+        let now = Instant::now();
+        let working = self.branches.iter().filter(|branch| matches!(branch.source, Source::Worker(_)));
+        let worker = working.map(|branch| branch.last).min().unwrap_or(now) + silence;
+        exit.beat(now).map_or(worker, |client| client.min(worker))
+    }
+
+    /// Takes an event of a choice; says how the turn has ended, if it has.
+    fn event(&mut self, at: usize, event: JobEvent, exit: &mut Exit) -> Option<Ended> {
+        let now = Instant::now();
+        let branch = &mut self.branches[at];
+        let step = branch.turn.on(event);
+        let tokens = branch.turn.usage().completion_tokens;
+        self.gauges.event(self.gateway, self.order, branch, tokens, now);
+        let choice = branch.choice;
+        self.listed.tokens(self.usage().completion_tokens);
+        if !step.shown.is_empty() {
+            self.listed.enter(Stage::Answering);
+            if exit.text(choice, &step.shown, now).is_err() {
+                return Some(Ended::Gone);
+            }
+        }
+        match step.end? {
+            End::Finished(finish) => self.finished(at, finish, exit),
+            End::Failed { reason, retryable: true } => Some(Ended::Failed(Error::Interrupted { reason })),
+            End::Failed { reason, .. } => Some(Ended::Failed(Error::Failed { reason })),
+            End::Again { reason, attempt } => {
+                exit.again(choice);
+                self.place_again(at, attempt, &reason);
+                None
+            }
+        }
+    }
+
+    fn finished(&mut self, at: usize, finish: Finish, exit: &mut Exit) -> Option<Ended> {
+        self.branches[at].source = Source::Ended;
+        let choice = self.branches[at].choice;
+        if finish == Finish::Length {
+            self.finish = finish;
+        }
+        if !self.branches.iter().any(Branch::runs) {
+            return Some(Ended::Finished { choice, finish, recorded: self.finish });
+        }
+        exit.ended(choice, finish).err().map(|_| Ended::Gone)
+    }
+
+    fn place_again(&mut self, at: usize, attempt: u32, reason: &str) {
+        let (gateway, order) = (self.gateway, self.order);
+        let branch = &mut self.branches[at];
+        branch.tokens = 0;
+        if let Source::Worker(stream) = &branch.source {
+            log::debug!(turn:% = order.arrival.turn, worker:% = stream.worker, reason; "a job is placed again");
+            branch.failed.push(stream.worker.clone());
+        }
+        let (choice, failed) = (branch.choice, branch.failed.clone());
+        gateway.metrics.placed_again.add(1);
+        let pause = AGAIN[(attempt as usize - 1).min(AGAIN.len() - 1)];
+        branch.source = Source::Placing(Box::pin(async move {
+            tokio::time::sleep(pause).await;
+            gateway.agents.submit_avoiding(job(gateway, order, choice, attempt), &failed).await
+        }));
+    }
+
+    fn placed(&mut self, at: usize, placed: Result<JobStream, NoPlace>) -> Option<Ended> {
+        let stream = match placed {
+            Ok(stream) => stream,
+            Err(no_place) => return Some(Ended::Failed(no_place.into())),
+        };
+        self.listed.placed(&stream.agent, &stream.worker);
+        // The new worker has as long as the first one had.
+        self.branches[at].last = Instant::now();
+        self.branches[at].source = Source::Worker(stream);
+        None
+    }
 }
 
 #[cfg(test)]

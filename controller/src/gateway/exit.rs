@@ -5,11 +5,12 @@
 
 use std::time::Duration;
 
+use bytes::BytesMut;
 use izar_common::chat::{Finish, Usage};
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
-use super::chat::Answer;
+use super::chat::{Answer, Choice};
 use super::error::Error;
 use super::openai::sse::Events;
 use super::outlet::{Closed, Outlet};
@@ -23,7 +24,7 @@ const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
 /// Where an answer goes.
 pub enum Exit {
-    Whole { client: oneshot::Sender<Result<Answer, Error>>, text: String },
+    Whole { client: oneshot::Sender<Result<Answer, Error>>, choices: Vec<Choice> },
     Stream(Stream),
 }
 
@@ -31,18 +32,22 @@ pub enum Exit {
 pub struct Stream {
     /// Waits for the decision whether the answer has a head or is an error; gone once it is made.
     head: Option<oneshot::Sender<Result<(), Error>>>,
+    /// The first events are written.
+    begun: bool,
     outlet: Outlet,
     events: Events,
+    choices: u32,
     written: Instant,
 }
 
 impl Exit {
-    pub fn whole(client: oneshot::Sender<Result<Answer, Error>>) -> Self {
-        Self::Whole { client, text: String::new() }
+    pub fn whole(client: oneshot::Sender<Result<Answer, Error>>, choices: u32) -> Self {
+        let none = || Choice { text: String::new(), scored: Vec::new(), finish: Finish::Stop };
+        Self::Whole { client, choices: (0..choices).map(|_| none()).collect() }
     }
 
-    pub fn stream(head: oneshot::Sender<Result<(), Error>>, outlet: Outlet, events: Events) -> Self {
-        Self::Stream(Stream { head: Some(head), outlet, events, written: Instant::now() })
+    pub fn stream(head: oneshot::Sender<Result<(), Error>>, outlet: Outlet, events: Events, choices: u32) -> Self {
+        Self::Stream(Stream { head: Some(head), begun: false, outlet, events, choices, written: Instant::now() })
     }
 
     /// Resolves when the client has left. Cancellation-safe.
@@ -53,17 +58,17 @@ impl Exit {
         }
     }
 
-    /// Passes text on: to a client that reads along, one event for each token.
-    pub fn text(&mut self, shown: &Shown, now: Instant) -> Result<(), Closed> {
+    /// Passes text of a choice on: to a client that reads along, one event for each token.
+    pub fn text(&mut self, choice: u32, shown: &Shown, now: Instant) -> Result<(), Closed> {
         match self {
-            Exit::Whole { text, .. } => text.push_str(shown.text()),
+            Exit::Whole { choices, .. } => {
+                let choice = &mut choices[choice as usize];
+                choice.text.push_str(shown.text());
+                choice.scored.extend_from_slice(shown.scored());
+            }
             Exit::Stream(stream) => {
-                let first = stream.head.is_some();
-                stream.outlet.events(shown.len() + usize::from(first), |out| {
-                    if first {
-                        stream.events.begin(out);
-                    }
-                    shown.pieces().for_each(|piece| stream.events.text(piece, out));
+                stream.write(shown.len(), |events, out| {
+                    shown.pieces().for_each(|piece| events.text(choice, piece, out));
                 })?;
                 stream.written = now;
                 stream.send_head();
@@ -72,11 +77,22 @@ impl Exit {
         Ok(())
     }
 
-    /// Forgets what was said: the turn begins again.
-    pub fn again(&mut self) {
-        if let Exit::Whole { text, .. } = self {
-            text.clear();
+    /// Forgets what was said of a choice: it begins again.
+    pub fn again(&mut self, choice: u32) {
+        if let Exit::Whole { choices, .. } = self {
+            let choice = &mut choices[choice as usize];
+            choice.text.clear();
+            choice.scored.clear();
         }
+    }
+
+    /// Ends a choice while others go on.
+    pub fn ended(&mut self, choice: u32, finish: Finish) -> Result<(), Closed> {
+        match self {
+            Exit::Whole { choices, .. } => choices[choice as usize].finish = finish,
+            Exit::Stream(stream) => stream.write(1, |events, out| events.end(choice, finish, out))?,
+        }
+        Ok(())
     }
 
     /// Lets a client know that its answer is still coming, when that is due; returns when it is due again.
@@ -88,7 +104,7 @@ impl Exit {
         }
         // A client that is gone, or full, is told apart where text is passed on.
         let _ = match stream.head {
-            Some(_) => stream.outlet.event(|out| stream.events.begin(out)),
+            Some(_) => stream.write(0, |_, _| ()),
             // One who has not taken the last bytes needs no more of them.
             None if stream.outlet.drained() => stream.outlet.event(|out| stream.events.keep_alive(out)),
             None => Ok(()),
@@ -98,18 +114,21 @@ impl Exit {
         Some(now + KEEP_ALIVE)
     }
 
-    /// Ends the answer well. Returns what may still be on its way.
-    pub fn finish(self, finish: Finish, usage: Usage) -> Option<Outlet> {
+    /// Ends the last choice and the answer well. Returns what may still be on its way.
+    pub fn finish(mut self, choice: u32, finish: Finish, usage: Usage) -> Option<Outlet> {
+        if let Exit::Whole { .. } = self {
+            let _ = self.ended(choice, finish);
+        }
         match self {
-            Exit::Whole { client, text } => {
-                let _ = client.send(Ok(Answer { text, finish, usage }));
+            Exit::Whole { client, choices } => {
+                let _ = client.send(Ok(Answer { choices, usage }));
                 None
             }
             Exit::Stream(mut stream) => {
-                if stream.head.is_some() {
-                    let _ = stream.outlet.event(|out| stream.events.begin(out));
-                }
-                let _ = stream.outlet.event(|out| stream.events.finish(finish, usage, out));
+                let _ = stream.write(1, |events, out| {
+                    events.end(choice, finish, out);
+                    events.finish(usage, out);
+                });
                 stream.end()
             }
         }
@@ -137,6 +156,17 @@ impl Exit {
 }
 
 impl Stream {
+    /// Writes so many events, after the first ones of every choice where these are still missing.
+    fn write(&mut self, count: usize, write: impl FnOnce(&Events, &mut BytesMut)) -> Result<(), Closed> {
+        let first = if self.begun { 0 } else { self.choices };
+        self.begun = true;
+        let events = &self.events;
+        self.outlet.events(count + first as usize, |out| {
+            (0..first).for_each(|choice| events.begin(choice, out));
+            write(events, out);
+        })
+    }
+
     fn send_head(&mut self) {
         if let Some(head) = self.head.take() {
             let _ = head.send(Ok(()));
@@ -163,10 +193,14 @@ mod tests {
     const USAGE: Usage = Usage { prompt_tokens: 1, completion_tokens: 1 };
 
     fn stream() -> (Exit, oneshot::Receiver<Result<(), Error>>, OutletBody) {
+        choices(1)
+    }
+
+    fn choices(count: u32) -> (Exit, oneshot::Receiver<Result<(), Error>>, OutletBody) {
         let (tx, rx) = oneshot::channel();
-        let (outlet, body) = outlet(20);
+        let (outlet, body) = outlet(40);
         let head = Head { turn: TurnId(1), created: 1, model: DeploymentId::new("m").unwrap() };
-        (Exit::stream(tx, outlet, Events::new(Kind::Chat, &head, false)), rx, body)
+        (Exit::stream(tx, outlet, Events::new(Kind::Chat, &head, false), count), rx, body)
     }
 
     fn shown(text: &str) -> Shown {
@@ -187,7 +221,7 @@ mod tests {
     #[tokio::test]
     async fn a_failure_after_it_is_the_last_event() {
         let (mut exit, mut head, body) = stream();
-        exit.text(&shown("hi"), Instant::now()).unwrap();
+        exit.text(0, &shown("hi"), Instant::now()).unwrap();
         assert_eq!(head.try_recv().unwrap(), Ok(()));
         exit.fail(Error::Stopping);
         let text = all(body).await;
@@ -200,7 +234,7 @@ mod tests {
     #[tokio::test]
     async fn an_empty_answer_still_has_its_role_and_its_end() {
         let (exit, _head, body) = stream();
-        exit.finish(Finish::Stop, USAGE);
+        exit.finish(0, Finish::Stop, USAGE);
         let text = all(body).await;
         assert!(text.contains("\"role\":\"assistant\"") && text.ends_with("data: [DONE]\n\n"), "{text}");
     }
@@ -216,7 +250,7 @@ mod tests {
         let _ = body.frame().await;
         exit.beat(due).unwrap();
         assert_eq!(body.frame().await.unwrap().unwrap().into_data().unwrap(), ": keep-alive\n\n");
-        exit.text(&shown("x"), due).unwrap();
+        exit.text(0, &shown("x"), due).unwrap();
         exit.beat(due + KEEP_ALIVE).unwrap();
         let text = body.frame().await.unwrap().unwrap().into_data().unwrap();
         assert!(!text.ends_with(b": keep-alive\n\n"), "a client that has not read its text gets no comment");
@@ -225,11 +259,42 @@ mod tests {
     #[tokio::test]
     async fn a_whole_answer_begins_again_without_its_first_try() {
         let (tx, rx) = oneshot::channel();
-        let mut exit = Exit::whole(tx);
-        exit.text(&shown("lost"), Instant::now()).unwrap();
-        exit.again();
-        exit.text(&shown("kept"), Instant::now()).unwrap();
-        exit.finish(Finish::Length, USAGE);
-        assert_eq!(rx.await.unwrap().unwrap().text, "kept");
+        let mut exit = Exit::whole(tx, 1);
+        exit.text(0, &shown("lost"), Instant::now()).unwrap();
+        exit.again(0);
+        exit.text(0, &shown("kept"), Instant::now()).unwrap();
+        exit.finish(0, Finish::Length, USAGE);
+        assert_eq!(rx.await.unwrap().unwrap().choices[0].text, "kept");
+    }
+
+    #[tokio::test]
+    async fn choices_are_told_apart_each_with_its_beginning_and_its_end() {
+        let (mut exit, mut head, body) = choices(2);
+        exit.ended(1, Finish::Stop).unwrap();
+        assert!(head.try_recv().is_err(), "nothing was said yet that could not still become a status");
+        exit.text(0, &shown("x"), Instant::now()).unwrap();
+        exit.finish(0, Finish::Length, USAGE);
+        let text = all(body).await;
+        let order = [
+            r#"{"index":0,"delta":{"role""#,
+            r#"{"index":1,"delta":{"role""#,
+            r#"{"index":1,"delta":{},"#,
+            r#"{"index":0,"delta":{"content":"x"}"#,
+            r#"{"index":0,"delta":{},"#,
+            "[DONE]",
+        ];
+        let mut rest = text.as_str();
+        for part in order {
+            rest = rest.split_once(part).unwrap_or_else(|| panic!("{part} is not in {rest} of {text}")).1;
+        }
+        let (tx, rx) = oneshot::channel();
+        let mut exit = Exit::whole(tx, 2);
+        exit.text(1, &shown("one"), Instant::now()).unwrap();
+        exit.text(0, &shown("lost"), Instant::now()).unwrap();
+        exit.again(0);
+        exit.ended(1, Finish::Length).unwrap();
+        exit.finish(0, Finish::Stop, USAGE);
+        let said: Vec<_> = rx.await.unwrap().unwrap().choices.into_iter().map(|c| (c.text, c.finish)).collect();
+        assert_eq!(said, [(String::new(), Finish::Stop), ("one".to_owned(), Finish::Length)]);
     }
 }

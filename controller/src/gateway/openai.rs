@@ -24,6 +24,7 @@ use sse::{Events, Kind};
 pub mod chat;
 pub mod completions;
 pub mod error;
+mod logprobs;
 pub mod models;
 pub mod parameters;
 pub mod sse;
@@ -112,7 +113,7 @@ async fn answer(
         Kind::Completion => completions::prompt(&body)?,
     };
     drop(body);
-    let mut asked = parameters.check()?;
+    let mut asked = parameters.check(kind)?;
     if kind == Kind::Completion {
         asked.max_tokens.get_or_insert(completions::MAX_TOKENS);
     }

@@ -36,7 +36,7 @@ async fn an_answer_comes_whole_or_streamed_and_is_recorded_once() {
         assert!(answer.head.contains(&format!("x-request-id: {}", turn.opening.turn)), "{}", answer.head);
     }
     assert!(turns[0].opening.stream && !turns[1].opening.stream);
-    assert!(world.gateway.running().is_empty());
+    until("nothing to run", || world.gateway.running().is_empty()).await;
     let page = world.ask("GET", "/metrics", None, "").await.body;
     for line in [
         r#"izar_requests_total{dialect="openai",route="/v1/chat/completions",code="200"} 2"#,
@@ -72,6 +72,49 @@ async fn stop_strings_and_plain_completions_work_and_models_are_listed() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn several_choices_are_told_apart_mended_one_by_one_and_recorded_as_one_turn() {
+    let world = World::start(Limits::default()).await;
+    let ask = json!({"n": 3, "logprobs": true, "top_logprobs": 1});
+    let body = chat_body("choice", ask.clone());
+    let asked = world.send("POST", "/v1/chat/completions", Some(KEY), &body).await;
+    until("the others to end", || world.gateway.running().iter().any(|turn| turn.tokens == 4)).await;
+    world.go.notify_one();
+    let whole = Response::read(asked).await;
+    let choices = whole.json()["choices"].clone();
+    let said: Vec<_> = choices.as_array().unwrap().iter().map(|choice| &choice["message"]["content"]).collect();
+    assert_eq!(said, ["0", "1!", "2!"], "{whole:?}");
+    assert_eq!(choices[2]["index"], 2);
+    assert_eq!(choices[1]["logprobs"]["content"][1]["token"], "!", "{whole:?}");
+    assert_eq!(choices[1]["logprobs"]["content"][1]["top_logprobs"][0]["bytes"], json!([33]));
+    let prompt = u64::from(SAY_TOKENS) + 3;
+    let usage = json!({"prompt_tokens": prompt, "completion_tokens": 5, "total_tokens": prompt + 5});
+    assert_eq!(whole.json()["usage"], usage);
+
+    let mut options = ask;
+    options["stream"] = json!(true);
+    options["stream_options"] = json!({"include_usage": true});
+    world.go.notify_one();
+    let streamed = world.chat("choice", options).await;
+    let mut said = [String::new(), String::new(), String::new()];
+    let mut ends = 0;
+    for data in streamed.events().into_iter().filter(|data| *data != "[DONE]") {
+        let event: serde_json::Value = serde_json::from_str(data).unwrap();
+        let choice = &event["choices"][0];
+        let Some(index) = choice["index"].as_u64() else { continue };
+        said[index as usize] += choice["delta"]["content"].as_str().unwrap_or_default();
+        ends += usize::from(choice["finish_reason"].is_string());
+    }
+    assert_eq!((said, ends), (["0".to_owned(), "1!".to_owned(), "2!".to_owned()], 3), "{streamed:?}");
+    assert!(streamed.body.contains(&format!(r#""usage":{usage}"#)), "{streamed:?}");
+    assert_eq!(world.gateway.metrics().placed_again.get(), 6);
+    let usage = Usage { prompt_tokens: SAY_TOKENS + 3, completion_tokens: 5 };
+    for turn in world.closed(2).await {
+        assert_eq!(turn.closed.as_ref().unwrap().1, Outcome::Finished { finish: Finish::Stop, usage });
+    }
+    world.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_refused_is_not_recorded() {
     let world = World::start(Limits::default()).await;
     let check = |answer: Response, status: u16, param: &str, words: &str| {
@@ -90,6 +133,10 @@ async fn what_is_refused_is_not_recorded() {
     assert_eq!(long.error("code"), "context_length_exceeded");
     check(long, 400, "max_tokens", "context is 1000 tokens; the prompt has 10 and max_tokens is 991");
     check(world.chat(&"x".repeat(5000), json!({})).await, 400, "max_tokens", "the prompt has 5007");
+    let bias = json!({"logit_bias": {"512": 1}});
+    check(world.chat("say", bias).await, 400, "logit_bias", "the vocabulary ends at 512");
+    let format = json!({"response_format": {"type": "json_object"}});
+    check(world.chat("say", format).await, 400, "response_format", "no end token");
     let tokens = json!({"model": "echo", "prompt": [7, 99999]}).to_string();
     check(world.ask("POST", "/v1/completions", Some(KEY), &tokens).await, 400, "prompt", "99999");
     assert!(world.turns().is_empty());

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use izar_common::chat::{Finish, JobEvent, Token, Usage};
+use izar_common::chat::{Finish, JobEvent, Logprobs, Token, Usage};
 use izar_common::text::{Detokenizer, StopMatcher, Text};
 
 /// Placements of one job at most: the first, and two after failures. A job that failed three workers is more likely
@@ -13,55 +13,98 @@ use izar_common::text::{Detokenizer, StopMatcher, Text};
 pub const ATTEMPTS: u32 = 3;
 
 /// What one event came to.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Default)]
 pub struct Step {
     pub shown: Shown,
     pub end: Option<End>,
+}
+
+/// A token of the answer and how probable it was, as clients are told.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Scored {
+    /// Its bytes, or a special token's name.
+    pub token: Vec<u8>,
+    pub logprob: f32,
+    /// The most probable ones, best first.
+    pub top: Vec<(Vec<u8>, f32)>,
+    /// Characters of the answer before it.
+    pub offset: usize,
 }
 
 /// Text that may be shown now; empty while characters or stop strings are incomplete.
 ///
 /// Remembers what came with which token, because a client is shown one event for each. With one token an event, the
 /// usual case, that costs nothing.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Default)]
 pub struct Shown {
     text: String,
+    /// There is a piece.
+    begun: bool,
     /// Where pieces but the first begin.
     cuts: Vec<usize>,
+    /// The tokens of all pieces, if they were asked for, and where those of each piece end.
+    scored: Vec<Scored>,
+    scored_ends: Vec<usize>,
+}
+
+/// What is shown in one event.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Piece<'a> {
+    pub text: &'a str,
+    /// Its tokens, if they were asked for.
+    pub scored: &'a [Scored],
 }
 
 impl Shown {
     pub fn text(&self) -> &str {
         &self.text
     }
+    pub fn scored(&self) -> &[Scored] {
+        &self.scored
+    }
     pub fn is_empty(&self) -> bool {
-        self.text.is_empty()
+        !self.begun
     }
     /// How many pieces there are.
     pub fn len(&self) -> usize {
-        if self.text.is_empty() { 0 } else { self.cuts.len() + 1 }
+        if self.begun { self.cuts.len() + 1 } else { 0 }
     }
-    /// The pieces, in order; none is empty.
-    pub fn pieces(&self) -> impl Iterator<Item = &str> {
-        let begins = std::iter::once(0).chain(self.cuts.iter().copied());
-        let ends = self.cuts.iter().copied().chain(std::iter::once(self.text.len()));
-        begins.zip(ends).map(|(begin, end)| &self.text[begin..end]).filter(|piece| !piece.is_empty())
+    /// The pieces, in order; none has neither text nor tokens.
+    pub fn pieces(&self) -> impl Iterator<Item = Piece<'_>> {
+        let part = |ends: &[usize], i: usize, whole: usize| {
+            let begin = if i == 0 { 0 } else { ends.get(i - 1).copied().unwrap_or(whole) };
+            begin..ends.get(i).copied().unwrap_or(whole)
+        };
+        (0..self.len()).map(move |i| Piece {
+            text: &self.text[part(&self.cuts, i, self.text.len())],
+            scored: &self.scored[part(&self.scored_ends, i, self.scored.len())],
+        })
     }
 
     /// Appends what came with one token.
-    fn push(&mut self, piece: String) {
-        if self.text.is_empty() {
-            self.text = piece;
-        } else if !piece.is_empty() {
+    fn push(&mut self, piece: String, scored: impl IntoIterator<Item = Scored>) {
+        let before = self.scored.len();
+        self.scored.extend(scored);
+        if piece.is_empty() && self.scored.len() == before {
+            return;
+        }
+        if self.begun {
             self.cuts.push(self.text.len());
             self.text.push_str(&piece);
+        } else {
+            self.text = piece;
+        }
+        self.begun = true;
+        if !self.scored.is_empty() {
+            self.scored_ends.resize(self.cuts.len(), before);
+            self.scored_ends.push(self.scored.len());
         }
     }
 }
 
 impl From<String> for Shown {
     fn from(text: String) -> Self {
-        Self { text, cuts: Vec::new() }
+        Self { begun: !text.is_empty(), text, ..Self::default() }
     }
 }
 
@@ -80,40 +123,49 @@ pub enum End {
     },
 }
 
+/// What is to be answered, and how.
+#[derive(Debug, Clone)]
+pub struct Form {
+    pub stops: Vec<String>,
+    pub prompt_tokens: u32,
+    pub max_tokens: u32,
+    /// Whether text is shown as it comes. If not, nothing is shown before the end, so that every failure can be
+    /// mended.
+    pub streamed: bool,
+    /// Whether tokens come with their log-probabilities.
+    pub scored: bool,
+}
+
 /// An answer in the making.
 #[derive(Debug)]
 pub struct Turn {
     text: Arc<Text>,
-    stop_strings: Vec<String>,
+    form: Form,
     detokenizer: Detokenizer,
     stops: StopMatcher,
     usage: Usage,
-    max_tokens: u32,
     attempt: u32,
-    /// Whether text is shown as it comes. If not, nothing is shown before the end, so that every failure can be
-    /// mended.
-    streamed: bool,
     shown: bool,
+    /// Tokens whose text is not shown yet.
+    pending: Vec<Scored>,
+    /// Characters that were decoded, and that were shown; counted for `pending` alone.
+    decoded: usize,
+    released: usize,
 }
 
 impl Turn {
-    pub fn new(
-        text: Arc<Text>,
-        stop_strings: Vec<String>,
-        prompt_tokens: u32,
-        max_tokens: u32,
-        streamed: bool,
-    ) -> Self {
+    pub fn new(text: Arc<Text>, form: Form) -> Self {
         Self {
             detokenizer: text.decoder(),
-            stops: StopMatcher::new(stop_strings.clone()),
+            stops: StopMatcher::new(form.stops.clone()),
             text,
-            stop_strings,
-            usage: Usage { prompt_tokens, completion_tokens: 0 },
-            max_tokens,
+            usage: Usage { prompt_tokens: form.prompt_tokens, completion_tokens: 0 },
+            form,
             attempt: 0,
-            streamed,
             shown: false,
+            pending: Vec::new(),
+            decoded: 0,
+            released: 0,
         }
     }
 
@@ -125,36 +177,62 @@ impl Turn {
     /// Takes the next event of the job. After an `end` other than `Again` there must be no further one.
     pub fn on(&mut self, event: JobEvent) -> Step {
         let step = match event {
-            JobEvent::Tokens { position, tokens } => self.tokens(position, &tokens),
+            JobEvent::Tokens { position, tokens, logprobs } => self.tokens(position, &tokens, logprobs),
             JobEvent::Done { finish, usage } => self.done(finish, usage),
             JobEvent::Failed { reason, retryable } => {
                 Step { end: Some(self.fail(reason, retryable)), ..Step::default() }
             }
         };
-        self.shown |= self.streamed && !step.shown.is_empty();
+        self.shown |= self.form.streamed && !step.shown.is_empty();
         step
     }
 
-    fn tokens(&mut self, position: u32, tokens: &[Token]) -> Step {
+    fn tokens(&mut self, position: u32, tokens: &[Token], logprobs: Vec<Logprobs>) -> Step {
         if position != self.usage.completion_tokens {
             let reason = format!("tokens at {position} came where {} were expected", self.usage.completion_tokens);
             return Step { end: Some(self.fail(reason, false)), ..Step::default() };
         }
+        if self.form.scored && logprobs.len() != tokens.len() {
+            let reason = format!("{} log-probabilities came for {} tokens", logprobs.len(), tokens.len());
+            return Step { end: Some(self.fail(reason, false)), ..Step::default() };
+        }
+        let mut logprobs = logprobs.into_iter();
         let mut shown = Shown::default();
         for &token in tokens {
             self.usage.completion_tokens += 1;
-            let released = self.stops.push(&self.detokenizer.push(token));
-            shown.push(released.text);
+            let text = self.detokenizer.push(token);
+            if self.form.scored {
+                self.pending.extend(logprobs.next().map(|logprobs| self.score(token, logprobs)));
+                self.decoded += text.chars().count();
+            }
+            let released = self.stops.push(&text);
+            self.show(&mut shown, released.text);
             if released.stopped {
                 return Step { shown, end: Some(End::Finished(Finish::Stop)) };
             }
         }
         // The worker ends at `max_tokens` by itself; one that does not is not trusted to.
-        if self.usage.completion_tokens > self.max_tokens {
-            shown.push(self.stops.finish());
+        if self.usage.completion_tokens > self.form.max_tokens {
+            shown.push(self.stops.finish(), self.pending.drain(..));
             return Step { shown, end: Some(End::Finished(Finish::Length)) };
         }
         Step { shown, end: None }
+    }
+
+    /// Shows text with the tokens that begin in it or before.
+    fn show(&mut self, shown: &mut Shown, text: String) {
+        if !self.form.scored {
+            return shown.push(text, []);
+        }
+        self.released += text.chars().count();
+        let begun = self.pending.partition_point(|scored| scored.offset < self.released);
+        shown.push(text, self.pending.drain(..begun));
+    }
+
+    fn score(&self, token: Token, logprobs: Logprobs) -> Scored {
+        let name = |token| self.text.token_name(token);
+        let top = logprobs.top.into_iter().map(|(token, logprob)| (name(token), logprob)).collect();
+        Scored { token: name(token), logprob: logprobs.logprob, top, offset: self.decoded }
     }
 
     fn done(&mut self, finish: Finish, usage: Usage) -> Step {
@@ -162,11 +240,11 @@ impl Turn {
         self.usage.completion_tokens = self.usage.completion_tokens.max(usage.completion_tokens);
         let released = self.stops.push(&self.detokenizer.finish());
         let mut shown = Shown::default();
-        shown.push(released.text);
+        self.show(&mut shown, released.text);
         if released.stopped {
             return Step { shown, end: Some(End::Finished(Finish::Stop)) };
         }
-        shown.push(self.stops.finish());
+        shown.push(self.stops.finish(), self.pending.drain(..));
         Step { shown, end: Some(End::Finished(finish)) }
     }
 
@@ -176,8 +254,10 @@ impl Turn {
         }
         self.attempt += 1;
         self.detokenizer = self.text.decoder();
-        self.stops = StopMatcher::new(self.stop_strings.clone());
+        self.stops = StopMatcher::new(self.form.stops.clone());
         self.usage.completion_tokens = 0;
+        self.pending.clear();
+        (self.decoded, self.released) = (0, 0);
         End::Again { reason, attempt: self.attempt }
     }
 }
@@ -188,13 +268,18 @@ mod tests {
     use izar_common::text::Bundle;
 
     fn turn(stops: &[&str], max_tokens: u32, streamed: bool) -> Turn {
+        form(stops, max_tokens, streamed, false)
+    }
+
+    fn form(stops: &[&str], max_tokens: u32, streamed: bool, scored: bool) -> Turn {
         let text = Arc::new(Text::new(&Bundle::echo()).unwrap());
-        Turn::new(text, stops.iter().map(|s| s.to_string()).collect(), 7, max_tokens, streamed)
+        let stops = stops.iter().map(|s| s.to_string()).collect();
+        Turn::new(text, Form { stops, prompt_tokens: 7, max_tokens, streamed, scored })
     }
 
     /// Bytes are tokens of the echo vocabulary.
     fn bytes(position: u32, bytes: &[u8]) -> JobEvent {
-        JobEvent::Tokens { position, tokens: bytes.iter().map(|b| Token::from(*b)).collect() }
+        JobEvent::Tokens { position, tokens: bytes.iter().map(|b| Token::from(*b)).collect(), logprobs: Vec::new() }
     }
 
     fn done(tokens: u32) -> JobEvent {
@@ -208,7 +293,7 @@ mod tests {
     /// A step that showed `text`, its pieces parted by `|`.
     fn ended(text: &str, end: Option<End>) -> Step {
         let mut shown = Shown::default();
-        text.split('|').for_each(|piece| shown.push(piece.into()));
+        text.split('|').for_each(|piece| shown.push(piece.into(), []));
         Step { shown, end }
     }
 
@@ -229,7 +314,10 @@ mod tests {
     fn tokens_that_come_together_are_shown_one_by_one() {
         let mut turn = turn(&[], 10, true);
         let step = turn.on(bytes(0, "aé!".as_bytes()));
-        assert_eq!((step.shown.pieces().collect::<Vec<_>>(), step.shown.len()), (vec!["a", "é", "!"], 3));
+        assert_eq!(
+            (step.shown.pieces().map(|p| p.text).collect::<Vec<_>>(), step.shown.len()),
+            (vec!["a", "é", "!"], 3)
+        );
         assert_eq!(step.shown.text(), "aé!");
         assert_eq!((Shown::default().pieces().count(), Shown::default().len()), (0, 0));
     }
@@ -295,6 +383,58 @@ mod tests {
         turn.on(bytes(0, b"ab"));
         assert!(matches!(turn.on(lost()).end, Some(End::Again { attempt: 1, .. })));
         assert_eq!(turn.on(bytes(0, b"abc")), shown("a|b|c"));
+    }
+
+    /// Bytes with the probability of each: its place in the answer, negative; the alternative is `?`.
+    fn scored(position: u32, bytes: &[u8]) -> JobEvent {
+        let top = vec![(Token::from(b'?'), 0.0)];
+        let logprobs = (position..).zip(bytes).map(|(at, _)| Logprobs { logprob: -(at as f32), top: top.clone() });
+        JobEvent::Tokens {
+            position,
+            tokens: bytes.iter().map(|b| Token::from(*b)).collect(),
+            logprobs: logprobs.collect(),
+        }
+    }
+
+    /// Text and places of the tokens of each piece.
+    fn pieces(step: &Step) -> Vec<(&str, Vec<i32>)> {
+        step.shown.pieces().map(|p| (p.text, p.scored.iter().map(|s| -s.logprob as i32).collect())).collect()
+    }
+
+    #[test]
+    fn tokens_come_with_the_text_that_they_begin_and_none_is_lost() {
+        let mut turn = form(&["END"], 20, true, true);
+        let e = "é".as_bytes();
+        assert_eq!(pieces(&turn.on(scored(0, b"a"))), [("a", vec![0])]);
+        assert_eq!(pieces(&turn.on(scored(1, &e[..1]))), []);
+        let step = turn.on(scored(2, &e[1..]));
+        assert_eq!(pieces(&step), [("é", vec![1, 2])]);
+        let first = &step.shown.scored()[0];
+        assert_eq!((first.token.as_slice(), first.offset, &first.top), (&e[..1], 1, &vec![(b"?".to_vec(), 0.0)]));
+        assert_eq!(pieces(&turn.on(scored(3, b"xE"))), [("x", vec![3])]);
+        let step = turn.on(scored(5, b"-"));
+        assert_eq!((pieces(&step), step.shown.scored()[0].offset), (vec![("E-", vec![4, 5])], 3));
+        assert_eq!(pieces(&turn.on(scored(6, b"E"))), []);
+        assert_eq!(pieces(&turn.on(done(7))), [("E", vec![6])]);
+    }
+
+    #[test]
+    fn tokens_of_a_stop_string_are_not_told_and_those_without_text_are() {
+        let mut turn = form(&["END"], 20, true, true);
+        let step = turn.on(scored(0, b"aEND"));
+        assert_eq!(pieces(&step), [("a", vec![0])]);
+        assert_eq!(step.end, Some(End::Finished(Finish::Stop)));
+        let mut turn = form(&[], 20, false, true);
+        assert_eq!(pieces(&turn.on(scored(0, &[b'a', 0xc3]))), [("a", vec![0])]);
+        assert!(matches!(turn.on(lost()).end, Some(End::Again { .. })));
+        assert_eq!(pieces(&turn.on(scored(0, &[0xc3]))), []);
+        assert_eq!(pieces(&turn.on(done(1))), [("\u{fffd}", vec![0])]);
+    }
+
+    #[test]
+    fn tokens_without_their_probabilities_fail_a_turn_that_wants_them() {
+        let mut turn = form(&[], 20, true, true);
+        assert!(matches!(turn.on(bytes(0, b"a")).end, Some(End::Failed { retryable: false, .. })));
     }
 
     #[test]

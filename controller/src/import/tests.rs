@@ -78,22 +78,62 @@ fn a_truncated_or_corrupt_weight_file_is_named() {
     let mut corrupt = weights;
     corrupt[8] = b'!';
     std::fs::write(case.file("model.safetensors"), &corrupt).unwrap();
-    case.refused(&["model.safetensors", "corrupt header"]);
+    case.refused(&["model.safetensors", "truncated or corrupt: its header"]);
+}
+
+/// Cuts the checkpoint into two shards, and writes an index with `change`.
+fn shard(case: &Case, change: impl FnOnce(&mut serde_json::Map<String, Value>)) {
+    let whole = std::fs::read(case.file("model.safetensors")).unwrap();
+    let header = u64::from_le_bytes(whole[..8].try_into().unwrap()) as usize;
+    let directory: Value = serde_json::from_slice(&whole[8..8 + header]).unwrap();
+    let mut map = serde_json::Map::new();
+    for (shard, wanted) in ["one.safetensors", "two.safetensors"].into_iter().zip([true, false]) {
+        let (mut entries, mut data) = (serde_json::Map::new(), Vec::new());
+        let all = directory.as_object().unwrap().iter().filter(|(name, _)| *name != "__metadata__");
+        for (name, entry) in all.filter(|(name, _)| name.contains("layers") == wanted) {
+            let at = |i: usize| 8 + header + entry["data_offsets"][i].as_u64().unwrap() as usize;
+            let mut entry = entry.clone();
+            entry["data_offsets"] = serde_json::json!([data.len(), data.len() + at(1) - at(0)]);
+            data.extend_from_slice(&whole[at(0)..at(1)]);
+            entries.insert(name.clone(), entry);
+            map.insert(name.clone(), shard.into());
+        }
+        let text = Value::Object(entries).to_string();
+        let bytes = [&(text.len() as u64).to_le_bytes()[..], text.as_bytes(), &data].concat();
+        std::fs::write(case.file(shard), bytes).unwrap();
+    }
+    std::fs::remove_file(case.file("model.safetensors")).unwrap();
+    change(&mut map);
+    std::fs::write(case.file(INDEX), serde_json::json!({"weight_map": map}).to_string()).unwrap();
 }
 
 #[test]
-fn a_shard_that_the_index_names_must_be_there() {
+fn shards_and_their_index_are_imported() {
     let case = Case::new();
-    let index = |name: &str| {
-        let json = serde_json::json!({"weight_map": {"a": "model.safetensors", "b": name}});
-        std::fs::write(case.file(INDEX), json.to_string()).unwrap();
+    shard(&case, |_| {});
+    let manifest = case.import().unwrap();
+    let names: Vec<&str> = manifest.files.iter().map(|f| f.name.as_str()).collect();
+    assert_eq!(names, ["config.json", INDEX, "one.safetensors", "two.safetensors"]);
+}
+
+#[test]
+fn shards_that_are_not_as_their_index_says_are_refused() {
+    let refused = |change: &dyn Fn(&mut serde_json::Map<String, Value>), words: &[&str]| {
+        let case = Case::new();
+        shard(&case, change);
+        case.refused(words);
     };
-    index("model-2.safetensors");
-    case.refused(&["model-2.safetensors is missing"]);
-    index("../model.safetensors");
-    case.refused(&[INDEX, "is not the name"]);
-    index("model.safetensors");
-    assert_eq!(case.import().unwrap().files.len(), 3);
+    let promise = |tensor: &'static str, file: &'static str| {
+        move |map: &mut serde_json::Map<String, Value>| drop(map.insert(tensor.to_owned(), file.into()))
+    };
+    refused(&promise("model.norm.weight", "three.safetensors"), &["three.safetensors is missing"]);
+    refused(&promise("x", "../one.safetensors"), &[INDEX, "is not the name"]);
+    refused(&promise("x", "one.safetensors"), &[INDEX, "tensor `x` is promised in one.safetensors"]);
+    refused(&promise("model.norm.weight", "one.safetensors"), &[INDEX, "but lies in two.safetensors"]);
+    let case = Case::new();
+    shard(&case, |_| {});
+    std::fs::copy(case.file("one.safetensors"), case.file("two.safetensors")).unwrap();
+    case.refused(&["two.safetensors", "is in one.safetensors too"]);
 }
 
 #[test]
@@ -150,40 +190,20 @@ fn other_paths_and_names_are_refused() {
     check(&case.file("config.json"), "No Name", "No Name");
 }
 
-/// The smallest GGUF that is a model to us: two tokens and their embeddings.
-fn tiny_gguf(tokenizer: bool, rows: u64) -> Vec<u8> {
-    fn string(text: &str) -> Vec<u8> {
-        [&(text.len() as u64).to_le_bytes(), text.as_bytes()].concat()
-    }
-    fn list(id: u32, items: &[Vec<u8>]) -> Vec<u8> {
-        [&id.to_le_bytes()[..], &(items.len() as u64).to_le_bytes(), &items.concat()].concat()
-    }
-    let strings = |texts: &[&str]| list(8, &texts.iter().map(|t| string(t)).collect::<Vec<_>>());
-    let mut keys = vec![
-        ("general.architecture", 8_u32, string("llama")),
-        ("llama.context_length", 4, 64_u32.to_le_bytes().to_vec()),
-    ];
+/// The smallest GGUF that is a model to us: some tokens and their embeddings.
+fn tiny_gguf(tokenizer: bool, rows: usize) -> Vec<u8> {
+    let mut writer = gguf::Writer::default().key("general.architecture", "llama").key("llama.context_length", 64_u32);
     if tokenizer {
-        keys.push(("tokenizer.ggml.model", 8, string("gpt2")));
-        keys.push(("tokenizer.ggml.pre", 8, string("smollm")));
-        keys.push(("tokenizer.ggml.tokens", 9, strings(&["H", "e", "l", "o", "He", "<|im_end|>"])));
-        keys.push(("tokenizer.ggml.merges", 9, strings(&["H e"])));
-        let types: Vec<Vec<u8>> = [1_i32, 1, 1, 1, 1, 3].iter().map(|t| t.to_le_bytes().to_vec()).collect();
-        keys.push(("tokenizer.ggml.token_type", 9, list(5, &types)));
-        keys.push(("tokenizer.ggml.eos_token_id", 4, 5_u32.to_le_bytes().to_vec()));
-        keys.push(("tokenizer.chat_template", 8, string("{{ messages[0].content }}")));
+        writer = writer
+            .key("tokenizer.ggml.model", "gpt2")
+            .key("tokenizer.ggml.pre", "smollm")
+            .key("tokenizer.ggml.tokens", ["H", "e", "l", "o", "He", "<|im_end|>"])
+            .key("tokenizer.ggml.merges", ["H e"])
+            .key("tokenizer.ggml.token_type", [1_i32, 1, 1, 1, 1, 3])
+            .key("tokenizer.ggml.eos_token_id", 5_u32)
+            .key("tokenizer.chat_template", "{{ messages[0].content }}");
     }
-    let mut out =
-        [&b"GGUF"[..], &3_u32.to_le_bytes(), &1_u64.to_le_bytes(), &(keys.len() as u64).to_le_bytes()].concat();
-    for (key, id, value) in keys {
-        out.extend([string(key), id.to_le_bytes().to_vec(), value].concat());
-    }
-    out.extend([string("token_embd.weight"), 2_u32.to_le_bytes().to_vec()].concat());
-    out.extend([1_u64.to_le_bytes(), rows.to_le_bytes()].concat());
-    out.extend([&0_u32.to_le_bytes()[..], &0_u64.to_le_bytes()].concat());
-    out.resize(out.len().next_multiple_of(32), 0);
-    out.resize(out.len() + 4 * rows as usize, 0);
-    out
+    writer.f32s("token_embd.weight", &[rows, 8], &vec![0.0; 8 * rows]).finish()
 }
 
 fn import_bytes(bytes: &[u8]) -> Result<Manifest, String> {
@@ -196,22 +216,23 @@ fn import_bytes(bytes: &[u8]) -> Result<Manifest, String> {
 
 #[test]
 fn a_gguf_is_imported_with_its_metadata() {
-    let manifest = import_bytes(&tiny_gguf(true, 8)).unwrap();
-    assert_eq!((manifest.kind, manifest.context, manifest.vocabulary), (Kind::Gguf, 64, 8));
+    let manifest = import_bytes(&tiny_gguf(true, 6)).unwrap();
+    assert_eq!((manifest.kind, manifest.context, manifest.vocabulary), (Kind::Gguf, 64, 6));
     assert_eq!(manifest.files[0].name, "m.gguf");
 }
 
 #[test]
 fn a_gguf_that_is_not_whole_is_refused() {
-    let whole = tiny_gguf(true, 8);
+    let whole = tiny_gguf(true, 6);
     let check = |bytes: &[u8], words: &[&str]| {
         let error = import_bytes(bytes).unwrap_err();
         assert!(words.iter().all(|w| error.contains(w)), "`{error}` does not say all of {words:?}");
     };
     check(&whole[..whole.len() - 1], &["m.gguf", "tensor `token_embd.weight` reaches past the end"]);
     check(&whole[..60], &["m.gguf", "truncated or corrupt"]);
-    check(&tiny_gguf(false, 8), &["m.gguf", "tokenizer.ggml.model", "missing"]);
-    check(&tiny_gguf(true, 5), &["m.gguf", "6 tokens", "5 rows"]);
+    check(&tiny_gguf(false, 6), &["m.gguf", "tokenizer.ggml.model", "missing"]);
+    check(&tiny_gguf(true, 5), &["m.gguf", "`tokenizer.ggml.tokens` names 6 tokens", "5 rows"]);
+    check(&tiny_gguf(true, 8), &["m.gguf", "`tokenizer.ggml.tokens` names 6 tokens", "8 rows"]);
 }
 
 #[test]

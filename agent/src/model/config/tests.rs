@@ -1,6 +1,7 @@
 //! Descriptions of all families in both generations, and what is wrong in others.
 
 use izar_common::gguf::{File, Value as Meta, Writer};
+use proptest::prelude::*;
 use serde_json::json;
 
 use super::*;
@@ -206,6 +207,7 @@ fn deepseek_is_the_same_in_both_generations() {
         Latent { q_rank: Some(1536), kv_rank: 512, nope_dim: 128, rope_dim: 64, value_dim: 128, interleaved: true };
     assert_eq!(four.attention, Attention::Latent(latent));
     assert_eq!((four.head_dim(), four.rotary_dim(), four.rope_frequencies().len()), (192, 64, 32));
+    assert_eq!((four.cache_values(), four.mixture().unwrap().count), (576, 256));
     assert!(four.experts(2).is_none());
     let experts = four.experts(3).unwrap();
     assert_eq!((experts.count, experts.per_token, experts.shared, experts.scale), (256, 8, 1, 2.5));
@@ -400,3 +402,50 @@ fn gguf_stretches_and_neutral_keys_are_read() {
     let moe = gguf("qwen3moe", &keys(&experts)).unwrap();
     assert!(moe.experts(60).is_some_and(|experts| experts.normalized && experts.count == 8));
 }
+
+proptest! {
+    /// A description with strange values is taken or refused, and a model that is taken has possible sizes.
+    #[test]
+    fn strange_descriptions_never_panic(
+        family in 0..3_usize,
+        changes in proptest::collection::vec((any::<prop::sample::Index>(), 0..STRANGE.len()), 1..4),
+    ) {
+        let mut value = [qwen3_moe(), deepseek_v3(), deepseek_v2_lite()][family].clone();
+        for (at, strange) in changes {
+            let keys: Vec<String> = value.as_object().unwrap().keys().cloned().collect();
+            value[at.get(&keys)] = serde_json::from_str(STRANGE[strange]).unwrap();
+        }
+        if let Ok(config) = parse(&value) {
+            prop_assert!(config.rope_frequencies().iter().all(|f| f.is_finite()));
+            prop_assert!((0..config.layers).filter_map(|layer| config.experts(layer)).all(|e| e.per_token <= e.count));
+            prop_assert!(config.heads % config.kv_heads() == 0 && config.score_scale() > 0.0);
+        }
+    }
+}
+
+/// Values that no key expects.
+const STRANGE: &[&str] = &[
+    "0",
+    "1",
+    "2",
+    "-1",
+    "1048576",
+    "1048577",
+    "18446744073709551615",
+    "1e308",
+    "1e-308",
+    "0.5",
+    "null",
+    "true",
+    "false",
+    "\"\"",
+    "\"yarn\"",
+    "[]",
+    "[0]",
+    "[1, 1]",
+    "[18446744073709551615]",
+    "{}",
+    "{\"rope_type\": \"yarn\"}",
+    "{\"rope_type\": \"yarn\", \"factor\": 1e38, \"original_max_position_embeddings\": 1e-38}",
+    "{\"rope_type\": \"llama3\", \"factor\": 2, \"low_freq_factor\": 1, \"high_freq_factor\": 1, \"original_max_position_embeddings\": 1}",
+];

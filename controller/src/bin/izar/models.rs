@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use clap::{Args, Subcommand};
+use izar_common::wire::agent::{CacheType, Kernels, Quant};
 use izar_controller::control::view::{DeploymentView, Deployments, ModelView, Models};
 use serde_json::{Value, json};
 
@@ -67,6 +68,18 @@ pub struct Deploy {
     /// Most tokens of prompt and answer together [default: what the model was made for]
     #[arg(long)]
     max_context: Option<u32>,
+    /// How weights are kept in memory: f32, f16, int8 or int4 [default: int4]
+    #[arg(long)]
+    quant: Option<Quant>,
+    /// What computes: auto (the fastest that the processor has), reference, portable, avx2 or avx512 [default: auto]
+    #[arg(long)]
+    kernels: Option<Kernels>,
+    /// How keys and values are kept: f16 or f32 [default: f16]
+    #[arg(long)]
+    cache_type: Option<CacheType>,
+    /// Memory of each replica for keys and values, in MiB [default: 512]
+    #[arg(long)]
+    cache_mib: Option<u64>,
 }
 
 pub async fn run(command: Command, common: &Common) -> anyhow::Result<()> {
@@ -122,6 +135,10 @@ async fn deploy(admin: &Admin, deploy: &Deploy) -> anyhow::Result<DeploymentView
         "replicas": deploy.replicas,
         "max_batch": deploy.max_batch,
         "max_context": deploy.max_context,
+        "quant": deploy.quant,
+        "kernels": deploy.kernels,
+        "cache_type": deploy.cache_type,
+        "cache_bytes": deploy.cache_mib.map(|mib| mib.saturating_mul(1 << 20)),
     });
     admin.post("/v1/deployments", &body).await
 }
@@ -159,10 +176,16 @@ fn human_deployments(deployments: &Deployments) -> String {
     let mut rows = Vec::new();
     for d in &deployments.deployments {
         let reached = format!("{} of {}", d.ready, d.wanted);
-        rows.push(vec![d.name.to_string(), show::short(&d.revision), reached, String::new()]);
+        let cache = format!("{} cache of {} MiB", d.cache_type, d.cache_bytes >> 20);
+        let how = format!("{}, {} kernels, {cache}, batches of {}", d.quant, d.kernels, d.max_batch);
+        rows.push(vec![d.name.to_string(), show::short(&d.revision), reached, how]);
         for w in &d.workers {
             let place = format!("on {}: {}", w.agent, w.state);
-            rows.push(vec![format!("  {}", w.worker), String::new(), place, w.detail.clone()]);
+            let detail = match w.numerics {
+                Some(numerics) if w.detail.is_empty() => format!("numerics {numerics}"),
+                _ => w.detail.clone(),
+            };
+            rows.push(vec![format!("  {}", w.worker), String::new(), place, detail]);
         }
         if d.unplaced > 0 {
             rows.push(vec![String::new(), String::new(), format!("{} without a place", d.unplaced), String::new()]);

@@ -8,8 +8,8 @@ use serde::{Deserialize as FromJson, Serialize};
 use serde_json::Value;
 
 use super::sse::Kind;
-use super::{Head, UsageOut, finish_reason};
-use crate::gateway::chat::{Answer, Prompt};
+use super::{Head, UsageOut, finish_reason, logprobs};
+use crate::gateway::chat::{self, Answer, Prompt};
 use crate::gateway::error::Error;
 use crate::gateway::intake;
 
@@ -131,7 +131,7 @@ struct Completion<'a> {
     object: &'static str,
     created: u64,
     model: &'a str,
-    choices: [Choice<'a>; 1],
+    choices: Vec<Choice<'a>>,
     usage: UsageOut,
 }
 
@@ -139,7 +139,7 @@ struct Completion<'a> {
 struct Choice<'a> {
     index: u32,
     message: MessageOut<'a>,
-    logprobs: Option<()>,
+    logprobs: Value,
     finish_reason: &'static str,
 }
 
@@ -150,6 +150,15 @@ struct MessageOut<'a> {
     refusal: Option<()>,
 }
 
+fn choice((index, choice): (u32, &chat::Choice)) -> Choice<'_> {
+    Choice {
+        index,
+        message: MessageOut { role: "assistant", content: &choice.text, refusal: None },
+        logprobs: logprobs::json(Kind::Chat, &choice.scored),
+        finish_reason: finish_reason(choice.finish),
+    }
+}
+
 /// Writes a whole answer.
 pub fn answer(head: &Head, answer: &Answer) -> Vec<u8> {
     let completion = Completion {
@@ -157,12 +166,7 @@ pub fn answer(head: &Head, answer: &Answer) -> Vec<u8> {
         object: "chat.completion",
         created: head.created,
         model: head.model.as_str(),
-        choices: [Choice {
-            index: 0,
-            message: MessageOut { role: "assistant", content: &answer.text, refusal: None },
-            logprobs: None,
-            finish_reason: finish_reason(answer.finish),
-        }],
+        choices: (0..).zip(&answer.choices).map(choice).collect(),
         usage: answer.usage.into(),
     };
     serde_json::to_vec(&completion).expect("strings and numbers are JSON")
@@ -216,12 +220,21 @@ mod tests {
         assert_eq!(read, [(Role::System, "be brief"), (Role::Assistant, ""), (Role::User, "ab")]);
     }
 
+    fn said(text: &str) -> chat::Choice {
+        chat::Choice { text: text.into(), scored: Vec::new(), finish: Finish::Stop }
+    }
+
     #[test]
     fn an_answer_has_openais_shape() {
         let head = Head { turn: TurnId(1), created: 5, model: DeploymentId::new("m").unwrap() };
         let usage = Usage { prompt_tokens: 3, completion_tokens: 4 };
         let json: Value =
-            serde_json::from_slice(&answer(&head, &Answer { text: "hi".into(), finish: Finish::Stop, usage })).unwrap();
+            serde_json::from_slice(&answer(&head, &Answer { choices: vec![said("hi"), said("ho")], usage })).unwrap();
+        assert_eq!(
+            (&json["choices"][1]["index"], &json["choices"][1]["message"]["content"]),
+            (&1.into(), &"ho".into())
+        );
+        assert_eq!(json["choices"][0]["logprobs"], Value::Null);
         assert_eq!((json["object"].as_str(), json["created"].as_u64()), (Some("chat.completion"), Some(5)));
         assert_eq!(json["choices"][0]["message"]["content"], "hi");
         assert_eq!(json["choices"][0]["finish_reason"], "stop");

@@ -5,10 +5,11 @@ use std::fmt;
 use izar_common::chat::Token;
 use serde::de::{Deserialize, Deserializer, SeqAccess, Visitor};
 use serde::{Deserialize as FromJson, Serialize, de};
+use serde_json::Value;
 
 use super::sse::Kind;
-use super::{Head, UsageOut, finish_reason};
-use crate::gateway::chat::{Answer, Prompt};
+use super::{Head, UsageOut, finish_reason, logprobs};
+use crate::gateway::chat::{self, Answer, Prompt};
 use crate::gateway::error::Error;
 use crate::gateway::intake;
 
@@ -115,7 +116,7 @@ struct Completion<'a> {
     object: &'static str,
     created: u64,
     model: &'a str,
-    choices: [Choice<'a>; 1],
+    choices: Vec<Choice<'a>>,
     usage: UsageOut,
 }
 
@@ -123,19 +124,23 @@ struct Completion<'a> {
 struct Choice<'a> {
     index: u32,
     text: &'a str,
-    logprobs: Option<()>,
+    logprobs: Value,
     finish_reason: &'static str,
+}
+
+fn choice((index, choice): (u32, &chat::Choice)) -> Choice<'_> {
+    let (logprobs, finish_reason) = (logprobs::json(Kind::Completion, &choice.scored), finish_reason(choice.finish));
+    Choice { index, text: &choice.text, logprobs, finish_reason }
 }
 
 /// Writes a whole answer.
 pub fn answer(head: &Head, answer: &Answer) -> Vec<u8> {
-    let finish_reason = finish_reason(answer.finish);
     let completion = Completion {
         id: head.id(Kind::Completion),
         object: "text_completion",
         created: head.created,
         model: head.model.as_str(),
-        choices: [Choice { index: 0, text: &answer.text, logprobs: None, finish_reason }],
+        choices: (0..).zip(&answer.choices).map(choice).collect(),
         usage: answer.usage.into(),
     };
     serde_json::to_vec(&completion).expect("strings and numbers are JSON")
@@ -187,7 +192,13 @@ mod tests {
     fn an_answer_has_openais_shape() {
         let head = Head { turn: TurnId(1), created: 5, model: DeploymentId::new("m").unwrap() };
         let usage = Usage { prompt_tokens: 3, completion_tokens: 4 };
-        let whole = answer(&head, &Answer { text: "hi".into(), finish: Finish::Length, usage });
+        let whole = answer(
+            &head,
+            &Answer {
+                choices: vec![chat::Choice { text: "hi".into(), scored: Vec::new(), finish: Finish::Length }],
+                usage,
+            },
+        );
         let json: serde_json::Value = serde_json::from_slice(&whole).unwrap();
         assert_eq!(
             (json["object"].as_str(), json["choices"][0]["text"].as_str()),

@@ -10,8 +10,9 @@ use izar_common::chat::{Finish, Usage};
 use serde_json::Value;
 
 use super::Head;
-use super::error;
+use super::{error, logprobs};
 use crate::gateway::error::Error;
+use crate::gateway::turn::Piece;
 
 /// Which of the two kinds of answer is streamed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,7 +21,7 @@ pub enum Kind {
     Completion,
 }
 
-/// Events beside those with text that one answer can have: role, end, usage, `[DONE]`, error, a keep-alive.
+/// Events beside those with text that one choice can have: role, end, usage, `[DONE]`, error, a keep-alive.
 pub const OTHER_EVENTS: usize = 8;
 
 /// Writes the events of one answer.
@@ -51,42 +52,47 @@ impl Events {
         Self { kind, head: text, tail, include_usage }
     }
 
-    fn choice(&self, out: &mut BytesMut, before: &str, text: &str, after: &str) {
-        out.reserve(self.head.len() + before.len() + text.len() + after.len() + self.tail.len() + 16);
+    fn choice(&self, choice: u32, out: &mut BytesMut, before: &str, text: &str, after: &str) {
+        out.reserve(self.head.len() + before.len() + text.len() + after.len() + self.tail.len() + 32);
         out.put_slice(self.head.as_bytes());
+        let _ = write!(out, r#"{{"index":{choice},"#);
         out.put_slice(before.as_bytes());
         escape(text, out);
         out.put_slice(after.as_bytes());
         out.put_slice(self.tail.as_bytes());
     }
 
-    /// The first event of a chat says who speaks; a completion has none.
-    pub fn begin(&self, out: &mut BytesMut) {
+    /// The first event of a choice of a chat says who speaks; a completion has none.
+    pub fn begin(&self, choice: u32, out: &mut BytesMut) {
         if self.kind == Kind::Chat {
-            let before = r#"{"index":0,"delta":{"role":"assistant","content":""#;
-            self.choice(out, before, "", r#""},"logprobs":null,"finish_reason":null}"#);
+            let before = r#""delta":{"role":"assistant","content":""#;
+            self.choice(choice, out, before, "", r#""},"logprobs":null,"finish_reason":null}"#);
         }
     }
 
-    pub fn text(&self, text: &str, out: &mut BytesMut) {
-        match self.kind {
-            Kind::Chat => {
-                let after = r#""},"logprobs":null,"finish_reason":null}"#;
-                self.choice(out, r#"{"index":0,"delta":{"content":""#, text, after);
-            }
-            Kind::Completion => {
-                self.choice(out, r#"{"index":0,"text":""#, text, r#"","logprobs":null,"finish_reason":null}"#);
-            }
-        }
-    }
-
-    /// The last events of an answer that came to its end.
-    pub fn finish(&self, finish: Finish, usage: Usage, out: &mut BytesMut) {
-        let before = match self.kind {
-            Kind::Chat => r#"{"index":0,"delta":{},"logprobs":null,"finish_reason":""#,
-            Kind::Completion => r#"{"index":0,"text":"","logprobs":null,"finish_reason":""#,
+    pub fn text(&self, choice: u32, piece: Piece<'_>, out: &mut BytesMut) {
+        let (before, after) = match self.kind {
+            Kind::Chat => (r#""delta":{"content":""#, r#""},"logprobs":null,"finish_reason":null}"#),
+            Kind::Completion => (r#""text":""#, r#"","logprobs":null,"finish_reason":null}"#),
         };
-        self.choice(out, before, super::finish_reason(finish), r#""}"#);
+        if piece.scored.is_empty() {
+            return self.choice(choice, out, before, piece.text, after);
+        }
+        let logprobs = logprobs::json(self.kind, piece.scored).to_string();
+        self.choice(choice, out, before, piece.text, &after.replacen("null", &logprobs, 1));
+    }
+
+    /// The last event of a choice that came to its end.
+    pub fn end(&self, choice: u32, finish: Finish, out: &mut BytesMut) {
+        let before = match self.kind {
+            Kind::Chat => r#""delta":{},"logprobs":null,"finish_reason":""#,
+            Kind::Completion => r#""text":"","logprobs":null,"finish_reason":""#,
+        };
+        self.choice(choice, out, before, super::finish_reason(finish), r#""}"#);
+    }
+
+    /// The last events of an answer whose choices have come to their ends.
+    pub fn finish(&self, usage: Usage, out: &mut BytesMut) {
         if self.include_usage {
             out.put_slice(self.head.as_bytes());
             let usage = serde_json::to_string(&super::UsageOut::from(usage)).expect("numbers are JSON");
@@ -141,6 +147,7 @@ fn escape(text: &str, out: &mut BytesMut) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::gateway::turn::Scored;
     use izar_common::id::{DeploymentId, TurnId};
     use proptest::prelude::*;
     use serde_json::json;
@@ -148,6 +155,10 @@ mod tests {
     fn events(kind: Kind, include_usage: bool) -> Events {
         let head = Head { turn: TurnId(0xab), created: 17, model: DeploymentId::new("m").unwrap() };
         Events::new(kind, &head, include_usage)
+    }
+
+    fn piece(text: &str) -> Piece<'_> {
+        Piece { text, scored: &[] }
     }
 
     /// The JSON of each event that `write` wrote.
@@ -170,9 +181,10 @@ mod tests {
         let events = events(Kind::Chat, false);
         let usage = Usage { prompt_tokens: 2, completion_tokens: 3 };
         let written = written(|out| {
-            events.begin(out);
-            events.text("hi", out);
-            events.finish(Finish::Stop, usage, out);
+            events.begin(0, out);
+            events.text(0, piece("hi"), out);
+            events.end(0, Finish::Stop, out);
+            events.finish(usage, out);
         });
         let choice = |delta: Value, finish: Value| json!([{"index": 0, "delta": delta, "logprobs": null, "finish_reason": finish}]);
         let expected = [
@@ -189,8 +201,9 @@ mod tests {
         let events = events(Kind::Chat, true);
         let usage = Usage { prompt_tokens: 2, completion_tokens: 3 };
         let written = written(|out| {
-            events.text("hi", out);
-            events.finish(Finish::Length, usage, out);
+            events.text(0, piece("hi"), out);
+            events.end(0, Finish::Length, out);
+            events.finish(usage, out);
         });
         assert_eq!(written[0]["usage"], Value::Null);
         assert!(written[0].as_object().unwrap().contains_key("usage"));
@@ -204,12 +217,29 @@ mod tests {
     fn a_completion_has_text_and_no_role() {
         let events = events(Kind::Completion, false);
         let mut none = BytesMut::new();
-        events.begin(&mut none);
+        events.begin(0, &mut none);
         assert!(none.is_empty());
-        let written = written(|out| events.text("hi", out));
+        let written = written(|out| events.text(0, piece("hi"), out));
         assert_eq!(written[0]["object"], "text_completion");
         assert_eq!(written[0]["choices"], json!([{"index": 0, "text": "hi", "logprobs": null, "finish_reason": null}]));
         assert!(written[0]["id"].as_str().unwrap().starts_with("cmpl-"));
+    }
+
+    #[test]
+    fn every_event_names_its_choice_and_the_tokens_that_were_asked_for() {
+        let scored = [Scored { token: b"null".to_vec(), logprob: -0.5, top: Vec::new(), offset: 0 }];
+        for (kind, place) in
+            [(Kind::Chat, "/choices/0/logprobs/content/0/token"), (Kind::Completion, "/choices/0/logprobs/tokens/0")]
+        {
+            let events = events(kind, false);
+            let written = written(|out| {
+                events.text(7, Piece { text: "null", scored: &scored }, out);
+                events.end(7, Finish::Stop, out);
+            });
+            assert_eq!(written[0].pointer(place).unwrap(), "null", "{written:?}");
+            assert!(written.iter().all(|event| event["choices"][0]["index"] == 7), "{written:?}");
+            assert_eq!(written[1]["choices"][0]["logprobs"], Value::Null);
+        }
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use izar_common::blob;
-use izar_common::chat::{Finish, Job, JobEvent, Token, Usage};
+use izar_common::chat::{Finish, Job, JobEvent, Logprobs, Token, Usage};
 use izar_common::clock::{Clock, Hlc};
 use izar_common::health::{Generation, Report, WorkerReport, WorkerState};
 use izar_common::id::{Identity, KeyId, NodeId, ProjectId, Role, TurnId};
@@ -315,6 +315,7 @@ fn ready(assignment: &Assignment) -> Vec<WorkerReport> {
         waiting: 0,
         max_batch: spec.engine.max_batch,
         restarts: 0,
+        numerics: None,
         detail: String::new(),
     };
     assignment.workers.iter().map(worker).collect()
@@ -348,6 +349,7 @@ async fn act(job: Job, mut tx: Sender, go: &Notify, cancel: &mpsc::Sender<TurnId
         () if has("flaky") && job.attempt < 2 => vec![failed(true)],
         () if has("half") => vec![tokens(0, "one"), failed(true)],
         () if has("broken") => vec![failed(false)],
+        () if has("choice") => choose(&job, go).await,
         () => vec![tokens(0, "one "), tokens(4, "two"), done(&job, 7)],
     };
     for event in events {
@@ -361,8 +363,28 @@ async fn told(cancel: &mpsc::Sender<TurnId>, turn: TurnId) {
     let _ = cancel.send(turn).await;
 }
 
+/// Choice 0 waits for `go` and says one word less than the others; each says its number, and fails on its first attempt.
+async fn choose(job: &Job, go: &Notify) -> Vec<JobEvent> {
+    if job.attempt == 0 {
+        return vec![JobEvent::Failed { reason: "the script says so".into(), retryable: true }];
+    }
+    if job.choice == 0 {
+        go.notified().await;
+        return vec![scored(job, 0, "0"), done(job, 1)];
+    }
+    vec![scored(job, 0, &job.choice.to_string()), scored(job, 1, "!"), done(job, 2)]
+}
+
 fn tokens(position: u32, text: &str) -> JobEvent {
-    JobEvent::Tokens { position, tokens: text.bytes().map(Token::from).collect() }
+    JobEvent::Tokens { position, tokens: text.bytes().map(Token::from).collect(), logprobs: Vec::new() }
+}
+
+/// Like `tokens`, with log-probabilities if the job asks for them.
+fn scored(job: &Job, position: u32, text: &str) -> JobEvent {
+    let tokens: Vec<Token> = text.bytes().map(Token::from).collect();
+    let score = |token: &Token| Logprobs { logprob: -0.5, top: vec![(*token, -0.5)] };
+    let logprobs = job.sampling.logprobs.iter().flat_map(|_| tokens.iter().map(score)).collect();
+    JobEvent::Tokens { position, tokens, logprobs }
 }
 
 fn done(job: &Job, completion_tokens: u32) -> JobEvent {
