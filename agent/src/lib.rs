@@ -2,11 +2,12 @@
 //!
 //! `daemon` builds and stops the parts of the agent process: `link` keeps a session with every controller, `reconcile`
 //! compares what shall run with what does, `worker` supervises one process per replica. Inside a worker process
-//! `serve` speaks with the agent, `engine` batches, `model` computes on `ops`. An agent holds nothing that must
-//! survive: a controller tells it everything again.
+//! `serve` speaks with the agent, `engine` batches, `model` computes on `ops`; `bench` measures them. An agent holds
+//! nothing that must survive: a controller tells it everything again.
 #![deny(unsafe_code)]
 
 pub mod backoff;
+pub mod bench;
 pub mod config;
 pub mod daemon;
 pub mod engine;

@@ -1,5 +1,5 @@
 //! `izar-agent`: the daemon of a server that computes. With `worker` it is one of its own child processes; with
-//! `inspect` it describes a model file.
+//! `inspect` it describes a model file, with `bench` it measures the engine.
 #![forbid(unsafe_code)]
 
 use std::io::Read;
@@ -54,13 +54,17 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Measure the engine.
+    #[command(subcommand)]
+    Bench(izar_agent::bench::Command),
 }
 
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
-    let result = match &arguments.command {
+    let mut arguments = Arguments::parse();
+    let result = match arguments.command.take() {
         Some(Command::Worker { log_level, .. }) => worker(log_level.as_deref()),
-        Some(Command::Inspect { path, json }) => izar_agent::inspect::run(path, *json),
+        Some(Command::Inspect { path, json }) => izar_agent::inspect::run(&path, json),
+        Some(Command::Bench(command)) => izar_agent::bench::run(command),
         None => match &arguments.config {
             Some(config) => daemon(config, &arguments),
             None => Err(anyhow::anyhow!("--config FILE is needed")),

@@ -59,7 +59,11 @@ pub fn run(stream: UnixStream) -> anyhow::Result<()> {
         bail!("the first frame is not a load")
     };
     let numerics = numerics(&manifest, &engine);
-    let mut worker = Worker { engine: start(manifest, files, text, &engine, say)?, numerics, told: State::Loading };
+    let wake = move || {
+        // A planner that is gone needs no waking.
+        let _ = say.send(Happening::Wake);
+    };
+    let mut worker = Worker { engine: start(manifest, files, text, &engine, wake)?, numerics, told: State::Loading };
     let mut output = Output { stream, buffer: BytesMut::new(), busy: 0 };
     frames.try_for_each(|frame| worker.take(frame))?;
     let end = worker.serve(&happenings, &mut output);
@@ -70,13 +74,14 @@ pub fn run(stream: UnixStream) -> anyhow::Result<()> {
     }
 }
 
-/// Makes the engine for a model. Loading happens on the engine's own thread.
-fn start(
+/// Makes the engine for a model. Loading happens on the engine's own thread, which calls `wake` when there is something
+/// to poll.
+pub fn start(
     manifest: Manifest,
     files: Vec<PathBuf>,
     text: Option<PathBuf>,
     options: &EngineOptions,
-    say: SyncSender<Happening>,
+    wake: impl Fn() + Send + 'static,
 ) -> anyhow::Result<Box<dyn Engine>> {
     if let Kind::Echo { first_token_us, next_token_us } = manifest.kind {
         let context = match options.max_context as usize {
@@ -91,10 +96,6 @@ fn start(
         let mut loaded = model::load(&manifest, &files, &how?)?;
         loaded.eos.extend(text.as_deref().map(ends).transpose()?.unwrap_or_default());
         Ok(loaded)
-    };
-    let wake = move || {
-        // A planner that is gone needs no waking.
-        let _ = say.send(Happening::Wake);
     };
     let executor = Executor::start(options.threads as usize, load, wake).context("start the executor")?;
     Ok(Box::new(Lm::new(executor, grammars, options.max_batch as usize)))

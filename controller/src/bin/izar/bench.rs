@@ -1,8 +1,9 @@
-//! `izar bench api`: drives any OpenAI endpoint and tells rates, times and errors.
+//! `izar bench api`: drives any OpenAI endpoint and tells rates, times and errors; the others become `izar-agent bench`.
 //!
 //! The generator is lean (own HTTP/1.1 on kept connections, scanning instead of parsing JSON) and says what it costs
 //! itself, so that a figure is not the generator's: `--ceiling` measures it alone, against canned answers.
 
+mod agent;
 mod ceiling;
 mod client;
 mod cpu;
@@ -40,6 +41,15 @@ const OPEN_CONNECTIONS: usize = 256;
 pub enum Command {
     /// Drive an OpenAI endpoint: closed loop (--concurrency) or open loop (--rate)
     Api(Box<Options>),
+    /// Measure the engine alone, on this machine: rates, time to first token, memory
+    #[command(disable_help_flag = true)]
+    Engine(agent::Options),
+    /// Compare the forms of a model's weights: memory, perplexity, speed
+    #[command(disable_help_flag = true)]
+    Quality(agent::Options),
+    /// Compare greedy answers with those of another program for the same weights
+    #[command(disable_help_flag = true)]
+    Greedy(agent::Options),
 }
 
 #[derive(Debug, Args)]
@@ -107,7 +117,12 @@ pub struct Options {
 }
 
 pub fn run(command: Command, as_json: bool) -> anyhow::Result<()> {
-    let Command::Api(options) = command;
+    let options = match command {
+        Command::Api(options) => options,
+        Command::Engine(options) => return agent::run("engine", options, as_json),
+        Command::Quality(options) => return agent::run("quality", options, as_json),
+        Command::Greedy(options) => return agent::run("greedy", options, as_json),
+    };
     options.check()?;
     let report = if options.ceiling { ceiling(&options)? } else { measure(&options)? };
     show::print(as_json, &report, Report::text)

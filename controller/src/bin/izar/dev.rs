@@ -19,7 +19,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::ready::Ready;
 use children::Children;
 use layout::Layout;
-use model::Model;
+pub use model::{Model, SMOLLM2};
 
 /// More daemons than this on one machine measure the machine, not Izar.
 const MAX_AGENTS: usize = 16;

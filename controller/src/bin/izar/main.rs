@@ -1,5 +1,5 @@
 //! `izar`: the operator's tool. A thin client of a controller's admin socket, and the way to try everything on one
-//! machine (`izar dev`, `izar chat`, `izar bench api`).
+//! machine (`izar dev`, `izar chat`, `izar bench`).
 //!
 //! It decides nothing that a controller decides: it asks, and shows the answer as a short table or, with `--json`, as
 //! the controller gave it.

