@@ -258,7 +258,7 @@ fn room(config: &Config, options: &Options) -> Result<(usize, usize), Error> {
     let blocks = usize::try_from(options.cache_bytes / block_bytes).unwrap_or(usize::MAX).min(u32::MAX as usize);
     let holds = blocks.saturating_mul(TOKENS);
     let context = match options.max_context {
-        // What the model was made for is not what was asked for: half of it may do.
+        // Nobody asked for the model's whole context: what the budget holds will do.
         0 => config.context.min(holds),
         asked => config.context.min(asked),
     };

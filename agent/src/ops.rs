@@ -60,13 +60,6 @@ impl Ops {
     pub fn cpu(path: Path) -> Self {
         Self { path, device: Device::flex() }
     }
-    /// Burn's operations on any of its devices.
-    pub fn reference(device: Device) -> Self {
-        Self { path: Path::Reference, device }
-    }
-    pub fn path(&self) -> Path {
-        self.path
-    }
     pub fn device(&self) -> &Device {
         &self.device
     }
@@ -95,7 +88,7 @@ impl Ops {
                     None => linear,
                 };
                 // What embeddings are looked up in, in the form that takes least.
-                Linear::Reference { linear, rows: Arc::new(packed) }
+                Linear::Reference { linear: Box::new(linear), rows: Arc::new(packed) }
             }
         }
     }
@@ -255,7 +248,7 @@ impl Cache {
 #[derive(Debug, Clone)]
 pub enum Linear {
     Kernels { isa: Isa, layer: Arc<cpu::Layer> },
-    Reference { linear: reference::Linear, rows: Arc<Packed> },
+    Reference { linear: Box<reference::Linear>, rows: Arc<Packed> },
 }
 
 impl Linear {

@@ -89,7 +89,7 @@ impl Compiler {
         let matcher = llguidance::Matcher::new(parser);
         match matcher.get_error() {
             Some(reason) => Err(Error::Refused(bounded(&reason))),
-            None => Ok(Matcher(matcher)),
+            None => Ok(Matcher(Box::new(matcher))),
         }
     }
 }
@@ -144,8 +144,8 @@ fn bounded(reason: &str) -> String {
     reason.replace("<non-verbose/>", "").trim().chars().take(REASON).collect()
 }
 
-/// Follows one answer.
-pub struct Matcher(llguidance::Matcher);
+/// Follows one answer. In a box, for it is passed from thread to thread with every token.
+pub struct Matcher(Box<llguidance::Matcher>);
 
 impl Matcher {
     /// Which tokens may come next; only end tokens once the answer is whole. CPU work of up to some milliseconds.

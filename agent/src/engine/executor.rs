@@ -1,8 +1,9 @@
 //! The thread that owns a model: loads it, computes steps, draws tokens.
 //!
 //! A panic in it is caught, because a fault of a device shows as one; the model is dropped and never used again, and
-//! what was asked of it is answered with `Broken`. Parallel work runs in a thread pool of its own, and the whole step
-//! inside that pool, so that the operations of a step need not wake it one by one. Between steps all threads sleep.
+//! what was asked of it is answered with `Broken`. Kernels and draws share the process's pool (`ops::cpu::pool`); Burn's
+//! own operations have one of theirs, and a step runs inside it, so that they need not wake it one by one. Between steps
+//! all threads sleep.
 
 use std::any::Any;
 use std::collections::HashMap;

@@ -331,7 +331,8 @@ pub mod tests {
         assert_eq!(refused(job(&[], &[], 1)), "the prompt is empty");
         assert_eq!(refused(job(&[1; 8], &[], 1)), "the prompt has 8 tokens, the context holds 8");
         assert_eq!(refused(job(&[1], &[100], 1)), "token 100 is not in the vocabulary of 100");
-        let changes: [(&str, fn(&mut Sampling)); 9] = [
+        type Change = (&'static str, fn(&mut Sampling));
+        let changes: [Change; 9] = [
             ("temperature", |s| s.temperature = f32::NAN),
             ("temperature", |s| s.temperature = -1.0),
             ("top_p", |s| s.top_p = 0.0),

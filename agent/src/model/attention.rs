@@ -16,7 +16,7 @@ const LATENT_EPSILON: f32 = 1e-6;
 #[derive(Debug)]
 pub enum Attention {
     Grouped(GroupedAttention),
-    Latent(LatentAttention),
+    Latent(Box<LatentAttention>),
 }
 
 impl Attention {
@@ -25,7 +25,7 @@ impl Attention {
             config::Attention::Grouped { kv_heads, head_dim } => {
                 Self::Grouped(GroupedAttention::load(loading, name, kv_heads, head_dim)?)
             }
-            config::Attention::Latent(latent) => Self::Latent(LatentAttention::load(loading, name, latent)?),
+            config::Attention::Latent(latent) => Self::Latent(Box::new(LatentAttention::load(loading, name, latent)?)),
         })
     }
     /// Attends and adds the result to `residual`. `x`, `residual`: `[rows, hidden]`.
@@ -124,7 +124,9 @@ impl GroupedAttention {
 pub struct LatentAttention {
     sizes: config::Latent,
     shape: Latent,
-    query: Query,
+    /// Makes the normalized vector that queries are made from, where that is not the input itself.
+    compress: Option<(Linear, Tensor<1>)>,
+    query: Linear,
     /// Outputs: the latent, then the rotated key.
     kv_a: Linear,
     kv_norm: Tensor<1>,
@@ -135,14 +137,6 @@ pub struct LatentAttention {
     output: Linear,
 }
 
-/// How queries are made.
-#[derive(Debug)]
-enum Query {
-    Direct(Linear),
-    /// Through a normalized vector.
-    Ranked(Linear, Tensor<1>, Linear),
-}
-
 impl LatentAttention {
     fn load(loading: &Loading<'_>, name: &str, sizes: config::Latent) -> Result<Self, Error> {
         let (config, format) = (loading.config, loading.options.format);
@@ -150,13 +144,12 @@ impl LatentAttention {
         let named = |part: &str| format!("{name}.{part}");
         let linear = |part: &str, outputs, inputs| loading.linear(format, &[(&named(part), outputs)], inputs, false);
         let width = heads * sizes.query_dim();
-        let query = match sizes.q_rank {
-            None => Query::Direct(linear("q_proj", width, hidden)?),
-            Some(rank) => Query::Ranked(
-                linear("q_a_proj", rank, hidden)?,
-                loading.vector(&named("q_a_layernorm.weight"), rank)?,
-                linear("q_b_proj", width, rank)?,
-            ),
+        let (compress, query) = match sizes.q_rank {
+            None => (None, linear("q_proj", width, hidden)?),
+            Some(rank) => {
+                let norm = loading.vector(&named("q_a_layernorm.weight"), rank)?;
+                (Some((linear("q_a_proj", rank, hidden)?, norm)), linear("q_b_proj", width, rank)?)
+            }
         };
         let (nope, rank, value) = (sizes.nope_dim, sizes.kv_rank, sizes.value_dim);
         let kv_b = loading.rows(&named("kv_b_proj.weight"), &[heads * (nope + value), rank])?;
@@ -170,6 +163,7 @@ impl LatentAttention {
         Ok(Self {
             sizes,
             shape: shape(config, sizes),
+            compress,
             query,
             kv_a: linear("kv_a_proj_with_mqa", rank + sizes.rope_dim, hidden)?,
             kv_norm: loading.vector(&named("kv_a_layernorm.weight"), rank)?,
@@ -185,11 +179,11 @@ impl LatentAttention {
         let latent = ops.rms_norm(kv.clone().slice(s![.., 0..rank]), &self.kv_norm, LATENT_EPSILON);
         let key = ops.rotate(kv.slice(s![.., rank..]).reshape([rows, 1, rope_dim]), plan, interleaved);
         let new = Tensor::cat(vec![latent, key.reshape([rows, rope_dim])], 1);
-        let q = match &self.query {
-            Query::Direct(linear) => linear.forward(x),
-            Query::Ranked(a, norm, b) => b.forward(ops.rms_norm(a.forward(x), norm, LATENT_EPSILON)),
+        let from = match &self.compress {
+            Some((linear, norm)) => ops.rms_norm(linear.forward(x), norm, LATENT_EPSILON),
+            None => x,
         };
-        let q = q.reshape([rows, heads, nope_dim + rope_dim]);
+        let q = self.query.forward(from).reshape([rows, heads, nope_dim + rope_dim]);
         let absorbed = per_head(&self.absorb, q.clone().slice(s![.., .., 0..nope_dim]));
         let turned = ops.rotate(q.slice(s![.., .., nope_dim..]), plan, interleaved);
         let queries = Tensor::cat(vec![absorbed, turned], 2);
@@ -197,12 +191,9 @@ impl LatentAttention {
         self.output.forward_onto(mixed.reshape([rows, heads * self.sizes.value_dim]), residual)
     }
     fn bytes(&self) -> usize {
-        let query = match &self.query {
-            Query::Direct(linear) => linear.bytes(),
-            Query::Ranked(a, _, b) => a.bytes() + b.bytes(),
-        };
-        let heads = self.absorb.iter().chain(&self.expand).map(Linear::bytes).sum::<usize>();
-        query + heads + self.kv_a.bytes() + self.output.bytes()
+        let compress = self.compress.iter().map(|(linear, _)| linear);
+        let linears = [&self.query, &self.kv_a, &self.output].into_iter().chain(compress);
+        linears.chain(&self.absorb).chain(&self.expand).map(Linear::bytes).sum()
     }
 }
 

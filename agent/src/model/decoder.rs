@@ -51,8 +51,7 @@ impl Decoder {
         let ops = options.ops();
         let loading = Loading { config, source, options, ops: ops.clone() };
         let (vocabulary, hidden) = (config.vocabulary, config.hidden);
-        // Errors in single tokens' rows weigh more than elsewhere, and these two are not read whole for each token,
-        // or once a step at most.
+        // Rounding errors in these two weigh most: one is where everything begins, the other decides between tokens.
         let format = if options.format == Format::Int4 { Format::Int8 } else { options.format };
         let table = |name: &str| loading.linear(format, &[(name, vocabulary)], hidden, false);
         let embedding = table("model.embed_tokens")?;

@@ -550,7 +550,7 @@ mod tests {
         }
         let weigh = Weigh::new(all[0].1, shape.temperature);
         let mut all: Vec<(usize, f64)> = all.into_iter().map(|(t, l)| (t, f64::from(weigh.one(l)))).collect();
-        all.retain(|(_, w)| *w >= f64::from(shape.min_p));
+        all.retain(|(_, w)| *w > 0.0 && *w >= f64::from(shape.min_p));
         let wanted = all.iter().map(|(_, w)| w).sum::<f64>() * f64::from(shape.top_p);
         let mut held = 0.0;
         let enough = all.iter().position(|(_, w)| {
@@ -596,10 +596,15 @@ mod tests {
             prop_assert_eq!(take(&row, &shape, at), Some(token));
             let tokens = plainly(&row, &shape);
             prop_assert!(tokens.contains(&(token as usize)), "{} {:?}", token, tokens);
-            // So are the ends of the range.
+            // The ends of the range are the first of them, and the last but for what is lost in rounding.
             let first = take(&row, &shape, 0.0).unwrap() as usize;
             let last = take(&row, &shape, 1.0).unwrap() as usize;
             prop_assert!(tokens.contains(&first) && tokens.contains(&last));
+            if shape.top_k > 0 || shape.min_p > 0.0 || shape.top_p < 1.0 {
+                let weigh = Weigh::new(row.iter().copied().fold(f32::NEG_INFINITY, f32::max), shape.temperature);
+                let beyond: f32 = tokens.iter().filter(|t| **t > last).map(|t| weigh.one(row[*t])).sum();
+                prop_assert!(first == tokens[0] && beyond < 1e-12, "{} {} {:?}", first, last, tokens);
+            }
         }
     }
 }

@@ -132,8 +132,8 @@ pub fn grouped<T: Stored>(
     let mut queries = vec![0.0; rows * width];
     let parts = (Parts::new(&mut queries), Parts::new(keys), Parts::new(values));
     pool::split(rows, 8192_usize.div_ceil(shape.row()), |from, to| {
-        for row in from..to {
-            let slot = input.spans[owner[row]].slot(row);
+        for (row, &owner) in (from..to).zip(&owner[from..to]) {
+            let slot = input.spans[owner].slot(row);
             // SAFETY: a row of queries, and a slot of the cache, belong to one row of the step: the planner gives no
             // two rows the same slot. Rows are in one task each.
             let queries = unsafe { parts.0.part(row * width, width) };
@@ -238,10 +238,10 @@ fn store<S: Simd, T: Stored>(
             let mut lanes = [0.0; LANES];
             lanes[..chunk.len()].copy_from_slice(chunk);
             let stored = T::narrow(simd, &lanes);
-            for i in 0..chunk.len() {
+            for (i, &stored) in stored[..chunk.len()].iter().enumerate() {
                 // SAFETY: this element belongs to this row alone.
                 let to = unsafe { keys.part(first + (d * LANES + i) * TOKENS, 1) };
-                to[0] = stored[i];
+                to[0] = stored;
             }
         }
         let width = shape.value_width();

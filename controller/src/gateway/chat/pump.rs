@@ -1,0 +1,285 @@
+//! The choices of a turn, computed side by side: passes on what workers give until every choice has ended.
+//!
+//! A choice whose worker fails is placed again where that is allowed, with a pause; one whose worker gives nothing for
+//! too long counts as failed. No choice can keep the others from being looked at.
+
+use std::future::poll_fn;
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use izar_common::chat::{Finish, JobEvent, Usage};
+use izar_common::id::WorkerId;
+use tokio::time::Instant;
+
+use super::super::Gateway;
+use super::super::error::Error;
+use super::super::exit::Exit;
+use super::super::running::{Listed, Stage};
+use super::super::turn::{End, Form, Turn};
+use super::{Ended, Order, job};
+use crate::agents::{JobStream, NoPlace};
+use crate::metrics::{Counter, Histogram};
+
+/// Pause before a failed job is placed again; the second is longer, for an agent that needs a moment to be seen dead.
+const AGAIN: [Duration; 2] = [Duration::from_millis(20), Duration::from_millis(250)];
+
+/// Passes on what the workers give until every choice has ended, and places a job again where that is allowed.
+pub async fn pump(
+    gateway: &Gateway,
+    order: &Order,
+    listed: &Listed,
+    streams: Vec<JobStream>,
+    exit: &mut Exit,
+    streamed: bool,
+) -> (Ended, Usage) {
+    let mut pump = Pump::new(gateway, order, listed, streams, streamed);
+    let silence = gateway.limits.worker_silence();
+    let mut killed = pin!(gateway.kill.cancelled());
+    let mut tick = pin!(tokio::time::sleep_until(pump.next_tick(exit, silence)));
+    let mut rotation = 0;
+    loop {
+        // Every choice has its turn, whatever the others give.
+        rotation += 1;
+        let (at, happened) = tokio::select! {
+            biased;
+            next = poll_fn(|cx| pump.poll(rotation, cx)) => next,
+            () = exit.gone() => return (Ended::Gone, pump.usage()),
+            () = &mut killed => return (Ended::Failed(Error::Stopping), pump.usage()),
+            () = &mut tick => {
+                let now = Instant::now();
+                let silent = |(at, branch): (usize, &Branch<'_>)| Some((at, branch.silent(silence, now)?));
+                match pump.branches.iter().enumerate().find_map(silent) {
+                    Some((at, event)) => (at, Happened::Event(event)),
+                    None => {
+                        tick.as_mut().reset(pump.next_tick(exit, silence));
+                        continue;
+                    }
+                }
+            }
+        };
+        let ended = match happened {
+            Happened::Event(event) => pump.event(at, event, exit),
+            Happened::Placed(placed) => pump.placed(at, placed),
+        };
+        if let Some(ended) = ended {
+            return (ended, pump.usage());
+        }
+        if tick.is_elapsed() {
+            tick.as_mut().reset(pump.next_tick(exit, silence));
+        }
+    }
+}
+
+/// Measures what a turn gives.
+struct Gauges {
+    between: Arc<Histogram>,
+    completion: Arc<Counter>,
+    /// A token of any choice has come.
+    begun: bool,
+}
+
+impl Gauges {
+    fn new(gateway: &Gateway, order: &Order) -> Self {
+        let deployment = order.served.deployment.as_str();
+        let tokens = &gateway.metrics.tokens;
+        tokens.with(&["prompt", deployment]).add(order.prompt.len() as u64);
+        Self {
+            between: gateway.metrics.between_tokens_seconds.with(&[deployment]),
+            completion: tokens.with(&["completion", deployment]),
+            begun: false,
+        }
+    }
+
+    /// Counts what came with an event, `tokens` being all tokens of its choice so far.
+    fn event(&mut self, gateway: &Gateway, order: &Order, branch: &mut Branch<'_>, tokens: u32, now: Instant) {
+        if tokens > branch.tokens {
+            if !self.begun {
+                let first = gateway.metrics.first_token_seconds.with(&[order.served.deployment.as_str()]);
+                first.observe(now - order.arrival.at);
+                self.begun = true;
+            }
+            if branch.tokens > 0 {
+                self.between.observe(now - branch.last);
+            }
+            self.completion.add(u64::from(tokens - branch.tokens));
+        }
+        (branch.tokens, branch.last) = (tokens, now);
+    }
+}
+
+/// One choice of a turn.
+struct Branch<'a> {
+    choice: u32,
+    source: Source<'a>,
+    turn: Turn,
+    /// When it gave something, or was placed, for the last time.
+    last: Instant,
+    tokens: u32,
+    /// Workers that failed it.
+    failed: Vec<WorkerId>,
+}
+
+/// Where a choice's events come from.
+enum Source<'a> {
+    Worker(Box<JobStream>),
+    /// It is being placed again.
+    Placing(Pin<Box<dyn Future<Output = Result<JobStream, NoPlace>> + Send + 'a>>),
+    Ended,
+}
+
+/// What happened to a choice.
+enum Happened {
+    Event(JobEvent),
+    Placed(Result<JobStream, NoPlace>),
+}
+
+impl Branch<'_> {
+    /// Looks for what comes next. Each look begins anew, which waiting for an event allows.
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Happened> {
+        match &mut self.source {
+            Source::Worker(stream) => pin!(stream.next()).poll(cx).map(Happened::Event),
+            Source::Placing(placing) => placing.as_mut().poll(cx).map(Happened::Placed),
+            Source::Ended => Poll::Pending,
+        }
+    }
+    fn runs(&self) -> bool {
+        !matches!(self.source, Source::Ended)
+    }
+    /// What is said of a worker that gives nothing; choices that wait for none are never silent.
+    fn silent(&self, silence: Duration, now: Instant) -> Option<JobEvent> {
+        let Source::Worker(stream) = &self.source else { return None };
+        let reason = || format!("worker {} gave nothing for {} ms", stream.worker, silence.as_millis());
+        (self.last + silence <= now).then(|| JobEvent::Failed { reason: reason(), retryable: true })
+    }
+}
+
+/// A turn whose choices are computed.
+struct Pump<'a> {
+    gateway: &'a Gateway,
+    order: &'a Order,
+    listed: &'a Listed,
+    branches: Vec<Branch<'a>>,
+    gauges: Gauges,
+    /// `Length` if any choice ended so.
+    finish: Finish,
+}
+
+impl<'a> Pump<'a> {
+    fn new(
+        gateway: &'a Gateway,
+        order: &'a Order,
+        listed: &'a Listed,
+        streams: Vec<JobStream>,
+        streamed: bool,
+    ) -> Self {
+        let form = Form {
+            stops: order.stops.clone(),
+            prompt_tokens: order.prompt.len() as u32,
+            max_tokens: order.sampling.max_tokens,
+            streamed,
+            scored: order.sampling.logprobs.is_some(),
+        };
+        let branch = |(choice, stream): (u32, JobStream)| {
+            listed.placed(&stream.agent, &stream.worker);
+            let (turn, last) = (Turn::new(order.served.text.clone(), form.clone()), Instant::now());
+            Branch { choice, source: Source::Worker(Box::new(stream)), turn, last, tokens: 0, failed: Vec::new() }
+        };
+        let branches = (0..).zip(streams).map(branch).collect();
+        Self { gateway, order, listed, branches, gauges: Gauges::new(gateway, order), finish: Finish::Stop }
+    }
+
+    /// Looks for what comes next, first at the choice that `rotation` says.
+    fn poll(&mut self, rotation: usize, cx: &mut Context<'_>) -> Poll<(usize, Happened)> {
+        let count = self.branches.len();
+        for at in (0..count).map(|i| (i + rotation) % count) {
+            if let Poll::Ready(happened) = self.branches[at].poll(cx) {
+                return Poll::Ready((at, happened));
+            }
+        }
+        Poll::Pending
+    }
+
+    /// Of all choices; the prompt counts once.
+    fn usage(&self) -> Usage {
+        let completion_tokens = self.branches.iter().map(|branch| branch.turn.usage().completion_tokens).sum();
+        Usage { prompt_tokens: self.order.prompt.len() as u32, completion_tokens }
+    }
+
+    /// When to look after the client and the workers next, whatever comes meanwhile.
+    fn next_tick(&self, exit: &mut Exit, silence: Duration) -> Instant {
+        let now = Instant::now();
+        let working = self.branches.iter().filter(|branch| matches!(branch.source, Source::Worker(_)));
+        let worker = working.map(|branch| branch.last).min().unwrap_or(now) + silence;
+        exit.beat(now).map_or(worker, |client| client.min(worker))
+    }
+
+    /// Takes an event of a choice; says how the turn has ended, if it has.
+    fn event(&mut self, at: usize, event: JobEvent, exit: &mut Exit) -> Option<Ended> {
+        let now = Instant::now();
+        let branch = &mut self.branches[at];
+        let step = branch.turn.on(event);
+        let tokens = branch.turn.usage().completion_tokens;
+        self.gauges.event(self.gateway, self.order, branch, tokens, now);
+        let choice = branch.choice;
+        self.listed.tokens(self.usage().completion_tokens);
+        if !step.shown.is_empty() {
+            self.listed.enter(Stage::Answering);
+            if exit.text(choice, &step.shown, now).is_err() {
+                return Some(Ended::Gone);
+            }
+        }
+        match step.end? {
+            End::Finished(finish) => self.finished(at, finish, exit),
+            End::Failed { reason, retryable: true } => Some(Ended::Failed(Error::Interrupted { reason })),
+            End::Failed { reason, .. } => Some(Ended::Failed(Error::Failed { reason })),
+            End::Again { reason, attempt } => {
+                exit.again(choice);
+                self.place_again(at, attempt, &reason);
+                None
+            }
+        }
+    }
+
+    fn finished(&mut self, at: usize, finish: Finish, exit: &mut Exit) -> Option<Ended> {
+        self.branches[at].source = Source::Ended;
+        let choice = self.branches[at].choice;
+        if finish == Finish::Length {
+            self.finish = finish;
+        }
+        if !self.branches.iter().any(Branch::runs) {
+            return Some(Ended::Finished { choice, finish, recorded: self.finish });
+        }
+        exit.ended(choice, finish).err().map(|_| Ended::Gone)
+    }
+
+    fn place_again(&mut self, at: usize, attempt: u32, reason: &str) {
+        let (gateway, order) = (self.gateway, self.order);
+        let branch = &mut self.branches[at];
+        branch.tokens = 0;
+        if let Source::Worker(stream) = &branch.source {
+            log::debug!(turn:% = order.arrival.turn, worker:% = stream.worker, reason; "a job is placed again");
+            branch.failed.push(stream.worker.clone());
+        }
+        let (choice, failed) = (branch.choice, branch.failed.clone());
+        gateway.metrics.placed_again.add(1);
+        let pause = AGAIN[(attempt as usize - 1).min(AGAIN.len() - 1)];
+        branch.source = Source::Placing(Box::pin(async move {
+            tokio::time::sleep(pause).await;
+            gateway.agents.submit_avoiding(job(gateway, order, choice, attempt), &failed).await
+        }));
+    }
+
+    fn placed(&mut self, at: usize, placed: Result<JobStream, NoPlace>) -> Option<Ended> {
+        let stream = match placed {
+            Ok(stream) => stream,
+            Err(no_place) => return Some(Ended::Failed(no_place.into())),
+        };
+        self.listed.placed(&stream.agent, &stream.worker);
+        // The new worker has as long as the first one had.
+        self.branches[at].last = Instant::now();
+        self.branches[at].source = Source::Worker(Box::new(stream));
+        None
+    }
+}
