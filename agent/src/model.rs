@@ -103,6 +103,12 @@ impl Logits {
     }
 }
 
+impl Drop for Logits {
+    fn drop(&mut self) {
+        ops::cpu::memory::spare(std::mem::take(&mut self.values));
+    }
+}
+
 /// A causal language model with its cache. Owned by one thread.
 pub trait CausalLm: Send {
     /// Computes a step: changes the cache as the batch says, adds each chunk's tokens to it, and returns the wanted logits.

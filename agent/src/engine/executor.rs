@@ -2,7 +2,7 @@
 //!
 //! A panic in it is caught, because a fault of a device shows as one; the model is dropped and never used again, and
 //! what was asked of it is answered with `Broken`. Kernels and draws share the process's pool (`ops::cpu::pool`); Burn's
-//! own operations have one of theirs, and a step runs inside it, so that they need not wake it one by one. Between steps
+//! own operations have one of theirs, which this thread belongs to. Between steps
 //! all threads sleep.
 
 use std::any::Any;
@@ -56,15 +56,13 @@ impl Executor {
         let (steps, submitted) = sync_channel(STEPS);
         let (say, outcomes) = sync_channel(OUTCOMES);
         pool::start(threads);
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("compute-{i}"));
-        let pool = pool.build()?;
         let run = move || {
             let say = |outcome| {
                 // A planner that is gone needs no answer; that it is gone shows when no step comes.
                 let _ = say.send(outcome);
                 wake();
             };
-            if let Err(last) = work(&pool, load, &submitted, &say) {
+            if let Err(last) = work(threads, load, &submitted, &say) {
                 say(last);
             }
         };
@@ -84,11 +82,14 @@ impl Executor {
 
 /// Loads the model and computes steps until the planner is gone; the error is the last word.
 fn work(
-    pool: &rayon::ThreadPool,
+    threads: usize,
     load: impl FnOnce() -> Result<Loaded, Error> + Send,
     steps: &Receiver<Step>,
     say: &impl Fn(Outcome),
 ) -> Result<(), Outcome> {
+    // This thread is one of the pool's: a step begins at once, without waking another.
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("compute-{i}"));
+    let pool = pool.use_current_thread().build().map_err(|error| Outcome::Unloadable(error.to_string()))?;
     let loaded = guarded(|| pool.install(|| load_warm(load)));
     let loaded = loaded.map_err(|panic| Outcome::Unloadable(format!("loading panicked: {panic}")))?;
     let (mut model, loaded) =

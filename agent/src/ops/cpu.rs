@@ -7,6 +7,7 @@
 pub mod attention;
 pub mod isa;
 pub mod linear;
+pub mod memory;
 pub mod pack;
 pub mod pool;
 pub mod rows;
@@ -15,7 +16,7 @@ use std::sync::Arc;
 
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, Dispatch, Flex, backend_extension};
-use burn::tensor::{Bytes, DType, Device, Shape, Tensor};
+use burn::tensor::{Bytes, DType, Device, Shape, Tensor, TensorData};
 use burn_flex::{FlexTensor, Layout};
 use half::f16;
 
@@ -23,6 +24,7 @@ use super::{CacheFormat, Grouped, HeadNorms, Latent};
 use attention::{GroupedInput, Span, Stored};
 use isa::{Isa, dispatch};
 use linear::Epilogue;
+use memory::room;
 use pack::Packed;
 
 /// The weights and the bias of a linear layer.
@@ -162,12 +164,12 @@ pub struct Cache {
 impl Cache {
     pub fn grouped(shape: Grouped, format: CacheFormat, blocks: usize, device: &Device) -> Self {
         let sizes = shape.block();
-        let pool = |size: usize| Some(Tensor::zeros([size * blocks], (device, dtype(format))));
+        let pool = |size: usize| Some(zeros(format, size * blocks, device));
         Self { keys: pool(sizes.0), values: pool(sizes.1), sizes }
     }
     pub fn latent(shape: Latent, format: CacheFormat, blocks: usize, device: &Device) -> Self {
         let size = shape.block();
-        Self { keys: Some(Tensor::zeros([size * blocks], (device, dtype(format)))), values: None, sizes: (size, 0) }
+        Self { keys: Some(zeros(format, size * blocks, device)), values: None, sizes: (size, 0) }
     }
     pub fn clear(&mut self, blocks: &[u32]) {
         self.change(blocks.iter().map(|to| (None, *to)).collect());
@@ -184,11 +186,13 @@ impl Cache {
     }
 }
 
-fn dtype(format: CacheFormat) -> DType {
-    match format {
-        CacheFormat::F16 => DType::F16,
-        CacheFormat::F32 => DType::F32,
-    }
+/// A tensor of zeros in memory of its own.
+fn zeros(format: CacheFormat, count: usize, device: &Device) -> Tensor<1> {
+    let (bytes, dtype) = match format {
+        CacheFormat::F16 => (Bytes::from_elems(memory::zeros::<f16>(count)), DType::F16),
+        CacheFormat::F32 => (Bytes::from_elems(memory::zeros::<f32>(count)), DType::F32),
+    };
+    Tensor::from_data(TensorData::from_bytes(bytes, [count], dtype), (device, dtype))
 }
 
 /// A tensor's numbers, which lie side by side.
@@ -196,38 +200,55 @@ fn slice(x: &FlexTensor) -> &[f32] {
     x.as_slice::<f32>().expect("activations are f32 and contiguous")
 }
 
+/// A tensor whose numbers lie side by side.
+fn whole(x: FlexTensor) -> FlexTensor {
+    if x.is_contiguous() { x } else { x.to_contiguous() }
+}
+
+/// An operand that is done with: its memory serves the next results, if nobody else holds it.
+fn done(x: FlexTensor) {
+    let data = x.data_arc();
+    drop(x);
+    if let Some(values) = Arc::into_inner(data).and_then(|bytes| bytes.try_into_vec().ok()) {
+        memory::spare(values);
+    }
+}
+
 fn made(values: Vec<f32>, shape: Vec<usize>) -> FlexTensor {
     FlexTensor::new(Bytes::from_elems(values), Layout::contiguous(Shape::from(shape)), DType::F32)
 }
 
-fn product(x: &FlexTensor, residual: Option<&FlexTensor>, isa: Isa, layer: &Layer) -> FlexTensor {
-    let (x, residual) = (x.to_contiguous(), residual.map(FlexTensor::to_contiguous));
+fn product(x: FlexTensor, residual: Option<FlexTensor>, isa: Isa, layer: &Layer) -> FlexTensor {
+    let (x, residual) = (whole(x), residual.map(whole));
     let rows = x.layout().shape()[0];
-    let mut out = vec![0.0; rows * layer.weights.outputs()];
+    let mut out = room(rows * layer.weights.outputs());
     let epilogue = Epilogue { bias: layer.bias.as_deref(), residual: residual.as_ref().map(slice) };
     linear::linear(isa, slice(&x), &layer.weights, epilogue, &mut out);
+    std::iter::once(x).chain(residual).for_each(done);
     made(out, vec![rows, layer.weights.outputs()])
 }
 
 impl Kernels for Flex {
     fn packed_linear(x: FlexTensor, isa: Isa, layer: Arc<Layer>) -> FlexTensor {
-        product(&x, None, isa, &layer)
+        product(x, None, isa, &layer)
     }
     fn packed_linear_onto(x: FlexTensor, residual: FlexTensor, isa: Isa, layer: Arc<Layer>) -> FlexTensor {
-        product(&x, Some(&residual), isa, &layer)
+        product(x, Some(residual), isa, &layer)
     }
     fn norm_rows(x: FlexTensor, weight: FlexTensor, isa: Isa, epsilon: f32) -> FlexTensor {
-        let (x, weight) = (x.to_contiguous(), weight.to_contiguous());
+        let (x, weight) = (whole(x), whole(weight));
         let shape = x.layout().shape().to_vec();
-        let mut out = vec![0.0; slice(&x).len()];
+        let mut out = room(slice(&x).len());
         rows::rms_norm(isa, slice(&x), slice(&weight), epsilon, &mut out);
+        done(x);
         made(out, shape)
     }
     fn gate_rows(gate_up: FlexTensor, isa: Isa) -> FlexTensor {
-        let gate_up = gate_up.to_contiguous();
+        let gate_up = whole(gate_up);
         let (rows, width) = (gate_up.layout().shape()[0], gate_up.layout().shape()[1] / 2);
-        let mut out = vec![0.0; rows * width];
+        let mut out = room(rows * width);
         rows::swiglu(isa, slice(&gate_up), width, &mut out);
+        done(gate_up);
         made(out, vec![rows, width])
     }
     fn rotate_rows(x: FlexTensor, call: RotateCall) -> FlexTensor {
@@ -250,10 +271,10 @@ impl Kernels for Flex {
         mut values: FlexTensor,
         call: GroupedCall,
     ) -> (FlexTensor, FlexTensor, FlexTensor) {
-        let qkv = qkv.to_contiguous();
+        let qkv = whole(qkv);
         let rows = qkv.layout().shape()[0];
         let width = call.shape.heads * call.shape.dim;
-        let mut out = vec![0.0; rows * width];
+        let mut out = room(rows * width);
         let GroupedCall { isa, shape, norms, step } = call;
         let norms = norms.as_ref().map(|n| (&n.q[..], &n.k[..], n.epsilon));
         let input = GroupedInput { qkv: slice(&qkv), norms, cos: &step.cos, sin: &step.sin, spans: &step.spans };
@@ -268,6 +289,7 @@ impl Kernels for Flex {
                 attention::grouped(isa, shape, input, keys, values, &mut out);
             }
         }
+        done(qkv);
         (made(out, vec![rows, width]), keys, values)
     }
     fn paged_latent(
@@ -276,10 +298,10 @@ impl Kernels for Flex {
         mut cache: FlexTensor,
         call: LatentCall,
     ) -> (FlexTensor, FlexTensor) {
-        let (queries, new) = (queries.to_contiguous(), new.to_contiguous());
+        let (queries, new) = (whole(queries), whole(new));
         let LatentCall { isa, shape, step } = call;
         let rows = new.layout().shape()[0];
-        let mut out = vec![0.0; rows * shape.heads * shape.rank];
+        let mut out = room(rows * shape.heads * shape.rank);
         assert!(cache.is_unique(), "a cache has one owner");
         let (q, n) = (slice(&queries), slice(&new));
         match cache.dtype() {
@@ -288,6 +310,7 @@ impl Kernels for Flex {
             }
             _ => attention::latent(isa, shape, q, n, &step.spans, cache.storage_mut::<f32>(), &mut out),
         }
+        [queries, new].into_iter().for_each(done);
         (made(out, vec![rows, shape.heads, shape.rank]), cache)
     }
     fn move_blocks(mut cache: FlexTensor, size: usize, moves: Vec<(Option<u32>, u32)>) -> FlexTensor {

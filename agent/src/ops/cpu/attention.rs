@@ -17,7 +17,7 @@ use half::f16;
 
 use super::isa::{Isa, LANES, Lanes, Simd, dispatch};
 use super::pool::{self, Parts};
-use super::rows::{dot_lanes, exp, norm, rotate, total};
+use super::rows::{exp, norm, rotate, total};
 
 /// Positions in a block; a vector holds the scores of one.
 pub const TOKENS: usize = LANES;
@@ -28,14 +28,14 @@ const QUERIES: usize = 16;
 /// Numbers that are stored in a cache.
 pub trait Stored: Copy + Send + Sync + 'static {
     const ZERO: Self;
-    fn widen<S: Simd>(simd: S, x: &[Self; LANES]) -> Lanes;
+    fn widen<S: Simd>(simd: S, x: &[Self; LANES]) -> S::Vector;
     fn narrow<S: Simd>(simd: S, x: &Lanes) -> [Self; LANES];
 }
 
 impl Stored for f16 {
     const ZERO: Self = f16::ZERO;
     #[inline(always)]
-    fn widen<S: Simd>(simd: S, x: &[Self; LANES]) -> Lanes {
+    fn widen<S: Simd>(simd: S, x: &[Self; LANES]) -> S::Vector {
         simd.widen(x)
     }
     #[inline(always)]
@@ -47,8 +47,8 @@ impl Stored for f16 {
 impl Stored for f32 {
     const ZERO: Self = 0.0;
     #[inline(always)]
-    fn widen<S: Simd>(_simd: S, x: &[Self; LANES]) -> Lanes {
-        *x
+    fn widen<S: Simd>(simd: S, x: &[Self; LANES]) -> S::Vector {
+        simd.load(x)
     }
     #[inline(always)]
     fn narrow<S: Simd>(_simd: S, x: &Lanes) -> [Self; LANES] {
@@ -131,7 +131,7 @@ pub fn grouped<T: Stored>(
     let owner = owners(rows, input.spans);
     let mut queries = vec![0.0; rows * width];
     let parts = (Parts::new(&mut queries), Parts::new(keys), Parts::new(values));
-    pool::split(rows, 8192_usize.div_ceil(shape.row()), |from, to| {
+    pool::split(rows, 2048_usize.div_ceil(shape.row()), |from, to| {
         for (row, &owner) in (from..to).zip(&owner[from..to]) {
             let slot = input.spans[owner].slot(row);
             // SAFETY: a row of queries, and a slot of the cache, belong to one row of the step: the planner gives no
@@ -155,6 +155,7 @@ pub fn grouped<T: Stored>(
                 Query {
                     query: &queries[at..at + shape.dim],
                     visible: span.start + row - span.rows.start + 1,
+                    share: 0.0,
                     // SAFETY: a head of a row belongs to one tile.
                     out: unsafe { out.part(at, shape.dim) },
                 }
@@ -164,6 +165,7 @@ pub fn grouped<T: Stored>(
         let source = GroupedBlocks {
             key: |index: usize| &keys[block(index) * key_block..][..key_block],
             value: |index: usize| &values[block(index) * value_block..][..value_block],
+            dim: shape.dim,
             value_width: shape.value_width(),
         };
         dispatch!(isa, simd => tile(simd, picked, &source));
@@ -303,7 +305,11 @@ pub fn latent<T: Stored>(
         let to = &mut cache[(block * TOKENS + token) * stored..][..stored];
         dispatch!(isa, simd => store_row(simd, &new[row * shape.width..][..shape.width], to));
     }
-    let scaled: Vec<f32> = queries.iter().map(|q| q * shape.scale).collect();
+    // Scaled, and filled up like the rows that they meet.
+    let mut scaled = vec![0.0; rows * shape.heads * stored];
+    for (to, from) in scaled.chunks_exact_mut(stored).zip(queries.chunks_exact(shape.width)) {
+        to.iter_mut().zip(from).for_each(|(to, q)| *to = q * shape.scale);
+    }
     // A tile is a few heads of one row.
     let each = QUERIES.min(shape.heads);
     let per_row = shape.heads.div_ceil(each);
@@ -313,14 +319,16 @@ pub fn latent<T: Stored>(
         let span = &spans[owner[row]];
         let picked: Vec<Query<'_>> = (first..(first + each).min(shape.heads))
             .map(|head| Query {
-                query: &scaled[(row * shape.heads + head) * shape.width..][..shape.width],
+                query: &scaled[(row * shape.heads + head) * stored..][..stored],
                 visible: span.start + row - span.rows.start + 1,
+                share: 0.0,
                 // SAFETY: a head of a row belongs to one tile.
                 out: unsafe { out.part((row * shape.heads + head) * shape.rank, shape.rank) },
             })
             .collect();
         let block = |index: usize| &cache[span.blocks[index] as usize * stored * TOKENS..][..stored * TOKENS];
-        dispatch!(isa, simd => tile(simd, picked, &LatentBlocks { block, width: stored }));
+        let source = LatentBlocks { block, stored, value_width: shape.rank.next_multiple_of(LANES) };
+        dispatch!(isa, simd => tile(simd, picked, &source));
     });
 }
 
@@ -330,93 +338,148 @@ struct Query<'a> {
     query: &'a [f32],
     /// Positions that it sees.
     visible: usize,
+    /// What sums are multiplied by in the end.
+    share: f32,
     out: &'a mut [f32],
 }
 
 /// Where a tile's keys and values come from.
-trait Blocks {
-    /// Reads a block's keys for [`Blocks::scores`].
-    fn read_keys<S: Simd>(&self, simd: S, block: usize, keys: &mut Vec<f32>);
-    /// Scores of a block for four queries.
-    fn scores<S: Simd>(&self, simd: S, keys: &[f32], queries: [&[f32]; 4]) -> [Lanes; 4];
-    /// Reads a block's values, `[TOKENS, width]`; returns the width, a multiple of [`LANES`].
-    fn read_values<S: Simd>(&self, simd: S, block: usize, values: &mut Vec<f32>) -> usize;
+trait Blocks<'a> {
+    type Number: Stored;
+    /// Numbers of a value; a multiple of [`LANES`].
+    fn value_width(&self) -> usize;
+    /// Values of a block, `[TOKENS, stride]`, and the stride.
+    fn values(&self, block: usize) -> (&'a [Self::Number], usize);
+    /// Scores of `M` queries with `N` of all `blocks`, from `block` on, into `[M, context]` from the block on.
+    fn scores<S: Simd, const M: usize, const N: usize>(
+        &self,
+        simd: S,
+        block: usize,
+        blocks: usize,
+        queries: [&[f32]; M],
+        out: &mut [f32],
+        context: usize,
+    );
 }
 
 struct GroupedBlocks<K, V> {
     key: K,
     value: V,
+    dim: usize,
     value_width: usize,
 }
 
-impl<'a, T: Stored, K: Fn(usize) -> &'a [T], V: Fn(usize) -> &'a [T]> Blocks for GroupedBlocks<K, V> {
+impl<'a, T: Stored, K: Fn(usize) -> &'a [T], V: Fn(usize) -> &'a [T]> Blocks<'a> for GroupedBlocks<K, V> {
+    type Number = T;
     #[inline(always)]
-    fn read_keys<S: Simd>(&self, simd: S, block: usize, keys: &mut Vec<f32>) {
-        read(simd, (self.key)(block), keys);
+    fn value_width(&self) -> usize {
+        self.value_width
     }
     #[inline(always)]
-    fn scores<S: Simd>(&self, _simd: S, keys: &[f32], queries: [&[f32]; 4]) -> [Lanes; 4] {
-        let mut sums = [[0.0; LANES]; 4];
-        let (keys, _) = keys.as_chunks::<LANES>();
-        let queries = queries.map(|q| &q[..keys.len()]);
-        for (d, key) in keys.iter().enumerate() {
-            for (sum, query) in sums.iter_mut().zip(queries) {
-                let q = query[d];
-                (0..LANES).for_each(|i| sum[i] = q.mul_add(key[i], sum[i]));
+    fn values(&self, block: usize) -> (&'a [T], usize) {
+        ((self.value)(block), self.value_width)
+    }
+    #[inline(always)]
+    fn scores<S: Simd, const M: usize, const N: usize>(
+        &self,
+        simd: S,
+        block: usize,
+        blocks: usize,
+        queries: [&[f32]; M],
+        out: &mut [f32],
+        context: usize,
+    ) {
+        let keys: [&[[T; LANES]]; N] =
+            std::array::from_fn(|n| &(self.key)(block + n).as_chunks::<LANES>().0[..self.dim]);
+        let queries = queries.map(|q| &q[..self.dim]);
+        let mut sums = [[simd.splat(0.0); N]; M];
+        // What is read next: the blocks that follow, or else the first values.
+        let next: [&[[T; LANES]]; N] = std::array::from_fn(|n| {
+            let next = if block + N + n < blocks { (self.key)(block + N + n) } else { (self.value)(n.min(blocks - 1)) };
+            &next.as_chunks::<LANES>().0[..self.dim]
+        });
+        for d in 0..self.dim {
+            next.iter().for_each(|next| simd.soon(&next[d]));
+            let keys: [S::Vector; N] = std::array::from_fn(|n| T::widen(simd, &keys[n][d]));
+            for (sums, query) in sums.iter_mut().zip(queries) {
+                let q = simd.splat(query[d]);
+                for (sum, key) in sums.iter_mut().zip(keys) {
+                    *sum = simd.fused(q, key, *sum);
+                }
             }
         }
-        sums
-    }
-    #[inline(always)]
-    fn read_values<S: Simd>(&self, simd: S, block: usize, values: &mut Vec<f32>) -> usize {
-        read(simd, (self.value)(block), values);
-        self.value_width
+        for (m, sums) in sums.into_iter().enumerate() {
+            let out = out[m * context..][..N * TOKENS].as_chunks_mut::<LANES>().0;
+            out.iter_mut().zip(sums).for_each(|(out, sum)| simd.store(sum, out));
+        }
     }
 }
 
 struct LatentBlocks<B> {
     block: B,
-    width: usize,
+    /// Numbers of a row.
+    stored: usize,
+    value_width: usize,
 }
 
-impl<'a, T: Stored, B: Fn(usize) -> &'a [T]> Blocks for LatentBlocks<B> {
+impl<'a, T: Stored, B: Fn(usize) -> &'a [T]> Blocks<'a> for LatentBlocks<B> {
+    type Number = T;
     #[inline(always)]
-    fn read_keys<S: Simd>(&self, simd: S, block: usize, keys: &mut Vec<f32>) {
-        read(simd, (self.block)(block), keys);
+    fn value_width(&self) -> usize {
+        self.value_width
     }
     #[inline(always)]
-    fn scores<S: Simd>(&self, _simd: S, keys: &[f32], queries: [&[f32]; 4]) -> [Lanes; 4] {
-        let mut scores = [[0.0; LANES]; 4];
-        for (token, key) in keys.chunks_exact(self.width).enumerate() {
-            for (scores, query) in scores.iter_mut().zip(queries) {
-                let mut sum = [0.0; LANES];
-                dot_lanes(query, &key[..query.len()], &mut sum);
-                scores[token] = total(&sum);
+    fn values(&self, block: usize) -> (&'a [T], usize) {
+        ((self.block)(block), self.stored)
+    }
+    #[inline(always)]
+    fn scores<S: Simd, const M: usize, const N: usize>(
+        &self,
+        simd: S,
+        block: usize,
+        blocks: usize,
+        queries: [&[f32]; M],
+        out: &mut [f32],
+        context: usize,
+    ) {
+        let count = self.stored / LANES;
+        let queries = queries.map(|q| &q.as_chunks::<LANES>().0[..count]);
+        for (n, block) in (block..block + N).enumerate() {
+            // Pairs of positions, so that enough sums are on their way.
+            let next = (self.block)(if block + 1 < blocks { block + 1 } else { 0 }).chunks_exact(2 * self.stored);
+            for ((pair, rows), next) in (self.block)(block).chunks_exact(2 * self.stored).enumerate().zip(next) {
+                let (a, b) = rows.split_at(self.stored);
+                let rows = [a, b].map(|row| &row.as_chunks::<LANES>().0[..count]);
+                let next = &next.as_chunks::<LANES>().0[..2 * count];
+                let mut sums = [[simd.splat(0.0); 2]; M];
+                for at in 0..count {
+                    simd.soon(&next[2 * at]);
+                    let keys = rows.map(
+                        #[inline(always)]
+                        |row| T::widen(simd, &row[at]),
+                    );
+                    for (sums, query) in sums.iter_mut().zip(queries) {
+                        let q = simd.load(&query[at]);
+                        for (sum, key) in sums.iter_mut().zip(keys) {
+                            *sum = simd.fused(q, key, *sum);
+                        }
+                    }
+                }
+                for (m, sums) in sums.into_iter().enumerate() {
+                    for (i, sum) in sums.into_iter().enumerate() {
+                        let mut lanes = [0.0; LANES];
+                        simd.store(sum, &mut lanes);
+                        out[m * context + n * TOKENS + pair * 2 + i] = total(&lanes);
+                    }
+                }
             }
         }
-        scores
-    }
-    #[inline(always)]
-    fn read_values<S: Simd>(&self, simd: S, block: usize, values: &mut Vec<f32>) -> usize {
-        read(simd, (self.block)(block), values);
-        self.width
-    }
-}
-
-#[inline(always)]
-fn read<S: Simd, T: Stored>(simd: S, from: &[T], to: &mut Vec<f32>) {
-    let (from, _) = from.as_chunks::<LANES>();
-    to.resize(from.len() * LANES, 0.0);
-    for (to, from) in to.as_chunks_mut::<LANES>().0.iter_mut().zip(from) {
-        *to = T::widen(simd, from);
     }
 }
 
 /// Memory that a thread uses again for each tile.
 #[derive(Default)]
 struct Scratch {
-    /// A block's keys or values.
-    block: Vec<f32>,
     /// Scores, then weights, `[queries, context]`.
     scores: Vec<f32>,
     /// Sums of values, `[queries, width]`.
@@ -427,56 +490,81 @@ thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
+/// Runs `$run` with so many queries (at most four) as `$m`, and as `$n` as many blocks or vectors at once as registers
+/// allow.
+macro_rules! sized {
+    ($simd:ident, $queries:expr, $m:ident, $n:ident => $run:expr) => {{
+        macro_rules! with {
+            ($many:literal, $each:literal) => {{
+                const $m: usize = $many;
+                const $n: usize = $each;
+                $run
+            }};
+        }
+        match ($queries, $simd::SUMS >= 16) {
+            (1, true) => with!(1, 8),
+            (2, true) => with!(2, 4),
+            (3, true) => with!(3, 4),
+            (_, true) => with!(4, 4),
+            (1, false) => with!(1, 4),
+            (2, false) => with!(2, 2),
+            (3, false) => with!(3, 1),
+            (_, false) => with!(4, 1),
+        }
+    }};
+}
+
 /// Attends a tile's queries.
 #[inline(always)]
-fn tile<S: Simd, B: Blocks>(simd: S, mut queries: Vec<Query<'_>>, source: &B) {
+fn tile<'a, S: Simd, B: Blocks<'a>>(simd: S, mut queries: Vec<Query<'_>>, source: &B) {
     let mut scratch = SCRATCH.take();
     let longest = queries.iter().map(|q| q.visible).max().unwrap_or(0);
     let blocks = longest.div_ceil(TOKENS);
-    let context = blocks * TOKENS;
+    let (context, width) = (blocks * TOKENS, source.value_width());
     scratch.scores.resize(queries.len() * context, 0.0);
-    for block in 0..blocks {
-        source.read_keys(simd, block, &mut scratch.block);
-        for (four, queries) in queries.chunks(4).enumerate() {
-            // The last ones may be fewer: the first stands in for those that are missing.
-            let pick = |i: usize| queries.get(i).unwrap_or(&queries[0]).query;
-            let scores = source.scores(simd, &scratch.block, [pick(0), pick(1), pick(2), pick(3)]);
-            for (i, scores) in scores.iter().take(queries.len()).enumerate() {
-                let at = (four * 4 + i) * context + block * TOKENS;
-                scratch.scores[at..at + TOKENS].copy_from_slice(scores);
-            }
+    scratch.sums.clear();
+    scratch.sums.resize(queries.len() * width, 0.0);
+    let Scratch { scores, sums } = &mut scratch;
+    let each = queries.chunks_mut(4).zip(scores.chunks_mut(4 * context)).zip(sums.chunks_mut(4 * width));
+    for ((queries, scores), sums) in each {
+        sized!(S, queries.len(), M, N => score::<S, B, M, N>(simd, source, blocks, queries, scores, context));
+        for (query, scores) in queries.iter_mut().zip(scores.chunks_exact_mut(context)) {
+            query.share = 1.0 / softmax(&mut scores[..query.visible.next_multiple_of(TOKENS)], query.visible);
         }
-    }
-    let mut shares = [0.0; 1024];
-    assert!(queries.len() <= shares.len(), "a tile has few queries");
-    for ((query, share), scores) in queries.iter().zip(&mut shares).zip(scratch.scores.chunks_exact_mut(context)) {
-        *share = 1.0 / softmax(&mut scores[..query.visible.next_multiple_of(TOKENS)], query.visible);
-    }
-    let mut width = 0;
-    for block in 0..blocks {
-        width = source.read_values(simd, block, &mut scratch.block);
-        if block == 0 {
-            scratch.sums.clear();
-            scratch.sums.resize(queries.len() * width, 0.0);
+        // What all of them see, then what only some do.
+        let common = queries.iter().map(|q| q.visible).min().unwrap_or(0);
+        sized!(S, queries.len(), M, N => mix::<S, B, M, N>(simd, source, 0..common, scores, context, sums));
+        for (i, query) in queries.iter().enumerate().filter(|(_, q)| q.visible > common) {
+            let (scores, sums) = (&scores[i * context..], &mut sums[i * width..][..width]);
+            sized!(S, 1, M, N => mix::<S, B, M, N>(simd, source, common..query.visible, scores, context, sums));
         }
-        for (four, queries) in queries.chunks(4).enumerate() {
-            let first = four * 4;
-            let tokens = |i: usize| queries[i].visible.saturating_sub(block * TOKENS).min(TOKENS);
-            let whole = (0..queries.len()).all(|i| tokens(i) == TOKENS);
-            let (weights, sums) = (&scratch.scores[block * TOKENS..], &mut scratch.sums[..]);
-            let values = Values { values: &scratch.block, width, weights, context };
-            match (whole, queries.len()) {
-                (true, 4) => mix::<4>(values, first, TOKENS, sums),
-                (true, 3) => mix::<3>(values, first, TOKENS, sums),
-                (true, 2) => mix::<2>(values, first, TOKENS, sums),
-                _ => (0..queries.len()).for_each(|i| mix::<1>(values, first + i, tokens(i), sums)),
-            }
+        for (query, sums) in queries.iter_mut().zip(sums.chunks_exact(width)) {
+            query.out.iter_mut().zip(sums).for_each(|(out, sum)| *out = sum * query.share);
         }
-    }
-    for ((query, share), sums) in queries.iter_mut().zip(shares).zip(scratch.sums.chunks_exact(width)) {
-        query.out.iter_mut().zip(sums).for_each(|(out, sum)| *out = sum * share);
     }
     SCRATCH.set(scratch);
+}
+
+/// Scores of `M` queries with all blocks, `N` at once.
+#[inline(always)]
+fn score<'a, S: Simd, B: Blocks<'a>, const M: usize, const N: usize>(
+    simd: S,
+    source: &B,
+    blocks: usize,
+    queries: &[Query<'_>],
+    out: &mut [f32],
+    context: usize,
+) {
+    let queries: [&[f32]; M] = std::array::from_fn(|m| queries[m].query);
+    let mut block = 0;
+    while block + N <= blocks {
+        source.scores::<S, M, N>(simd, block, blocks, queries, &mut out[block * TOKENS..], context);
+        block += N;
+    }
+    while block < blocks {
+        source.scores::<S, M, 1>(simd, block, blocks, queries, &mut out[block * TOKENS..], context);
+        block += 1;
+    }
 }
 
 /// Turns the first `visible` scores into weights relative to the largest; the rest becomes 0. Returns their sum.
@@ -499,35 +587,68 @@ fn softmax(scores: &mut [f32], visible: usize) -> f32 {
     total(&sum)
 }
 
-/// A block's values, `[TOKENS, width]`, and what they weigh for each query, `[queries, context]` from the block on.
-#[derive(Clone, Copy)]
-struct Values<'a> {
-    values: &'a [f32],
-    width: usize,
-    weights: &'a [f32],
+/// Adds the values at some positions, weighted, to the sums of `M` queries, `[M, width]`, `N` vectors at once.
+#[inline(always)]
+fn mix<'a, S: Simd, B: Blocks<'a>, const M: usize, const N: usize>(
+    simd: S,
+    source: &B,
+    positions: Range<usize>,
+    weights: &[f32],
     context: usize,
+    sums: &mut [f32],
+) {
+    let vectors = source.value_width() / LANES;
+    let mut at = 0;
+    while at + N <= vectors {
+        mix_vectors::<S, B, M, N>(simd, source, positions.clone(), weights, context, sums, at);
+        at += N;
+    }
+    while at < vectors {
+        mix_vectors::<S, B, M, 1>(simd, source, positions.clone(), weights, context, sums, at);
+        at += 1;
+    }
 }
 
-/// Adds a block's first `tokens` values, weighted, to the sums of `M` queries from `first` on.
+/// [`mix`] for the vectors `at` to `at + N` of the values.
 #[inline(always)]
-fn mix<const M: usize>(block: Values<'_>, first: usize, tokens: usize, sums: &mut [f32]) {
-    let Values { values, width, weights, context } = block;
-    let weights: [&[f32]; M] = std::array::from_fn(|m| &weights[(first + m) * context..][..TOKENS]);
-    for at in (0..width).step_by(LANES) {
-        let mut lanes = [[0.0; LANES]; M];
-        for (m, lanes) in lanes.iter_mut().enumerate() {
-            lanes.copy_from_slice(&sums[(first + m) * width + at..][..LANES]);
-        }
-        for token in 0..tokens {
-            let values: &[f32; LANES] = values[token * width + at..][..LANES].try_into().expect("a vector");
-            for (lanes, weights) in lanes.iter_mut().zip(weights) {
-                let weight = weights[token];
-                (0..LANES).for_each(|i| lanes[i] = weight.mul_add(values[i], lanes[i]));
+fn mix_vectors<'a, S: Simd, B: Blocks<'a>, const M: usize, const N: usize>(
+    simd: S,
+    source: &B,
+    positions: Range<usize>,
+    weights: &[f32],
+    context: usize,
+    sums: &mut [f32],
+    at: usize,
+) {
+    let width = source.value_width();
+    let weights: [&[f32]; M] = std::array::from_fn(|m| &weights[m * context..][..positions.end]);
+    let mut held = [[simd.splat(0.0); N]; M];
+    for (m, held) in held.iter_mut().enumerate() {
+        let sums = sums[m * width + at * LANES..][..N * LANES].as_chunks::<LANES>().0;
+        held.iter_mut().zip(sums).for_each(|(held, sum)| *held = simd.load(sum));
+    }
+    let mut position = positions.start;
+    while position < positions.end {
+        let (values, stride) = source.values(position / TOKENS);
+        let end = positions.end.min((position / TOKENS + 1) * TOKENS);
+        let next = if end < positions.end { source.values(end / TOKENS).0 } else { values };
+        for position in position..end {
+            let ahead = &next[position % TOKENS * stride + at * LANES..][..N * LANES];
+            ahead.iter().step_by(2 * LANES).for_each(|ahead| simd.soon(ahead));
+            let value = values[position % TOKENS * stride + at * LANES..][..N * LANES].as_chunks::<LANES>().0;
+            let value: [S::Vector; N] = std::array::from_fn(|n| B::Number::widen(simd, &value[n]));
+            for (held, weights) in held.iter_mut().zip(weights) {
+                let weight = simd.splat(weights[position]);
+                for (held, value) in held.iter_mut().zip(value) {
+                    *held = simd.fused(weight, value, *held);
+                }
             }
         }
-        for (m, lanes) in lanes.iter().enumerate() {
-            sums[(first + m) * width + at..][..LANES].copy_from_slice(lanes);
-        }
+        position = end;
+    }
+    for (m, held) in held.into_iter().enumerate() {
+        let sums = sums[m * width + at * LANES..][..N * LANES].as_chunks_mut::<LANES>().0;
+        sums.iter_mut().zip(held).for_each(|(sum, held)| simd.store(held, sum));
     }
 }
 

@@ -129,8 +129,21 @@ pub trait Simd: Copy {
     const ROWS: usize;
     /// Whether the int8 product reads [`Acts::wide`].
     const WIDE: bool;
+    /// Vectors that sums can be held in while others come and go.
+    const SUMS: usize;
 
-    fn widen(self, x: &[f16; LANES]) -> Lanes;
+    /// Numbers in registers, as many as [`LANES`].
+    type Vector: Copy;
+
+    fn load(self, x: &Lanes) -> Self::Vector;
+    fn store(self, x: Self::Vector, to: &mut Lanes);
+    fn splat(self, x: f32) -> Self::Vector;
+    fn add(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;
+    /// `a * b + c`, rounded once.
+    fn fused(self, a: Self::Vector, b: Self::Vector, c: Self::Vector) -> Self::Vector;
+    fn widen(self, x: &[f16; LANES]) -> Self::Vector;
+    /// Says that the line of memory at `x` will be read soon.
+    fn soon<T>(self, x: &T);
     /// Rounds to nearest, ties to even.
     fn narrow(self, x: &Lanes) -> [f16; LANES];
 
@@ -157,11 +170,36 @@ fn scales(block: &[u8], at: usize) -> Lanes {
 impl Simd for Portable {
     const ROWS: usize = 4;
     const WIDE: bool = false;
+    const SUMS: usize = 4;
 
+    type Vector = Lanes;
+
+    #[inline(always)]
+    fn load(self, x: &Lanes) -> Lanes {
+        *x
+    }
+    #[inline(always)]
+    fn store(self, x: Lanes, to: &mut Lanes) {
+        *to = x;
+    }
+    #[inline(always)]
+    fn splat(self, x: f32) -> Lanes {
+        [x; LANES]
+    }
+    #[inline(always)]
+    fn add(self, a: Lanes, b: Lanes) -> Lanes {
+        std::array::from_fn(|i| a[i] + b[i])
+    }
+    #[inline(always)]
+    fn fused(self, a: Lanes, b: Lanes, c: Lanes) -> Lanes {
+        std::array::from_fn(|i| a[i].mul_add(b[i], c[i]))
+    }
     #[inline(always)]
     fn widen(self, x: &[f16; LANES]) -> Lanes {
         x.map(f16::to_f32_const)
     }
+    #[inline(always)]
+    fn soon<T>(self, _x: &T) {}
     #[inline(always)]
     fn narrow(self, x: &Lanes) -> [f16; LANES] {
         x.map(f16::from_f32_const)
@@ -256,20 +294,6 @@ pub mod x86 {
     /// # Safety
     /// The processor has F16C.
     #[inline(always)]
-    unsafe fn widen(x: &[f16; LANES]) -> Lanes {
-        // SAFETY: reads 32 bytes of `x`, writes 64 bytes of `out`.
-        unsafe {
-            let mut out = [0.0; LANES];
-            let halves = _mm256_loadu_si256(x.as_ptr().cast());
-            _mm256_storeu_ps(out.as_mut_ptr(), _mm256_cvtph_ps(_mm256_castsi256_si128(halves)));
-            _mm256_storeu_ps(out.as_mut_ptr().add(8), _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1)));
-            out
-        }
-    }
-
-    /// # Safety
-    /// The processor has F16C.
-    #[inline(always)]
     unsafe fn narrow(x: &Lanes) -> [f16; LANES] {
         // SAFETY: reads 64 bytes of `x`, writes 32 bytes of `out`.
         unsafe {
@@ -281,14 +305,68 @@ pub mod x86 {
         }
     }
 
+    #[inline(always)]
+    fn soon<T>(x: &T) {
+        // SAFETY: a hint, which cannot fault.
+        unsafe { _mm_prefetch(std::ptr::from_ref(x).cast(), _MM_HINT_T0) }
+    }
+
+    /// Says that what lies a few blocks of weights ahead will be read soon: when a row's products wait for memory, the
+    /// processor itself does not look that far.
+    #[inline(always)]
+    fn ahead<const BYTES: usize>(block: *const u8) {
+        for line in (0..BYTES).step_by(64) {
+            // SAFETY: a hint, which cannot fault, wherever it points.
+            unsafe { _mm_prefetch(block.wrapping_add(2048 + line).cast(), _MM_HINT_T0) }
+        }
+    }
+
     impl Simd for Avx2 {
         const ROWS: usize = 4;
         const WIDE: bool = true;
+        const SUMS: usize = 4;
+
+        type Vector = [__m256; 2];
 
         #[inline(always)]
-        fn widen(self, x: &[f16; LANES]) -> Lanes {
-            // SAFETY: the processor has F16C where there is an `Avx2`.
-            unsafe { widen(x) }
+        fn load(self, x: &Lanes) -> [__m256; 2] {
+            // SAFETY: the processor has the instructions where there is an `Avx2`; reads 64 bytes of `x`.
+            unsafe { [_mm256_loadu_ps(x.as_ptr()), _mm256_loadu_ps(x.as_ptr().add(8))] }
+        }
+        #[inline(always)]
+        fn store(self, x: [__m256; 2], to: &mut Lanes) {
+            // SAFETY: as above; writes 64 bytes of `to`.
+            unsafe {
+                _mm256_storeu_ps(to.as_mut_ptr(), x[0]);
+                _mm256_storeu_ps(to.as_mut_ptr().add(8), x[1]);
+            }
+        }
+        #[inline(always)]
+        fn splat(self, x: f32) -> [__m256; 2] {
+            // SAFETY: as above.
+            unsafe { [_mm256_set1_ps(x); 2] }
+        }
+        #[inline(always)]
+        fn add(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+            // SAFETY: as above.
+            unsafe { [_mm256_add_ps(a[0], b[0]), _mm256_add_ps(a[1], b[1])] }
+        }
+        #[inline(always)]
+        fn fused(self, a: [__m256; 2], b: [__m256; 2], c: [__m256; 2]) -> [__m256; 2] {
+            // SAFETY: as above.
+            unsafe { [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])] }
+        }
+        #[inline(always)]
+        fn widen(self, x: &[f16; LANES]) -> [__m256; 2] {
+            // SAFETY: as above; reads 32 bytes of `x`.
+            unsafe {
+                let half = |at| _mm256_cvtph_ps(_mm_loadu_si128(x.as_ptr().add(at).cast()));
+                [half(0), half(8)]
+            }
+        }
+        #[inline(always)]
+        fn soon<T>(self, x: &T) {
+            soon(x);
         }
         #[inline(always)]
         fn narrow(self, x: &Lanes) -> [f16; LANES] {
@@ -310,6 +388,9 @@ pub mod x86 {
                     let mut sums = [_mm256_setzero_ps(); M];
                     for index in 0..acts.blocks {
                         let block = weights.as_ptr().add(index * INT4_BYTES);
+                        if half == 0 {
+                            ahead::<INT4_BYTES>(block);
+                        }
                         let mut w = [_mm256_setzero_si256(); 8];
                         for j in 0..4 {
                             let both = _mm256_loadu_si256(block.add(j * 64 + half * 32).cast());
@@ -353,6 +434,9 @@ pub mod x86 {
                     let mut sums = [_mm256_setzero_ps(); M];
                     for index in 0..acts.blocks {
                         let block = weights.as_ptr().add(index * INT8_BYTES);
+                        if half == 0 {
+                            ahead::<INT8_BYTES>(block);
+                        }
                         // Of each of eight outputs two partial sums: outputs 0 to 3, and 4 to 7.
                         let mut partial = [[_mm256_setzero_si256(); 2]; M];
                         for j in 0..BLOCK / 4 {
@@ -391,11 +475,43 @@ pub mod x86 {
     impl Simd for Avx512 {
         const ROWS: usize = 8;
         const WIDE: bool = false;
+        const SUMS: usize = 16;
+
+        type Vector = __m512;
 
         #[inline(always)]
-        fn widen(self, x: &[f16; LANES]) -> Lanes {
-            // SAFETY: the processor has F16C where there is an `Avx512`.
-            unsafe { widen(x) }
+        fn load(self, x: &Lanes) -> __m512 {
+            // SAFETY: the processor has the instructions where there is an `Avx512`; reads 64 bytes of `x`.
+            unsafe { _mm512_loadu_ps(x.as_ptr()) }
+        }
+        #[inline(always)]
+        fn store(self, x: __m512, to: &mut Lanes) {
+            // SAFETY: as above; writes 64 bytes of `to`.
+            unsafe { _mm512_storeu_ps(to.as_mut_ptr(), x) }
+        }
+        #[inline(always)]
+        fn splat(self, x: f32) -> __m512 {
+            // SAFETY: as above.
+            unsafe { _mm512_set1_ps(x) }
+        }
+        #[inline(always)]
+        fn add(self, a: __m512, b: __m512) -> __m512 {
+            // SAFETY: as above.
+            unsafe { _mm512_add_ps(a, b) }
+        }
+        #[inline(always)]
+        fn fused(self, a: __m512, b: __m512, c: __m512) -> __m512 {
+            // SAFETY: as above.
+            unsafe { _mm512_fmadd_ps(a, b, c) }
+        }
+        #[inline(always)]
+        fn widen(self, x: &[f16; LANES]) -> __m512 {
+            // SAFETY: as above; reads 32 bytes of `x`.
+            unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(x.as_ptr().cast())) }
+        }
+        #[inline(always)]
+        fn soon<T>(self, x: &T) {
+            soon(x);
         }
         #[inline(always)]
         fn narrow(self, x: &Lanes) -> [f16; LANES] {
@@ -414,6 +530,7 @@ pub mod x86 {
                 let mut sums = [_mm512_setzero_ps(); M];
                 for index in 0..acts.blocks {
                     let block = weights.as_ptr().add(index * INT4_BYTES);
+                    ahead::<INT4_BYTES>(block);
                     let mut w = [_mm512_setzero_si512(); 8];
                     for j in 0..4 {
                         let both = _mm512_loadu_si512(block.add(j * 64).cast());
@@ -458,6 +575,7 @@ pub mod x86 {
                 let mut sums = [_mm512_setzero_ps(); M];
                 for index in 0..acts.blocks {
                     let block = weights.as_ptr().add(index * INT8_BYTES);
+                    ahead::<INT8_BYTES>(block);
                     let mut w = [_mm512_setzero_si512(); 8];
                     let mut total = _mm512_setzero_si512();
                     for (j, w) in w.iter_mut().enumerate() {

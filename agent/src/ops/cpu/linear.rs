@@ -172,16 +172,18 @@ impl Product<'_> {
             (Format::Int4, Some(acts)) => simd.int4(self.weights.group(group), acts, row),
             (Format::Int8, Some(acts)) => simd.int8(self.weights.group(group), acts, row),
             (Format::F16, _) => self.floats(
+                simd,
                 row,
                 self.weights.group_f16(group),
                 #[inline(always)]
                 |w| simd.widen(w),
             ),
             (_, _) => self.floats(
+                simd,
                 row,
                 self.weights.group_f32(group),
                 #[inline(always)]
-                |w| *w,
+                |w| simd.load(w),
             ),
         };
         let (outputs, first) = (self.weights.outputs(), group * LANES);
@@ -200,24 +202,32 @@ impl Product<'_> {
     }
 
     #[inline(always)]
-    fn floats<W, const M: usize>(&self, row: usize, weights: &[W], widen: impl Fn(&W) -> Lanes) -> [Lanes; M] {
+    fn floats<S: Simd, W, const M: usize>(
+        &self,
+        simd: S,
+        row: usize,
+        weights: &[W],
+        widen: impl Fn(&W) -> S::Vector,
+    ) -> [Lanes; M] {
         let inputs = weights.len();
-        let mut sums = [[0.0; LANES]; M];
         let x: [&[f32]; M] = std::array::from_fn(|m| &self.x[(row + m) * inputs..][..inputs]);
+        let mut sums = [simd.splat(0.0); M];
         for (block, weights) in weights.chunks(SUM).enumerate() {
-            let mut partial = [[0.0; LANES]; M];
+            let x = x.map(|x| &x[block * SUM..][..weights.len()]);
+            let mut partial = [simd.splat(0.0); M];
             for (k, weights) in weights.iter().enumerate() {
                 let weights = widen(weights);
                 for (sum, x) in partial.iter_mut().zip(x) {
-                    let x = x[block * SUM + k];
-                    (0..LANES).for_each(|i| sum[i] = x.mul_add(weights[i], sum[i]));
+                    *sum = simd.fused(simd.splat(x[k]), weights, *sum);
                 }
             }
             for (sum, partial) in sums.iter_mut().zip(partial) {
-                (0..LANES).for_each(|i| sum[i] += partial[i]);
+                *sum = simd.add(*sum, partial);
             }
         }
-        sums
+        let mut out = [[0.0; LANES]; M];
+        out.iter_mut().zip(sums).for_each(|(out, sum)| simd.store(sum, out));
+        out
     }
 }
 
@@ -247,7 +257,7 @@ mod tests {
                 // What the format makes of the weights, times the activations as they are.
                 let mut row = vec![0.0; inputs];
                 for output in 0..outputs {
-                    weights.row(Isa::Portable, output, &mut row);
+                    weights.row(output, &mut row);
                     for (r, x) in x.chunks(inputs).enumerate() {
                         let exact: f64 = x.iter().zip(&row).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
                         let off = (exact - f64::from(out[r * outputs + output])).abs() / (inputs as f64).sqrt();

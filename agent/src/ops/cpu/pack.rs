@@ -8,7 +8,8 @@
 
 use half::f16;
 
-use super::isa::{BLOCK, INT4_BYTES, INT8_BYTES, Isa, LANES, Lanes, Simd, dispatch};
+use super::isa::{BLOCK, INT4_BYTES, INT8_BYTES, LANES, Lanes};
+use super::memory::Memory;
 use super::pool;
 
 /// How weights are stored.
@@ -45,18 +46,13 @@ pub enum Row<'a> {
     Q8_0(&'a [u8]),
 }
 
-/// Bytes on the border of a cache line.
-#[derive(Debug, Clone, Copy)]
-#[repr(C, align(64))]
-struct Line([u8; 64]);
-
 /// The weights of a linear layer.
 #[derive(Debug)]
 pub struct Packed {
     format: Format,
     outputs: usize,
     inputs: usize,
-    lines: Vec<Line>,
+    memory: Memory,
 }
 
 impl Packed {
@@ -65,8 +61,8 @@ impl Packed {
     pub fn new<'a>(format: Format, outputs: usize, inputs: usize, row: impl Fn(usize) -> Row<'a> + Sync) -> Self {
         let group_bytes = format.group_bytes(inputs);
         let groups = outputs.div_ceil(LANES);
-        let mut lines = vec![Line([0; 64]); (groups * group_bytes).div_ceil(64)];
-        let parts = pool::Parts::new(bytes_mut(&mut lines));
+        let mut memory = Memory::zeroed(groups * group_bytes);
+        let parts = pool::Parts::new(&mut memory);
         pool::split(groups, 1, |from, to| {
             for group in from..to {
                 // SAFETY: groups lie beside each other.
@@ -76,7 +72,7 @@ impl Packed {
                 }
             }
         });
-        Self { format, outputs, inputs, lines }
+        Self { format, outputs, inputs, memory }
     }
     /// Packs `[outputs, inputs]` row-major weights.
     pub fn from_rows(format: Format, rows: &[f32], outputs: usize, inputs: usize) -> Self {
@@ -98,12 +94,12 @@ impl Packed {
     }
     /// Memory that the weights take.
     pub fn bytes(&self) -> usize {
-        self.lines.len() * 64
+        self.memory.len()
     }
     /// A group's bytes.
     pub fn group(&self, group: usize) -> &[u8] {
         let size = self.format.group_bytes(self.inputs);
-        &bytes(&self.lines)[group * size..][..size]
+        &self.memory[group * size..][..size]
     }
     /// A group of f16 weights, `[inputs, LANES]`.
     pub fn group_f16(&self, group: usize) -> &[[f16; LANES]] {
@@ -121,12 +117,14 @@ impl Packed {
     }
 
     /// Writes one output's weights as numbers: an embedding is a row of the output layer's weights.
-    pub fn row(&self, isa: Isa, output: usize, out: &mut [f32]) {
+    pub fn row(&self, output: usize, out: &mut [f32]) {
         assert!(output < self.outputs && out.len() == self.inputs, "a row of the weights");
         let (group, lane) = (output / LANES, output % LANES);
         match self.format {
             Format::F32 => out.iter_mut().zip(self.group_f32(group)).for_each(|(out, w)| *out = w[lane]),
-            Format::F16 => dispatch!(isa, simd => self.row_f16(simd, group, lane, out)),
+            Format::F16 => {
+                out.iter_mut().zip(self.group_f16(group)).for_each(|(out, w)| *out = w[lane].to_f32_const());
+            }
             Format::Int8 => {
                 for (block, out) in self.group(group).chunks_exact(INT8_BYTES).zip(out.chunks_mut(BLOCK)) {
                     let scale = half_at(block, LANES * BLOCK + 2 * lane);
@@ -147,12 +145,8 @@ impl Packed {
     /// All weights as numbers, `[outputs, inputs]`.
     pub fn unpacked(&self) -> Vec<f32> {
         let mut out = vec![0.0; self.outputs * self.inputs];
-        out.chunks_exact_mut(self.inputs).enumerate().for_each(|(i, out)| self.row(Isa::Portable, i, out));
+        out.chunks_exact_mut(self.inputs).enumerate().for_each(|(i, out)| self.row(i, out));
         out
-    }
-    #[inline(always)]
-    fn row_f16(&self, simd: impl Simd, group: usize, lane: usize, out: &mut [f32]) {
-        out.iter_mut().zip(self.group_f16(group)).for_each(|(out, w)| *out = simd.widen(w)[lane]);
     }
 }
 
@@ -163,16 +157,6 @@ fn position(k: usize, lane: usize) -> usize {
 
 fn half_at(block: &[u8], at: usize) -> f32 {
     f16::from_le_bytes([block[at], block[at + 1]]).to_f32_const()
-}
-
-fn bytes(lines: &[Line]) -> &[u8] {
-    // SAFETY: lines are bytes without gaps.
-    unsafe { std::slice::from_raw_parts(lines.as_ptr().cast(), lines.len() * 64) }
-}
-
-fn bytes_mut(lines: &mut [Line]) -> &mut [u8] {
-    // SAFETY: as above; any bytes are lines.
-    unsafe { std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), lines.len() * 64) }
 }
 
 /// Writes an output's weights into its lane of a group.

@@ -1,6 +1,6 @@
 //! Operations on the rows of a step, one row at a time: norms, activations, rotations.
 //!
-//! Sums run in [`LANES`] lanes from first to last and are then added from lane to lane, so that a row gives the same
+//! Sums run in [`LANES`] lanes from first to last and are then added half to half, so that a row gives the same
 //! bits in any company and on any instruction set.
 
 use super::isa::{Isa, LANES, Lanes, dispatch};
@@ -34,10 +34,12 @@ pub fn exp(x: f32) -> f32 {
     if x < -87.0 { 0.0 } else { result }
 }
 
-/// Adds the lanes of a vector, from first to last.
+/// Adds the lanes of a vector: its halves, then the halves of that.
 #[inline(always)]
 pub fn total(lanes: &Lanes) -> f32 {
-    lanes.iter().sum()
+    let eight: [f32; 8] = std::array::from_fn(|i| lanes[i] + lanes[i + 8]);
+    let four: [f32; 4] = std::array::from_fn(|i| eight[i] + eight[i + 4]);
+    (four[0] + four[2]) + (four[1] + four[3])
 }
 
 /// Adds up products in lanes: `sum[i % LANES] += a[i] * b[i]`.
