@@ -311,10 +311,13 @@ pub mod x86 {
         unsafe { _mm_prefetch(std::ptr::from_ref(x).cast(), _MM_HINT_T0) }
     }
 
-    /// Says that what lies a few blocks of weights ahead will be read soon: when a row's products wait for memory, the
-    /// processor itself does not look that far.
+    /// Says that what lies a few blocks of weights ahead will be read soon. With the work of several rows between two
+    /// blocks the processor does not look that far by itself; with one row it does, and is only held up by being told.
     #[inline(always)]
-    fn ahead<const BYTES: usize>(block: *const u8) {
+    fn ahead<const M: usize, const BYTES: usize>(block: *const u8) {
+        if M < 4 {
+            return;
+        }
         for line in (0..BYTES).step_by(64) {
             // SAFETY: a hint, which cannot fault, wherever it points.
             unsafe { _mm_prefetch(block.wrapping_add(2048 + line).cast(), _MM_HINT_T0) }
@@ -389,7 +392,7 @@ pub mod x86 {
                     for index in 0..acts.blocks {
                         let block = weights.as_ptr().add(index * INT4_BYTES);
                         if half == 0 {
-                            ahead::<INT4_BYTES>(block);
+                            ahead::<M, INT4_BYTES>(block);
                         }
                         let mut w = [_mm256_setzero_si256(); 8];
                         for j in 0..4 {
@@ -435,7 +438,7 @@ pub mod x86 {
                     for index in 0..acts.blocks {
                         let block = weights.as_ptr().add(index * INT8_BYTES);
                         if half == 0 {
-                            ahead::<INT8_BYTES>(block);
+                            ahead::<M, INT8_BYTES>(block);
                         }
                         // Of each of eight outputs two partial sums: outputs 0 to 3, and 4 to 7.
                         let mut partial = [[_mm256_setzero_si256(); 2]; M];
@@ -530,7 +533,7 @@ pub mod x86 {
                 let mut sums = [_mm512_setzero_ps(); M];
                 for index in 0..acts.blocks {
                     let block = weights.as_ptr().add(index * INT4_BYTES);
-                    ahead::<INT4_BYTES>(block);
+                    ahead::<M, INT4_BYTES>(block);
                     let mut w = [_mm512_setzero_si512(); 8];
                     for j in 0..4 {
                         let both = _mm512_loadu_si512(block.add(j * 64).cast());
@@ -575,7 +578,7 @@ pub mod x86 {
                 let mut sums = [_mm512_setzero_ps(); M];
                 for index in 0..acts.blocks {
                     let block = weights.as_ptr().add(index * INT8_BYTES);
-                    ahead::<INT8_BYTES>(block);
+                    ahead::<M, INT8_BYTES>(block);
                     let mut w = [_mm512_setzero_si512(); 8];
                     let mut total = _mm512_setzero_si512();
                     for (j, w) in w.iter_mut().enumerate() {
