@@ -16,8 +16,10 @@ use izar_common::logging;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
 
-/// Threads of the daemon's runtime at most: it moves frames; the cores belong to the workers.
+/// Threads of the daemon's runtime at most, and cores for each of them: it moves frames; the cores belong to the workers,
+/// and a frame that is passed on by the thread that received it wakes nobody.
 const RUNTIME_THREADS: usize = 4;
+const CORES_EACH: usize = 4;
 
 /// Runs the workers that the controllers assign to this server.
 #[derive(Debug, Parser)]
@@ -95,7 +97,8 @@ fn daemon(config: &Path, arguments: &Arguments) -> anyhow::Result<()> {
         return Ok(());
     }
     logging::init(config.log.level.as_deref());
-    let threads = std::thread::available_parallelism().map_or(1, |cores| cores.get().min(RUNTIME_THREADS));
+    let threads =
+        std::thread::available_parallelism().map_or(1, |cores| (cores.get() / CORES_EACH).clamp(1, RUNTIME_THREADS));
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(threads)
         .enable_all()

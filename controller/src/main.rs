@@ -9,6 +9,10 @@ use izar_controller::config::Config;
 use izar_controller::daemon::Daemon;
 use tokio::signal::unix::{SignalKind, signal};
 
+/// Threads of the runtime at most; it takes half of the cores. The other half is for consensus, which has threads of its
+/// own, and for what else runs here; and what a thread passes on to itself wakes no other.
+const RUNTIME_THREADS: usize = 16;
+
 /// Answers the API, keeps the replicated state and schedules requests across agents.
 #[derive(Debug, Parser)]
 #[command(version)]
@@ -42,7 +46,12 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
         return Ok(());
     }
     izar_common::logging::init(config.log.level.as_deref());
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("start the runtime")?;
+    let threads = std::thread::available_parallelism().map_or(1, |cores| (cores.get() / 2).clamp(1, RUNTIME_THREADS));
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(threads)
+        .enable_all()
+        .build()
+        .context("start the runtime")?;
     let result = runtime.block_on(async {
         let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;

@@ -33,7 +33,7 @@ pub const COMMAND_BYTES: usize = 4 << 20;
 /// Batches on their way at once: enough to keep disk and network busy, few enough that batches grow under load.
 const UNSETTLED: usize = 4;
 /// How long the ends of turns wait for company when they are alone: each saved batch saves an fsync on every member.
-const RIDE: Duration = Duration::from_millis(5);
+const RIDE: Duration = Duration::from_millis(10);
 /// A batch of which nothing was heard for this long is sent again.
 const RESEND: Duration = Duration::from_millis(500);
 /// How long a caller waits, and a batch is sent again and again.
