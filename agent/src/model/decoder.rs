@@ -13,7 +13,7 @@ use super::layers::{Loading, Mlp};
 use super::weights::Source;
 use super::{Batch, CausalLm, Error, Logits, Options};
 use crate::ops::reference::indices;
-use crate::ops::{Cache, Format, Linear, Ops, span, values};
+use crate::ops::{Cache, Linear, Ops, span, values};
 
 #[derive(Debug)]
 enum FeedForward {
@@ -50,12 +50,8 @@ impl Decoder {
     pub fn load(config: &Config, source: &Source, options: &Options, blocks: usize) -> Result<Self, Error> {
         let ops = options.ops();
         let loading = Loading { config, source, options, ops: ops.clone() };
-        let (vocabulary, hidden) = (config.vocabulary, config.hidden);
-        // Rounding errors in these two weigh most: one is where everything begins, the other decides between tokens.
-        let format = if options.format == Format::Int4 { Format::Int8 } else { options.format };
-        let table = |name: &str| loading.linear(format, &[(name, vocabulary)], hidden, false);
-        let embedding = table("model.embed_tokens")?;
-        let head = if config.tied { embedding.clone() } else { table("lm_head")? };
+        let embedding = loading.table("model.embed_tokens")?;
+        let head = if config.tied { embedding.clone() } else { loading.table("lm_head")? };
         let layer = |index| Layer::load(&loading, index);
         let layers = (0..config.layers).into_par_iter().map(layer).collect::<Result<_, _>>()?;
         let mut frequencies = config.rope_frequencies();
@@ -68,7 +64,7 @@ impl Decoder {
             embedding,
             layers,
             caches: (0..config.layers).map(cache).collect(),
-            norm: loading.vector("model.norm.weight", hidden)?,
+            norm: loading.vector("model.norm.weight", config.hidden)?,
             head,
             config: config.clone(),
             ops,

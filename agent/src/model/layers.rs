@@ -104,6 +104,20 @@ impl Loading<'_> {
         Ok(self.ops.linear(format, total, inputs, row, biased.then_some(bias)))
     }
 
+    /// Reads a table of tokens: the embedding or the output layer. Rounding errors in these two weigh most: one is where
+    /// everything begins, the other decides between tokens. So int4 keeps them in int8, but for a checkpoint that has
+    /// rounded them itself.
+    pub fn table(&self, name: &str) -> Result<Linear, Error> {
+        let (config, mut format) = (self.config, self.options.format);
+        let shape = [config.vocabulary, config.hidden];
+        if format == Format::Int4 {
+            let blocks = self.source.blocks(config, &format!("{name}.weight"), &shape)?;
+            let rounded = blocks.is_some_and(|blocks| matches!(blocks.kind, GgmlType::Q4_0 | GgmlType::Q4_1));
+            format = if rounded { Format::Int4 } else { Format::Int8 };
+        }
+        self.linear(format, &[(name, config.vocabulary)], config.hidden, false)
+    }
+
     fn part(&self, format: Format, name: &str, outputs: usize, inputs: usize) -> Result<Part, Error> {
         let shape = [outputs, inputs];
         if matches!(format, Format::Int8 | Format::Int4)

@@ -18,6 +18,9 @@ pub const BLOCK: usize = 32;
 /// Bytes of a block of int4 weights of a group: nibbles, scales, minima.
 pub const INT4_BYTES: usize = LANES * BLOCK / 2 + 2 * LANES * 2;
 
+/// The same without minima, where each is -8 times its scale.
+pub const SYMMETRIC_BYTES: usize = LANES * BLOCK / 2 + LANES * 2;
+
 /// Bytes of a block of int8 weights of a group: values, scales.
 pub const INT8_BYTES: usize = LANES * BLOCK + LANES * 2;
 
@@ -147,11 +150,11 @@ pub trait Simd: Copy {
     /// Rounds to nearest, ties to even.
     fn narrow(self, x: &Lanes) -> [f16; LANES];
 
-    /// Multiplies `M` rows of activations, from `row` on, with a group of int4 weights.
+    /// Multiplies `M` rows of activations, from `row` on, with a group of int4 weights in blocks of `BYTES`.
     ///
     /// For each block, in order: `y += integer * (scale of weights * scale of activations)`, then
     /// `y += minimum * sum`, each fused.
-    fn int4<const M: usize>(self, weights: &[u8], acts: &Acts<'_>, row: usize) -> [Lanes; M];
+    fn int4<const M: usize, const BYTES: usize>(self, weights: &[u8], acts: &Acts<'_>, row: usize) -> [Lanes; M];
 
     /// The same for int8 weights, which have no minimum.
     fn int8<const M: usize>(self, weights: &[u8], acts: &Acts<'_>, row: usize) -> [Lanes; M];
@@ -206,10 +209,14 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    fn int4<const M: usize>(self, weights: &[u8], acts: &Acts<'_>, row: usize) -> [Lanes; M] {
+    fn int4<const M: usize, const BYTES: usize>(self, weights: &[u8], acts: &Acts<'_>, row: usize) -> [Lanes; M] {
         let mut out = [[0.0; LANES]; M];
-        for (index, block) in weights.chunks_exact(INT4_BYTES).enumerate() {
-            let (scale, minimum) = (scales(block, LANES * BLOCK / 2), scales(block, LANES * BLOCK / 2 + 2 * LANES));
+        for (index, block) in weights.chunks_exact(BYTES).enumerate() {
+            let scale = scales(block, LANES * BLOCK / 2);
+            let minimum = match BYTES {
+                SYMMETRIC_BYTES => scale.map(|scale| -8.0 * scale),
+                _ => scales(block, LANES * BLOCK / 2 + 2 * LANES),
+            };
             for (m, out) in out.iter_mut().enumerate() {
                 let at = (row + m) * acts.blocks + index;
                 let values = &acts.values[at * BLOCK..][..BLOCK];
@@ -378,8 +385,8 @@ pub mod x86 {
         }
 
         #[inline(always)]
-        fn int4<const M: usize>(self, weights: &[u8], acts: &Acts<'_>, row: usize) -> [Lanes; M] {
-            check::<M>(weights, INT4_BYTES, acts, row);
+        fn int4<const M: usize, const BYTES: usize>(self, weights: &[u8], acts: &Acts<'_>, row: usize) -> [Lanes; M] {
+            check::<M>(weights, BYTES, acts, row);
             let mut out = [[0.0; LANES]; M];
             // A register holds half a group.
             for half in 0..2 {
@@ -390,9 +397,9 @@ pub mod x86 {
                     let (low, ones) = (_mm256_set1_epi8(15), _mm256_set1_epi16(1));
                     let mut sums = [_mm256_setzero_ps(); M];
                     for index in 0..acts.blocks {
-                        let block = weights.as_ptr().add(index * INT4_BYTES);
+                        let block = weights.as_ptr().add(index * BYTES);
                         if half == 0 {
-                            ahead::<M, INT4_BYTES>(block);
+                            ahead::<M, BYTES>(block);
                         }
                         let mut w = [_mm256_setzero_si256(); 8];
                         for j in 0..4 {
@@ -402,7 +409,10 @@ pub mod x86 {
                         }
                         let scales = block.add(LANES * BLOCK / 2 + half * LANES);
                         let scale = _mm256_cvtph_ps(_mm_loadu_si128(scales.cast()));
-                        let minimum = _mm256_cvtph_ps(_mm_loadu_si128(scales.add(2 * LANES).cast()));
+                        let minimum = match BYTES {
+                            SYMMETRIC_BYTES => _mm256_mul_ps(scale, _mm256_set1_ps(-8.0)),
+                            _ => _mm256_cvtph_ps(_mm_loadu_si128(scales.add(2 * LANES).cast())),
+                        };
                         for (m, sum) in sums.iter_mut().enumerate() {
                             let at = (row + m) * acts.blocks + index;
                             let values = acts.values.as_ptr().add(at * BLOCK).cast::<i32>();
@@ -523,8 +533,8 @@ pub mod x86 {
         }
 
         #[inline(always)]
-        fn int4<const M: usize>(self, weights: &[u8], acts: &Acts<'_>, row: usize) -> [Lanes; M] {
-            check::<M>(weights, INT4_BYTES, acts, row);
+        fn int4<const M: usize, const BYTES: usize>(self, weights: &[u8], acts: &Acts<'_>, row: usize) -> [Lanes; M] {
+            check::<M>(weights, BYTES, acts, row);
             let mut out = [[0.0; LANES]; M];
             // SAFETY: the processor has the instructions where there is an `Avx512`; by the check, every load lies in a block of
             // `weights`, every store in a row of `out`.
@@ -532,8 +542,8 @@ pub mod x86 {
                 let low = _mm512_set1_epi8(15);
                 let mut sums = [_mm512_setzero_ps(); M];
                 for index in 0..acts.blocks {
-                    let block = weights.as_ptr().add(index * INT4_BYTES);
-                    ahead::<M, INT4_BYTES>(block);
+                    let block = weights.as_ptr().add(index * BYTES);
+                    ahead::<M, BYTES>(block);
                     let mut w = [_mm512_setzero_si512(); 8];
                     for j in 0..4 {
                         let both = _mm512_loadu_si512(block.add(j * 64).cast());
@@ -542,7 +552,10 @@ pub mod x86 {
                     }
                     let scales = block.add(LANES * BLOCK / 2);
                     let scale = _mm512_cvtph_ps(_mm256_loadu_si256(scales.cast()));
-                    let minimum = _mm512_cvtph_ps(_mm256_loadu_si256(scales.add(2 * LANES).cast()));
+                    let minimum = match BYTES {
+                        SYMMETRIC_BYTES => _mm512_mul_ps(scale, _mm512_set1_ps(-8.0)),
+                        _ => _mm512_cvtph_ps(_mm256_loadu_si256(scales.add(2 * LANES).cast())),
+                    };
                     for (m, sum) in sums.iter_mut().enumerate() {
                         let at = (row + m) * acts.blocks + index;
                         let values = acts.values.as_ptr().add(at * BLOCK).cast::<i32>();

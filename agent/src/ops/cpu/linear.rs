@@ -4,7 +4,7 @@
 //! vector holds different outputs. Quantized weights are multiplied as integers, with activations that are quantized
 //! by blocks of [`BLOCK`] on the way.
 
-use super::isa::{Acts, BLOCK, Isa, LANES, Lanes, Simd, dispatch};
+use super::isa::{Acts, BLOCK, INT4_BYTES, Isa, LANES, Lanes, SYMMETRIC_BYTES, Simd, dispatch};
 use super::pack::{Format, Packed};
 use super::pool::{self, Parts};
 
@@ -169,7 +169,10 @@ impl Product<'_> {
     #[inline(always)]
     fn tile<S: Simd, const M: usize>(&self, simd: S, group: usize, row: usize) {
         let sums: [Lanes; M] = match (self.weights.format(), &self.acts) {
-            (Format::Int4, Some(acts)) => simd.int4(self.weights.group(group), acts, row),
+            (Format::Int4, Some(acts)) if self.weights.symmetric() => {
+                simd.int4::<M, SYMMETRIC_BYTES>(self.weights.group(group), acts, row)
+            }
+            (Format::Int4, Some(acts)) => simd.int4::<M, INT4_BYTES>(self.weights.group(group), acts, row),
             (Format::Int8, Some(acts)) => simd.int8(self.weights.group(group), acts, row),
             (Format::F16, _) => self.floats(
                 simd,
@@ -233,6 +236,7 @@ impl Product<'_> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::pack::Row;
     use super::super::tests::{isas, numbers};
     use super::*;
 
@@ -302,6 +306,35 @@ mod tests {
                     assert_eq!(bits(&some), bits(&all[..count * outputs]), "{format:?} {isa:?} {count}");
                 }
             }
+        }
+    }
+
+    #[test]
+    fn weights_without_minima_give_the_same_bits() {
+        let (outputs, inputs) = (33, 96);
+        let bytes: Vec<u8> = (0..outputs * inputs / BLOCK * 18).map(|i| (i * 37 % 251) as u8).collect();
+        // Scales that are small numbers: their high byte is that of about 0.01.
+        let row = |output: usize| {
+            let mut row = bytes[output * inputs / BLOCK * 18..][..inputs / BLOCK * 18].to_vec();
+            row.chunks_exact_mut(18).for_each(|block| block[1] = 0x21);
+            row
+        };
+        let rows: Vec<Vec<u8>> = (0..outputs).map(row).collect();
+        let other = [0; 3 * 20];
+        let short = Packed::new(Format::Int4, outputs, inputs, |output| Row::Q4_0(&rows[output]));
+        // One row of another kind makes all of them keep their minima.
+        let long = Packed::new(Format::Int4, outputs + 1, inputs, |output| match rows.get(output) {
+            Some(row) => Row::Q4_0(row),
+            None => Row::Q4_1(&other),
+        });
+        assert!(short.symmetric() && !long.symmetric() && short.bytes() < long.bytes());
+        assert_eq!(short.unpacked(), long.unpacked()[..outputs * inputs]);
+        let x = numbers(9 * inputs, 7);
+        for isa in isas() {
+            let short = product(isa, &x, &short, Epilogue::default());
+            let long = product(isa, &x, &long, Epilogue::default());
+            let pairs = short.chunks(outputs).zip(long.chunks(outputs + 1));
+            pairs.for_each(|(short, long)| assert_eq!(bits(short), bits(&long[..outputs]), "{isa:?}"));
         }
     }
 

@@ -3,12 +3,13 @@
 //!
 //! f32 and f16: `[groups, inputs, LANES]`. int8: blocks of [`BLOCK`] inputs, `[groups, blocks]`, each holding values
 //! `[8, LANES, 4]`, then an f16 scale for each output. int4: nibbles `[4, LANES, 4]` (low: the first half of the block's
-//! inputs, high: the second), then an f16 scale and an f16 minimum for each output. The last group and the last block
+//! inputs, high: the second), then an f16 scale and an f16 minimum for each output; without the minima if all of them are
+//! -8 times their scale, as in a file of Q4_0. The last group and the last block
 //! are filled up with zeros.
 
 use half::f16;
 
-use super::isa::{BLOCK, INT4_BYTES, INT8_BYTES, LANES, Lanes};
+use super::isa::{BLOCK, INT4_BYTES, INT8_BYTES, LANES, Lanes, SYMMETRIC_BYTES};
 use super::memory::Memory;
 use super::pool;
 
@@ -23,12 +24,13 @@ pub enum Format {
 
 impl Format {
     /// Bytes of a group of outputs.
-    fn group_bytes(self, inputs: usize) -> usize {
+    fn group_bytes(self, inputs: usize, symmetric: bool) -> usize {
         let blocks = inputs.div_ceil(BLOCK);
         match self {
             Self::F32 => inputs * LANES * 4,
             Self::F16 => inputs * LANES * 2,
             Self::Int8 => blocks * INT8_BYTES,
+            Self::Int4 if symmetric => blocks * SYMMETRIC_BYTES,
             Self::Int4 => blocks * INT4_BYTES,
         }
     }
@@ -52,6 +54,8 @@ pub struct Packed {
     format: Format,
     outputs: usize,
     inputs: usize,
+    /// Of int4: minima follow from scales and are not stored.
+    symmetric: bool,
     memory: Memory,
 }
 
@@ -59,7 +63,8 @@ impl Packed {
     /// Packs the rows that `row` gives for each output. A row that is not f32 must be of the format that it is taken over
     /// into, and every row has `inputs` weights.
     pub fn new<'a>(format: Format, outputs: usize, inputs: usize, row: impl Fn(usize) -> Row<'a> + Sync) -> Self {
-        let group_bytes = format.group_bytes(inputs);
+        let symmetric = format == Format::Int4 && (0..outputs).all(|output| matches!(row(output), Row::Q4_0(_)));
+        let group_bytes = format.group_bytes(inputs, symmetric);
         let groups = outputs.div_ceil(LANES);
         let mut memory = Memory::zeroed(groups * group_bytes);
         let parts = pool::Parts::new(&mut memory);
@@ -68,11 +73,11 @@ impl Packed {
                 // SAFETY: groups lie beside each other.
                 let bytes = unsafe { parts.part(group * group_bytes, group_bytes) };
                 for output in group * LANES..outputs.min((group + 1) * LANES) {
-                    put(format, bytes, output % LANES, inputs, row(output));
+                    put(format, symmetric, bytes, output % LANES, inputs, row(output));
                 }
             }
         });
-        Self { format, outputs, inputs, memory }
+        Self { format, outputs, inputs, symmetric, memory }
     }
     /// Packs `[outputs, inputs]` row-major weights.
     pub fn from_rows(format: Format, rows: &[f32], outputs: usize, inputs: usize) -> Self {
@@ -82,6 +87,10 @@ impl Packed {
 
     pub fn format(&self) -> Format {
         self.format
+    }
+    /// Whether int4 weights are stored without minima.
+    pub fn symmetric(&self) -> bool {
+        self.symmetric
     }
     pub fn outputs(&self) -> usize {
         self.outputs
@@ -98,7 +107,7 @@ impl Packed {
     }
     /// A group's bytes.
     pub fn group(&self, group: usize) -> &[u8] {
-        let size = self.format.group_bytes(self.inputs);
+        let size = self.format.group_bytes(self.inputs, self.symmetric);
         &self.memory[group * size..][..size]
     }
     /// A group of f16 weights, `[inputs, LANES]`.
@@ -133,9 +142,13 @@ impl Packed {
                 }
             }
             Format::Int4 => {
-                for (block, out) in self.group(group).chunks_exact(INT4_BYTES).zip(out.chunks_mut(BLOCK)) {
+                let size = if self.symmetric { SYMMETRIC_BYTES } else { INT4_BYTES };
+                for (block, out) in self.group(group).chunks_exact(size).zip(out.chunks_mut(BLOCK)) {
                     let scale = half_at(block, LANES * BLOCK / 2 + 2 * lane);
-                    let minimum = half_at(block, LANES * BLOCK / 2 + 2 * LANES + 2 * lane);
+                    let minimum = match self.symmetric {
+                        true => -8.0 * scale,
+                        false => half_at(block, LANES * BLOCK / 2 + 2 * LANES + 2 * lane),
+                    };
                     let value = |k: usize| block[position(k % 16, lane)] >> (k / 16 * 4) & 15;
                     out.iter_mut().enumerate().for_each(|(k, out)| *out = f32::from(value(k)).mul_add(scale, minimum));
                 }
@@ -160,7 +173,7 @@ fn half_at(block: &[u8], at: usize) -> f32 {
 }
 
 /// Writes an output's weights into its lane of a group.
-fn put(format: Format, group: &mut [u8], lane: usize, inputs: usize, row: Row<'_>) {
+fn put(format: Format, symmetric: bool, group: &mut [u8], lane: usize, inputs: usize, row: Row<'_>) {
     match (format, row) {
         (Format::F32, Row::F32(row)) => {
             assert_eq!(row.len(), inputs, "a row has a weight for each input");
@@ -184,14 +197,15 @@ fn put(format: Format, group: &mut [u8], lane: usize, inputs: usize, row: Row<'_
             assert_eq!(row.len(), inputs, "a row has a weight for each input");
             for (block, weights) in group.chunks_exact_mut(INT4_BYTES).zip(row.chunks(BLOCK)) {
                 let (scale, minimum, values) = quantize_int4(weights);
-                put_int4(block, lane, scale, minimum, |k| values[k]);
+                put_int4(block, lane, scale, Some(minimum), |k| values[k]);
             }
         }
         (Format::Int4, Row::Q4_0(row)) => {
             assert_eq!(row.len(), inputs / BLOCK * 18, "a row has a weight for each input");
-            for (block, from) in group.chunks_exact_mut(INT4_BYTES).zip(row.chunks_exact(18)) {
+            let size = if symmetric { SYMMETRIC_BYTES } else { INT4_BYTES };
+            for (block, from) in group.chunks_exact_mut(size).zip(row.chunks_exact(18)) {
                 let scale = f16::from_le_bytes([from[0], from[1]]);
-                let minimum = f16::from_f32_const(-8.0 * scale.to_f32_const());
+                let minimum = (!symmetric).then(|| f16::from_f32_const(-8.0 * scale.to_f32_const()));
                 put_int4(block, lane, scale, minimum, |k| from[2 + k % 16] >> (k / 16 * 4) & 15);
             }
         }
@@ -199,7 +213,7 @@ fn put(format: Format, group: &mut [u8], lane: usize, inputs: usize, row: Row<'_
             assert_eq!(row.len(), inputs / BLOCK * 20, "a row has a weight for each input");
             for (block, from) in group.chunks_exact_mut(INT4_BYTES).zip(row.chunks_exact(20)) {
                 let (scale, minimum) = (f16::from_le_bytes([from[0], from[1]]), f16::from_le_bytes([from[2], from[3]]));
-                put_int4(block, lane, scale, minimum, |k| from[4 + k % 16] >> (k / 16 * 4) & 15);
+                put_int4(block, lane, scale, Some(minimum), |k| from[4 + k % 16] >> (k / 16 * 4) & 15);
             }
         }
         (Format::Int8, Row::Q8_0(row)) => {
@@ -224,12 +238,14 @@ fn put_int8(block: &mut [u8], lane: usize, weights: &[f32]) {
     block[LANES * BLOCK + 2 * lane..][..2].copy_from_slice(&scale.to_le_bytes());
 }
 
-fn put_int4(block: &mut [u8], lane: usize, scale: f16, minimum: f16, value: impl Fn(usize) -> u8) {
+fn put_int4(block: &mut [u8], lane: usize, scale: f16, minimum: Option<f16>, value: impl Fn(usize) -> u8) {
     for k in 0..BLOCK / 2 {
         block[position(k, lane)] = value(k) | value(k + BLOCK / 2) << 4;
     }
     block[LANES * BLOCK / 2 + 2 * lane..][..2].copy_from_slice(&scale.to_le_bytes());
-    block[LANES * BLOCK / 2 + 2 * LANES + 2 * lane..][..2].copy_from_slice(&minimum.to_le_bytes());
+    if let Some(minimum) = minimum {
+        block[LANES * BLOCK / 2 + 2 * LANES + 2 * lane..][..2].copy_from_slice(&minimum.to_le_bytes());
+    }
 }
 
 fn inverse(x: f32) -> f32 {
