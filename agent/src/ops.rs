@@ -76,10 +76,11 @@ impl Ops {
         inputs: usize,
         row: impl Fn(usize) -> Row<'a> + Sync,
         bias: Option<Vec<f32>>,
+        terms: usize,
     ) -> Linear {
         let packed = Packed::new(format, outputs, inputs, row);
         match self.path {
-            Path::Kernels(isa) => Linear::Kernels { isa, layer: Arc::new(cpu::Layer { weights: packed, bias }) },
+            Path::Kernels(isa) => Linear::Kernels { isa, layer: Arc::new(cpu::Layer { weights: packed, bias, terms }) },
             Path::Reference => {
                 let threads = rayon::current_num_threads();
                 let linear = reference::Linear::new(&packed.unpacked(), outputs, inputs, threads, &self.device);

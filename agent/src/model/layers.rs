@@ -72,13 +72,26 @@ impl Loading<'_> {
 
     /// Makes a layer of weights in memory, `[outputs, inputs]`.
     pub fn linear_of(&self, format: Format, rows: &[f32], outputs: usize, inputs: usize) -> Linear {
-        self.ops.linear(format, outputs, inputs, |output| Row::F32(&rows[output * inputs..][..inputs]), None)
+        self.ops.linear(format, outputs, inputs, |output| Row::F32(&rows[output * inputs..][..inputs]), None, 1)
     }
 
     /// Reads projections with the same input as one layer: their outputs follow each other.
+    ///
+    /// With weights in int8, activations have two terms: their rounding would cost more than that of the weights.
     pub fn linear(
         &self,
         format: Format,
+        projections: &[(&str, usize)],
+        inputs: usize,
+        biased: bool,
+    ) -> Result<Linear, Error> {
+        self.layer(format, if format == Format::Int8 { 2 } else { 1 }, projections, inputs, biased)
+    }
+
+    fn layer(
+        &self,
+        format: Format,
+        terms: usize,
         projections: &[(&str, usize)],
         inputs: usize,
         biased: bool,
@@ -101,12 +114,12 @@ impl Loading<'_> {
             unreachable!("an output belongs to a projection")
         };
         let total = projections.iter().map(|(_, outputs)| outputs).sum();
-        Ok(self.ops.linear(format, total, inputs, row, biased.then_some(bias)))
+        Ok(self.ops.linear(format, total, inputs, row, biased.then_some(bias), terms))
     }
 
     /// Reads a table of tokens: the embedding or the output layer. Rounding errors in these two weigh most: one is where
     /// everything begins, the other decides between tokens. So int4 keeps them in int8, but for a checkpoint that has
-    /// rounded them itself.
+    /// rounded them itself, and activations have two terms.
     pub fn table(&self, name: &str) -> Result<Linear, Error> {
         let (config, mut format) = (self.config, self.options.format);
         let shape = [config.vocabulary, config.hidden];
@@ -115,7 +128,7 @@ impl Loading<'_> {
             let rounded = blocks.is_some_and(|blocks| matches!(blocks.kind, GgmlType::Q4_0 | GgmlType::Q4_1));
             format = if rounded { Format::Int4 } else { Format::Int8 };
         }
-        self.linear(format, &[(name, config.vocabulary)], config.hidden, false)
+        self.layer(format, 2, &[(name, config.vocabulary)], config.hidden, false)
     }
 
     fn part(&self, format: Format, name: &str, outputs: usize, inputs: usize) -> Result<Part, Error> {

@@ -33,6 +33,8 @@ pub struct Layer {
     pub weights: Packed,
     /// `[outputs]`.
     pub bias: Option<Vec<f32>>,
+    /// Integers that an activation is the sum of, where weights are integers: one of 8 bits, or two.
+    pub terms: usize,
 }
 
 /// Where the rows of a step stand, and how far they are turned.
@@ -223,7 +225,7 @@ fn product(x: FlexTensor, residual: Option<FlexTensor>, isa: Isa, layer: &Layer)
     let rows = x.layout().shape()[0];
     let mut out = room(rows * layer.weights.outputs());
     let epilogue = Epilogue { bias: layer.bias.as_deref(), residual: residual.as_ref().map(slice) };
-    linear::linear(isa, slice(&x), &layer.weights, epilogue, &mut out);
+    linear::linear(isa, slice(&x), &layer.weights, layer.terms, epilogue, &mut out);
     std::iter::once(x).chain(residual).for_each(done);
     made(out, vec![rows, layer.weights.outputs()])
 }

@@ -33,7 +33,7 @@ fn linear_layers_agree_in_every_format() {
     for (format, tolerance) in [(Format::F32, 1e-6), (Format::F16, 1e-6), (Format::Int8, 0.01), (Format::Int4, 0.01)] {
         check(tolerance, |ops| {
             let row = |output: usize| Row::F32(&rows[output * 96..][..96]);
-            let linear = ops.linear(format, 40, 96, row, Some(bias.clone()));
+            let linear = ops.linear(format, 40, 96, row, Some(bias.clone()), 1);
             let (x, residual) = (ops.tensor(x.clone(), [7, 96]), ops.tensor(numbers(280, 4), [7, 40]));
             let mut out = values(linear.forward(x.clone()));
             out.extend(values(linear.forward_onto(x, residual)));
