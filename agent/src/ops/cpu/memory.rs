@@ -192,7 +192,8 @@ mod tests {
         assert_eq!((small.as_ptr(), small.len()), (at, 10));
         spare(small);
         (0..40).for_each(|_| spare(vec![1.0; 4]));
-        assert_eq!((room(1000).as_ptr(), room(5000).len()), (at, 5000));
+        let (again, new) = (room(1000), room(5000));
+        assert_eq!((again.as_ptr(), new.len()), (at, 5000));
     }
 
     #[test]
