@@ -2,8 +2,7 @@
 //!
 //! A panic in it is caught, because a fault of a device shows as one; the model is dropped and never used again, and
 //! what was asked of it is answered with `Broken`. Kernels and draws share the process's pool (`ops::cpu::pool`); Burn's
-//! own operations have one of theirs, which this thread belongs to. Between steps
-//! all threads sleep.
+//! own operations have one of theirs, which this thread belongs to. Between steps all threads sleep.
 
 use std::any::Any;
 use std::collections::HashMap;
