@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 
 use izar_common::chat::Token;
 use izar_common::manifest::{Kind, Manifest};
-use izar_common::wire::agent::{CACHE_BYTES, CacheType, EngineOptions, Kernels, Quant};
+use izar_common::wire::agent::{Activations, CACHE_BYTES, CacheType, Device, EngineOptions, Kernels, Quant};
 
 use crate::ops::cpu::isa::Isa;
 use crate::ops::{self, CacheFormat, Format, Ops, TOKENS};
@@ -122,8 +122,11 @@ pub trait CausalLm: Send {
 /// How a model is kept and computed.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Options {
+    pub device: Device,
     /// How weights are kept.
     pub format: Format,
+    /// How finely activations are rounded for integer weights, on the path of kernels.
+    pub activations: Activations,
     pub path: ops::Path,
     /// How keys and values are kept.
     pub cache: CacheFormat,
@@ -136,7 +139,9 @@ pub struct Options {
 impl Default for Options {
     fn default() -> Self {
         Self {
+            device: Device::Cpu,
             format: Format::Int4,
+            activations: Activations::Auto,
             path: ops::Path::Kernels(Isa::best()),
             cache: CacheFormat::F16,
             cache_bytes: CACHE_BYTES,
@@ -153,6 +158,8 @@ impl Options {
             false => Err(Error::Kernels(isa.name())),
         };
         Ok(Self {
+            device: options.device,
+            activations: options.activations,
             format: match options.quant {
                 Quant::F32 => Format::F32,
                 Quant::F16 => Format::F16,
@@ -160,6 +167,7 @@ impl Options {
                 Quant::Int4 => Format::Int4,
             },
             path: match options.kernels {
+                _ if options.device != Device::Cpu => ops::Path::Reference,
                 Kernels::Auto => ops::Path::Kernels(Isa::best()),
                 Kernels::Reference => ops::Path::Reference,
                 Kernels::Portable => forced(Isa::Portable)?,
@@ -174,8 +182,18 @@ impl Options {
             max_context: options.max_context as usize,
         })
     }
-    fn ops(&self) -> Ops {
-        Ops::cpu(self.path)
+    fn ops(&self) -> Result<Ops, Error> {
+        match self.device {
+            Device::Cpu => Ok(Ops::cpu(self.path)),
+            Device::Cuda(index) => Ops::cuda(index).map_err(Error::Device),
+        }
+    }
+    /// Rows of the steps that are computed before the first request. A card's kernels are made when they are first used.
+    pub fn warm_up(&self) -> &'static [usize] {
+        match self.device {
+            Device::Cpu => &[2],
+            Device::Cuda(_) => &[512, 32, 8, 2, 1],
+        }
     }
 }
 
@@ -189,6 +207,8 @@ pub struct Loaded {
     pub eos: Vec<Token>,
     /// Blocks that the cache has.
     pub blocks: usize,
+    /// Rows of the steps that must be computed before the first request.
+    pub warm_up: &'static [usize],
 }
 
 /// Why a model cannot be loaded. Each names the file or the tensor or the key.
@@ -217,6 +237,8 @@ pub enum Error {
     Cache { budget: u64, holds: usize, context: usize, needs: u64 },
     #[error("kernels {0}: this processor does not have their instructions; say auto")]
     Kernels(&'static str),
+    #[error(transparent)]
+    Device(ops::cuda::Error),
     #[error("the model's manifest says {what} {manifest}, its files say {files}")]
     Manifest { what: &'static str, manifest: String, files: String },
 }
@@ -225,6 +247,8 @@ pub enum Error {
 pub fn load(manifest: &Manifest, files: &[PathBuf], options: &Options) -> Result<Loaded, Error> {
     let named: Vec<(&str, &Path)> =
         manifest.files.iter().map(|f| f.name.as_str()).zip(files.iter().map(PathBuf::as_path)).collect();
+    // A device that cannot be used is said so before gigabytes are read.
+    options.ops()?;
     let source = match manifest.kind {
         Kind::Gguf => {
             let &(name, path) = named.first().ok_or_else(|| Error::NoFile("*.gguf".into()))?;
@@ -253,9 +277,10 @@ pub fn load(manifest: &Manifest, files: &[PathBuf], options: &Options) -> Result
 
 /// Builds the decoder that the configuration asks for; what ends an answer is not its concern.
 pub fn build(config: &Config, source: &Source, options: &Options) -> Result<Loaded, Error> {
+    let ops = options.ops()?;
     let (context, blocks) = room(config, options)?;
-    let model = Box::new(Decoder::load(config, source, options, blocks)?);
-    Ok(Loaded { model, context, vocabulary: config.vocabulary, eos: Vec::new(), blocks })
+    let model = Box::new(Decoder::load(config, source, options, ops, blocks)?);
+    Ok(Loaded { model, context, vocabulary: config.vocabulary, eos: Vec::new(), blocks, warm_up: options.warm_up() })
 }
 
 /// How many tokens a sequence may have, and how many blocks the budget holds.

@@ -6,6 +6,7 @@
 //! which path it is on.
 
 pub mod cpu;
+pub mod cuda;
 pub mod reference;
 
 use std::ops::Range;
@@ -60,6 +61,10 @@ impl Ops {
     pub fn cpu(path: Path) -> Self {
         Self { path, device: Device::flex() }
     }
+    /// A card, where the reference operations compute.
+    pub fn cuda(index: u16) -> Result<Self, cuda::Error> {
+        Ok(Self { path: Path::Reference, device: cuda::open(index)? })
+    }
     pub fn device(&self) -> &Device {
         &self.device
     }
@@ -82,8 +87,12 @@ impl Ops {
         match self.path {
             Path::Kernels(isa) => Linear::Kernels { isa, layer: Arc::new(cpu::Layer { weights: packed, bias, terms }) },
             Path::Reference => {
-                let threads = rayon::current_num_threads();
-                let linear = reference::Linear::new(&packed.unpacked(), outputs, inputs, threads, &self.device);
+                let shape = if self.device == Device::flex() {
+                    reference::Stacks::of_threads(rayon::current_num_threads())
+                } else {
+                    reference::Stacks::one()
+                };
+                let linear = reference::Linear::new(&packed.unpacked(), outputs, inputs, shape, &self.device);
                 let linear = match bias {
                     Some(bias) => linear.with_bias(bias, &self.device),
                     None => linear,

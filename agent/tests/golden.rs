@@ -2,7 +2,8 @@
 //! token at each position, and its greedy continuations, in float32.
 //!
 //! Each case is computed alone, in chunks, and in a ragged batch with all the others, by our kernels and by Burn's own
-//! operations; continuations also through the engine. `IZAR_GOLDEN` names another folder of such checkpoints.
+//! operations; continuations also through the engine. `IZAR_GOLDEN` names another folder of such checkpoints, `IZAR_DEVICE`
+//! a device that computes the reference operations instead, as in `cuda:0`.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -13,9 +14,11 @@ use izar_agent::engine::{Engine, Lm, State};
 use izar_agent::model::weights::Source;
 use izar_agent::model::{self, Batch, CausalLm, Loaded, Options, Wants};
 use izar_agent::ops::cpu::isa::Isa;
+use izar_agent::ops::cpu::pool::Threads;
 use izar_agent::ops::{self, CacheFormat, Format};
 use izar_common::chat::{Job, JobEvent, Sampling, Token};
 use izar_common::id::{DeploymentId, Hash, TurnId};
+use izar_common::wire::agent::Device;
 use serde::Deserialize;
 
 /// Largest difference of a logit, relative to the largest logit of its row.
@@ -55,12 +58,27 @@ fn checkpoints() -> Vec<(PathBuf, Golden)> {
     found
 }
 
+/// What computes: `IZAR_DEVICE`, as in `cuda:0`, or the CPU.
+fn device() -> Device {
+    std::env::var("IZAR_DEVICE").map_or(Device::Cpu, |word| word.parse().expect("IZAR_DEVICE names a device"))
+}
+
 /// Everything in f32, on a path.
 fn exact(path: ops::Path) -> Options {
-    Options { format: Format::F32, cache: CacheFormat::F32, path, cache_bytes: 64 << 20, max_context: 0 }
+    Options {
+        device: device(),
+        format: Format::F32,
+        cache: CacheFormat::F32,
+        path,
+        cache_bytes: 64 << 20,
+        ..Options::default()
+    }
 }
 
 fn paths() -> Vec<ops::Path> {
+    if device() != Device::Cpu {
+        return vec![ops::Path::Reference];
+    }
     let kernels = Isa::ALL.into_iter().filter(|isa| isa.available()).map(ops::Path::Kernels);
     kernels.chain([ops::Path::Reference]).collect()
 }
@@ -144,6 +162,10 @@ fn logits_and_best_tokens_agree_in_a_ragged_batch_and_in_chunks() {
 /// Burn's operations on the same int4 weights, where no expert is chosen: another choice is another answer.
 #[test]
 fn quantized_forms_stay_within_their_bounds() {
+    if device() != Device::Cpu {
+        eprintln!("skipped: a card computes the reference operations, in f32");
+        return;
+    }
     for (folder, golden) in checkpoints() {
         let last = |options: &Options, case: &Case| {
             let mut loaded = load(&folder, options);
@@ -192,7 +214,7 @@ fn answers(folder: PathBuf, max_batch: usize, jobs: Vec<Job>) -> Vec<Vec<Token>>
     let (say, woken) = std::sync::mpsc::sync_channel(16);
     let load = move || Ok(load(&folder, &exact(ops::Path::Kernels(Isa::best()))));
     let wake = move || say.send(()).expect("the test waits");
-    let executor = Executor::start(1, load, wake).unwrap();
+    let executor = Executor::start(Threads::any(1), load, wake).unwrap();
     let mut engine = Lm::new(executor, Grammars::new(None), max_batch);
     let until = Instant::now() + LIMIT;
     let wait = |engine: &mut Lm| {

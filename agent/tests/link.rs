@@ -52,7 +52,7 @@ impl Agent {
         let endpoint = Arc::new(bind(&node_tls(dir, Role::Agent, "a1")));
         let store = Store::open(dir.join("agent-blobs")).unwrap();
         let exe = env!("CARGO_BIN_EXE_izar-agent").into();
-        let options = Options { exe, threads: 1, cores: 1, log_level: None };
+        let options = Options { exe, threads: 1, cpus: Vec::new(), cores: 1, log_level: None };
         let sources = Sources::default();
         let workers = Workers::start(options, store, sources.clone());
         let facts = Facts::of_this_machine();
@@ -184,7 +184,7 @@ async fn a_controller_cancels_by_stopping_or_resetting_a_stream() {
     for how in ["stop", "reset"] {
         let (mut tx, mut rx) = session.submit("m.0", &model, 10_000).await;
         within("a token", rx.expect::<JobEvent>()).await.unwrap();
-        session.report_until("a running job", |report| report.workers[0].running == 1).await;
+        session.report_until("a running job", |report| report.workers[0].load.running == 1).await;
         match how {
             "stop" => {
                 quic::finish(&mut tx);
@@ -192,7 +192,7 @@ async fn a_controller_cancels_by_stopping_or_resetting_a_stream() {
             }
             _ => quic::reset(&mut tx),
         }
-        session.report_until(how, |report| report.workers[0].running == 0).await;
+        session.report_until(how, |report| report.workers[0].load.running == 0).await;
     }
     agent.stop().await;
 }

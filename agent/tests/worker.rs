@@ -18,7 +18,7 @@ const LIMIT: Duration = Duration::from_secs(60);
 
 fn options() -> Options {
     let exe = env!("CARGO_BIN_EXE_izar-agent").into();
-    Options { exe, threads: 1, cores: 1, log_level: Some("debug".into()) }
+    Options { exe, threads: 1, cpus: Vec::new(), cores: 1, log_level: Some("debug".into()) }
 }
 
 fn manifest(kind: Kind, files: Vec<File>) -> Manifest {
@@ -133,7 +133,7 @@ async fn a_worker_serves_many_jobs_at_once() {
         assert!(matches!(last, JobEvent::Done { finish: Finish::Length, .. }), "{last:?}");
         assert_eq!(tokens, 16);
     }
-    agent.until("idle", |all| all[0].running + all[0].waiting == 0).await;
+    agent.until("idle", |all| all[0].load.jobs() == 0).await;
     assert_eq!(agent.submit(job(&echo(777), 4)).unwrap_err(), "the worker runs another revision of the model");
     agent.workers.stop().await;
 }
@@ -163,9 +163,9 @@ async fn a_dropped_job_is_cancelled_in_the_worker() {
     agent.ready().await;
     let running = agent.submit(job(&model, 10_000)).unwrap();
     next(&running).await;
-    agent.until("running", |all| all[0].running == 1).await;
+    agent.until("running", |all| all[0].load.running == 1).await;
     drop(running);
-    agent.until("cancelled", |all| all[0].running == 0).await;
+    agent.until("cancelled", |all| all[0].load.running == 0).await;
     agent.workers.stop().await;
 }
 

@@ -122,6 +122,8 @@ fn each_library_has_one_home() {
         ("hdrhistogram", &["controller/src/bin/izar/bench"]),
         ("burn", &["agent/src/model", "agent/src/ops"]),
         ("burn_flex", &["agent/src/ops"]),
+        ("cubecl_cuda", &["agent/src/ops/cuda"]),
+        ("cudarc", &["agent/src/ops/cuda"]),
         // The format's own library is what ours is tested against.
         ("safetensors", &["common/src/safetensors", "agent/src/model/weights"]),
     ];

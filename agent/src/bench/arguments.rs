@@ -1,7 +1,7 @@
 //! How a benchmark's engine runs its model: the options of a deployment as words of the command line.
 
 use clap::Args;
-use izar_common::wire::agent::{CacheType, EngineOptions, Kernels, Quant};
+use izar_common::wire::agent::{Activations, CacheType, Device, EngineOptions, Kernels, Quant};
 
 use crate::ops::cpu::isa::Isa;
 
@@ -14,6 +14,12 @@ pub struct EngineArguments {
     /// Threads that compute [default: all cores]
     #[arg(long, default_value_t = 0, hide_default_value = true)]
     pub threads: u32,
+    /// What holds the model and computes it: cpu, or cuda:0 for the first card
+    #[arg(long, default_value = "cpu")]
+    pub device: Device,
+    /// How finely activations are rounded before a product with integer weights: auto, int8 or int16
+    #[arg(long, default_value = "auto")]
+    pub activations: Activations,
     /// What computes: auto, reference, portable, avx2 or avx512
     #[arg(long, default_value = "auto")]
     pub kernels: Kernels,
@@ -35,7 +41,9 @@ impl EngineArguments {
             max_batch: streams as u32,
             max_context: self.max_context,
             threads: self.threads,
+            device: self.device,
             quant,
+            activations: self.activations,
             kernels: self.kernels,
             cache: self.cache_type,
             cache_bytes: self.cache_mb << 20,
@@ -51,6 +59,7 @@ impl EngineArguments {
     /// What computes, by name.
     pub fn kernels(&self) -> &'static str {
         match self.kernels {
+            _ if self.device != Device::Cpu => Kernels::Reference.as_str(),
             Kernels::Auto => Isa::best().name(),
             forced => forced.as_str(),
         }

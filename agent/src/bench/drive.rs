@@ -43,7 +43,7 @@ impl Drive {
             // If a wake-up waits already, it serves for both.
             let _ = wake.try_send(());
         };
-        let engine = serve::start(model.manifest.clone(), model.files.clone(), None, options, wake)?;
+        let engine = serve::start(model.manifest.clone(), model.files.clone(), None, options, Vec::new(), wake)?;
         let mut drive = Self { engine, woken, jobs: 0 };
         while *drive.engine.state() != State::Ready {
             drive.wait().context("wait for the model")?;
@@ -95,7 +95,7 @@ impl Drive {
     /// Waits until nothing runs any more, and drops what still comes.
     pub fn settle(&mut self) -> anyhow::Result<()> {
         self.poll()?;
-        while self.engine.load() != (0, 0) {
+        while self.engine.load().jobs() > 0 {
             self.wait()?;
             self.poll()?;
         }

@@ -76,6 +76,7 @@ pub struct Report {
     pub architecture: String,
     pub instruction_sets: String,
     pub quant: Quant,
+    pub device: String,
     pub kernels: String,
     pub cache: CacheType,
     pub threads: usize,
@@ -156,6 +157,7 @@ pub fn measure(options: &Options) -> anyhow::Result<Report> {
         architecture: model.manifest.architecture.clone(),
         instruction_sets: machine::instruction_sets(),
         quant: options.quant,
+        device: options.engine.device.to_string(),
         kernels: options.engine.kernels().to_owned(),
         cache: options.engine.cache_type,
         threads,
@@ -314,7 +316,10 @@ impl Report {
         let mut line = |name: &str, value: String| writeln!(out, "{name:<16}{value}").expect("a string takes all");
         let mb = |bytes: u64| format!("{:.1} MB", bytes as f64 / 1e6);
         line("model", format!("{}, {:.1} million parameters", self.model, self.parameters as f64 / 1e6));
-        line("machine", format!("{} threads, {}, kernels {}", self.threads, self.instruction_sets, self.kernels));
+        line(
+            "machine",
+            format!("{}, {} threads, {}, kernels {}", self.device, self.threads, self.instruction_sets, self.kernels),
+        );
         line("weights", format!("{}, {}; a token reads {}", self.quant, mb(self.weights_bytes), mb(self.read_bytes)));
         line("cache", self.cache.to_string());
         line("load", format!("{:.2} s", self.load_s));

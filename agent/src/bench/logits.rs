@@ -25,7 +25,7 @@ impl Plain {
     /// Loads a model's weights.
     pub fn load(local: &Local, options: &EngineOptions) -> anyhow::Result<Self> {
         let context = || format!("load {}", local.path.display());
-        pool::start(options.threads as usize);
+        pool::start(&pool::Threads::any(options.threads as usize));
         let threads = rayon::ThreadPoolBuilder::new().num_threads(options.threads as usize).build();
         let threads = threads.context("start threads")?;
         let how = model::Options::of(options).with_context(context)?;

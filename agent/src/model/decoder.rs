@@ -47,8 +47,7 @@ pub struct Decoder {
 
 impl Decoder {
     /// Reads the weights and makes room for so many blocks of keys and values.
-    pub fn load(config: &Config, source: &Source, options: &Options, blocks: usize) -> Result<Self, Error> {
-        let ops = options.ops();
+    pub fn load(config: &Config, source: &Source, options: &Options, ops: Ops, blocks: usize) -> Result<Self, Error> {
         let loading = Loading { config, source, options, ops: ops.clone() };
         let embedding = loading.table("model.embed_tokens")?;
         let head = if config.tied { embedding.clone() } else { loading.table("lm_head")? };

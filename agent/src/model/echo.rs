@@ -9,6 +9,7 @@ use std::collections::{BinaryHeap, HashMap};
 use std::time::{Duration, Instant};
 
 use izar_common::chat::{Finish, Job, JobEvent, Logprobs, Token, Usage};
+use izar_common::health::Load;
 use izar_common::text;
 
 use crate::engine::sampler::mix;
@@ -165,8 +166,12 @@ impl Engine for Echo {
     fn state(&self) -> &State {
         &State::Ready
     }
-    fn load(&self) -> (u32, u32) {
-        (self.answers.len() as u32, 0)
+    fn load(&self) -> Load {
+        Load { running: self.answers.len() as u32, ..Load::default() }
+    }
+    fn steps(&self) -> u64 {
+        // It computes none.
+        0
     }
 }
 
@@ -245,7 +250,7 @@ mod tests {
         let (mut echo, start) = (Echo::new(1000, 1000, 100), Instant::now());
         echo.submit(start, 1, job(&[1], &[], 3));
         echo.cancel(1);
-        assert_eq!(echo.load(), (0, 0));
+        assert_eq!(echo.load().jobs(), 0);
         echo.submit(start + 5 * MS, 1, job(&[1], &[], 3));
         assert_eq!(echo.poll(start + 2 * MS), []);
         assert_eq!(tokens(&echo.poll(start + 6 * MS), 1).len(), 1);

@@ -2,6 +2,7 @@
 
 use burn::tensor::Tensor;
 use izar_common::gguf::GgmlType;
+use izar_common::wire::agent::Activations;
 
 use super::config::Config;
 use super::weights::Source;
@@ -77,7 +78,8 @@ impl Loading<'_> {
 
     /// Reads projections with the same input as one layer: their outputs follow each other.
     ///
-    /// With weights in int8, activations have two terms: their rounding would cost more than that of the weights.
+    /// Where nobody says otherwise, activations have two terms if weights are in int8: their rounding would cost more than
+    /// that of the weights.
     pub fn linear(
         &self,
         format: Format,
@@ -85,7 +87,11 @@ impl Loading<'_> {
         inputs: usize,
         biased: bool,
     ) -> Result<Linear, Error> {
-        self.layer(format, if format == Format::Int8 { 2 } else { 1 }, projections, inputs, biased)
+        let terms = match (self.options.activations, format) {
+            (Activations::Int16, _) | (Activations::Auto, Format::Int8) => 2,
+            _ => 1,
+        };
+        self.layer(format, terms, projections, inputs, biased)
     }
 
     fn layer(

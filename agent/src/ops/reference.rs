@@ -1,7 +1,7 @@
 //! Reference operations: each in the plainest form that Burn's tensors allow, f32.
 //!
 //! Rows are tokens of a ragged step; a row's result depends on that row and, in attention, on its own sequence's cache.
-//! One concession to speed: a [`Linear`] keeps its weights in blocks of outputs, one stack of blocks per thread,
+//! One concession to speed: on a CPU a [`Linear`] keeps its weights in blocks of outputs, one stack of blocks per thread,
 //! because Flex multiplies few rows on one thread. Sums are never cut.
 
 use std::ops::Range;
@@ -22,11 +22,33 @@ pub fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
     tensor.into_data().try_into_vec().expect("our tensors are f32")
 }
 
+/// How a layer's weights lie.
+#[derive(Debug, Clone, Copy)]
+pub struct Stacks {
+    /// Stacks at most.
+    count: usize,
+    /// Outputs of a block; none: all.
+    block: Option<usize>,
+}
+
+impl Stacks {
+    /// In blocks, one stack of them for each thread of a CPU.
+    pub fn of_threads(threads: usize) -> Self {
+        Self { count: threads, block: Some(BLOCK) }
+    }
+    /// As one matrix.
+    pub fn one() -> Self {
+        Self { count: 1, block: None }
+    }
+}
+
 /// A linear layer, `y = x W + b`.
 #[derive(Debug, Clone)]
 pub struct Linear {
-    /// Blocks of outputs, each `[inputs, BLOCK]`; stacked, and cut into one stack per thread.
+    /// Blocks of outputs, each `[inputs, block]`; stacked, and cut into stacks.
     stacks: Vec<Tensor<3>>,
+    /// Outputs of a block.
+    block: usize,
     outputs: usize,
     /// `[1, outputs]`.
     bias: Option<Tensor<2>>,
@@ -40,18 +62,19 @@ const BLOCK: usize = 16;
 const STACK_WEIGHTS: usize = 64 << 10;
 
 impl Linear {
-    /// Takes weights as checkpoints store them, `[outputs, inputs]` row-major, and cuts them for so many threads.
-    pub fn new(rows: &[f32], outputs: usize, inputs: usize, threads: usize, device: &Device) -> Self {
+    /// Takes weights as checkpoints store them, `[outputs, inputs]` row-major.
+    pub fn new(rows: &[f32], outputs: usize, inputs: usize, shape: Stacks, device: &Device) -> Self {
         assert_eq!(rows.len(), outputs * inputs, "weights fill their shape");
-        let blocks = outputs.div_ceil(BLOCK);
-        let count = threads.min(rows.len() / STACK_WEIGHTS).clamp(1, blocks);
+        let block = shape.block.unwrap_or(outputs);
+        let blocks = outputs.div_ceil(block);
+        let count = shape.count.min(rows.len() / STACK_WEIGHTS).clamp(1, blocks);
         let stack = |range: Range<usize>| {
-            let end = (range.end * BLOCK).min(outputs);
-            let values = interleave(&rows[range.start * BLOCK * inputs..end * inputs], inputs);
-            tensor(values, [range.len(), inputs, BLOCK], device)
+            let end = (range.end * block).min(outputs);
+            let values = interleave(&rows[range.start * block * inputs..end * inputs], inputs, block);
+            tensor(values, [range.len(), inputs, block], device)
         };
         let stacks = (0..count).map(|i| stack(i * blocks / count..(i + 1) * blocks / count)).collect();
-        Self { stacks, outputs, bias: None }
+        Self { stacks, block, outputs, bias: None }
     }
     /// Adds a bias, `[outputs]`.
     pub fn with_bias(mut self, bias: Vec<f32>, device: &Device) -> Self {
@@ -74,7 +97,7 @@ impl Linear {
             [only] => x.matmul(only.clone()),
             stacks => Tensor::cat(stacks.par_iter().map(|stack| x.clone().matmul(stack.clone())).collect(), 0),
         };
-        let padded = y.dims()[0] * BLOCK;
+        let padded = y.dims()[0] * self.block;
         let y = y.slice(s![.., 0..rows, ..]).swap_dims(0, 1).reshape([rows, padded]);
         let y = if padded == self.outputs { y } else { y.slice(s![.., 0..self.outputs]) };
         match &self.bias {
@@ -84,14 +107,14 @@ impl Linear {
     }
 }
 
-/// Turns rows `[outputs, inputs]` into blocks `[outputs / BLOCK, inputs, BLOCK]`, the last one filled up with zeros.
-fn interleave(rows: &[f32], inputs: usize) -> Vec<f32> {
-    let blocks = rows.len().div_ceil(BLOCK * inputs);
-    let mut out = vec![0.0; blocks * BLOCK * inputs];
-    let pairs = out.par_chunks_exact_mut(BLOCK * inputs).zip(rows.par_chunks(BLOCK * inputs));
-    pairs.for_each(|(block, rows)| {
+/// Turns rows `[outputs, inputs]` into blocks `[outputs / block, inputs, block]`, the last one filled up with zeros.
+fn interleave(rows: &[f32], inputs: usize, block: usize) -> Vec<f32> {
+    let blocks = rows.len().div_ceil(block * inputs);
+    let mut out = vec![0.0; blocks * block * inputs];
+    let pairs = out.par_chunks_exact_mut(block * inputs).zip(rows.par_chunks(block * inputs));
+    pairs.for_each(|(out, rows)| {
         for (lane, row) in rows.chunks_exact(inputs).enumerate() {
-            block.iter_mut().skip(lane).step_by(BLOCK).zip(row).for_each(|(to, from)| *to = *from);
+            out.iter_mut().skip(lane).step_by(block).zip(row).for_each(|(to, from)| *to = *from);
         }
     });
     out
@@ -340,9 +363,9 @@ mod tests {
             .chunks(inputs)
             .flat_map(|x| rows.chunks(inputs).map(move |row| row.iter().zip(x).map(|(a, b)| a * b).sum::<f32>()))
             .collect();
-        for threads in [1, 3] {
-            let linear = Linear::new(&rows, outputs, inputs, threads, &device);
-            assert_eq!(linear.stacks.len(), threads);
+        for (shape, stacks) in [(Stacks::of_threads(1), 1), (Stacks::of_threads(3), 3), (Stacks::one(), 1)] {
+            let linear = Linear::new(&rows, outputs, inputs, shape, &device);
+            assert_eq!(linear.stacks.len(), stacks);
             let y = values(linear.forward(tensor(x.clone(), [3, inputs], &device)));
             assert_eq!(y.len(), expected.len());
             y.iter().zip(&expected).for_each(|(a, b)| assert!((a - b).abs() < 1e-3, "{a} {b}"));
@@ -354,7 +377,7 @@ mod tests {
     #[test]
     fn a_bias_is_added_to_every_row() {
         let device = Device::flex();
-        let linear = Linear::new(&[1.0, 2.0], 2, 1, 1, &device).with_bias(vec![10.0, 20.0], &device);
+        let linear = Linear::new(&[1.0, 2.0], 2, 1, Stacks::one(), &device).with_bias(vec![10.0, 20.0], &device);
         let y = linear.forward(tensor(vec![1.0, 3.0], [2, 1], &device));
         assert_eq!(values(y), [11.0, 22.0, 13.0, 26.0]);
     }

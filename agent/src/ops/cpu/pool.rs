@@ -10,6 +10,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 
+use nix::sched::{CpuSet, sched_setaffinity};
+use nix::unistd::Pid;
+
 /// Rounds of spinning before a thread sleeps, about 50 µs: longer than the pauses between the operations of a step,
 /// shorter than anybody would notice in the load of an idle machine.
 const SPINS: u32 = 2_000;
@@ -17,6 +20,30 @@ const SPINS: u32 = 2_000;
 /// Rounds of spinning before the caller, who waits for the last tasks, lets others run: if there are more threads
 /// than free cores, the thread it waits for needs its core.
 const WAITS: u32 = 200;
+
+/// How many threads compute, and where.
+#[derive(Debug, Clone, Default)]
+pub struct Threads {
+    /// The caller's counted; 0 takes one for each core.
+    pub count: usize,
+    /// The CPUs, as Linux numbers them, that the threads are bound to, one each; none: wherever they like.
+    pub cpus: Vec<u32>,
+}
+
+impl Threads {
+    /// So many threads, wherever they like.
+    pub fn any(count: usize) -> Self {
+        Self { count, cpus: Vec::new() }
+    }
+    /// Binds the calling thread, which is the pool's thread of this index, to its CPU.
+    pub fn bind(&self, index: usize) {
+        let Some(&cpu) = self.cpus.get(index) else { return };
+        let mut only = CpuSet::new();
+        let bound = only.set(cpu as usize).and_then(|()| sched_setaffinity(Pid::from_raw(0), &only));
+        // The answer is the same wherever it is computed.
+        bound.unwrap_or_else(|error| log::warn!(cpu, error:%; "a thread cannot be bound to its CPU"));
+    }
+}
 
 type Task<'a> = dyn Fn(usize) + Sync + 'a;
 
@@ -59,21 +86,21 @@ thread_local! {
 
 static POOL: OnceLock<Pool> = OnceLock::new();
 
-/// Starts the process's pool with so many threads, the caller's counted; 0 takes a thread for each core.
+/// Starts the process's pool. The caller's own thread is not bound: it may be another one than computes.
 ///
 /// The first call decides; later ones change nothing.
-pub fn start(threads: usize) {
+pub fn start(threads: &Threads) {
     POOL.get_or_init(|| Pool::new(threads));
 }
 
 /// Runs `task(0)` to `task(tasks - 1)`, on all threads, and returns when all are done.
 pub fn run(tasks: usize, task: &Task<'_>) {
-    POOL.get_or_init(|| Pool::new(0)).run(tasks, task);
+    POOL.get_or_init(|| Pool::new(&Threads::default())).run(tasks, task);
 }
 
 /// Threads of the process's pool.
 pub fn threads() -> usize {
-    POOL.get_or_init(|| Pool::new(0)).threads
+    POOL.get_or_init(|| Pool::new(&Threads::default())).threads
 }
 
 /// Cuts `items` into at most four runs of indices per thread, each of at least `least`, and runs `task(from, to)`.
@@ -94,8 +121,9 @@ pub fn each<T: Send>(items: &mut [T], one: impl Fn(usize, &mut T) + Sync) {
 }
 
 impl Pool {
-    fn new(threads: usize) -> Self {
-        let threads = if threads == 0 { std::thread::available_parallelism().map_or(1, usize::from) } else { threads };
+    fn new(places: &Threads) -> Self {
+        let cores = || std::thread::available_parallelism().map_or(1, usize::from);
+        let threads = if places.count == 0 { cores() } else { places.count };
         let shared: &'static Shared = Box::leak(Box::new(Shared {
             ticket: AtomicU64::new(0),
             done: AtomicU32::new(0),
@@ -105,7 +133,9 @@ impl Pool {
             wake: Condvar::new(),
         }));
         for index in 1..threads {
+            let places = places.clone();
             let work = move || {
+                places.bind(index);
                 INSIDE.set(true);
                 shared.help()
             };
@@ -237,7 +267,7 @@ mod tests {
     #[test]
     fn every_task_runs_once_whatever_the_number_of_threads() {
         for threads in [1, 2, 5] {
-            let pool = Pool::new(threads);
+            let pool = Pool::new(&Threads::any(threads));
             for tasks in [0, 1, 2, 7, 1000] {
                 let counts: Vec<AtomicU64> = (0..tasks).map(|_| AtomicU64::new(0)).collect();
                 pool.run(tasks, &|i| {
@@ -250,7 +280,7 @@ mod tests {
 
     #[test]
     fn sleeping_threads_are_woken() {
-        let pool = Pool::new(3);
+        let pool = Pool::new(&Threads::any(3));
         for _ in 0..3 {
             let slept = || *pool.shared.sleepers.lock().unwrap() == 2;
             while !slept() {
@@ -266,7 +296,7 @@ mod tests {
 
     #[test]
     fn an_operation_inside_a_task_runs_on_its_thread() {
-        let pool = Pool::new(2);
+        let pool = Pool::new(&Threads::any(2));
         let sum = AtomicU64::new(0);
         pool.run(4, &|i| {
             pool.run(10, &|j| {
@@ -278,7 +308,7 @@ mod tests {
 
     #[test]
     fn callers_side_by_side_all_finish() {
-        let pool = Pool::new(2);
+        let pool = Pool::new(&Threads::any(2));
         let sum = AtomicU64::new(0);
         std::thread::scope(|scope| {
             for _ in 0..4 {
@@ -296,7 +326,7 @@ mod tests {
 
     #[test]
     fn a_panic_in_a_task_reaches_the_caller_and_the_pool_goes_on() {
-        let pool = Pool::new(2);
+        let pool = Pool::new(&Threads::any(2));
         for bad in [0, 31] {
             let broken = catch_unwind(AssertUnwindSafe(|| {
                 pool.run(32, &|i| {
