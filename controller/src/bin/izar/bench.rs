@@ -18,17 +18,23 @@ use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use clap::{Args, Subcommand};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
 use serde_json::json;
 
 use crate::http::Endpoint;
 use crate::ready::Ready;
 use crate::show;
+use client::Requests;
 use load::{Load, Loop, Until};
 use report::{About, Report};
 use schedule::Arrivals;
 
 /// More generator threads than this measure the machine.
 const MAX_THREADS: usize = 16;
+
+/// Different requests of a mixed load; after them it begins anew, when a cache of usual size has long forgotten the first.
+const MIXED: usize = 2_000;
 
 /// Connections of one run; each costs two file descriptors and some tens of KiB on both sides.
 const MAX_CONCURRENCY: usize = 10_000;
@@ -87,7 +93,10 @@ pub struct Options {
     /// With --rate: how arrivals are spread
     #[arg(long, value_enum, default_value_t = Arrivals::Poisson)]
     arrivals: Arrivals,
-    /// With --rate: the seed of the arrivals
+    /// Ask requests of all sizes, hardly two alike: prompts and answers of 1 to twice as many tokens as said
+    #[arg(long)]
+    mixed: bool,
+    /// The seed of the arrivals with --rate, and of the requests with --mixed
     #[arg(long, default_value_t = 1)]
     seed: u64,
     /// Measure this many requests
@@ -166,7 +175,7 @@ impl Options {
             Some(rate) => Loop::Open { rate, arrivals: self.arrivals, seed: self.seed },
             None => Loop::Closed,
         };
-        let requests = endpoints.iter().map(|e| self.request(e, model, key).into()).collect();
+        let requests = endpoints.iter().map(|e| Requests::new(self.requests(e, model, key)).into()).collect();
         Load {
             endpoints,
             requests,
@@ -179,12 +188,24 @@ impl Options {
         }
     }
 
-    /// The bytes of a request, the same every time.
-    fn request(&self, endpoint: &Endpoint, model: &str, key: &str) -> Vec<u8> {
+    /// The bytes of the requests that are sent in turn.
+    fn requests(&self, endpoint: &Endpoint, model: &str, key: &str) -> Vec<Vec<u8>> {
+        if !self.mixed {
+            let text = prompt(model, self.prompt_tokens, None);
+            return vec![self.request(endpoint, model, key, &text, self.max_tokens)];
+        }
+        let mut random = StdRng::seed_from_u64(self.seed);
+        let requests = (0..MIXED).map(|_| {
+            let text = prompt(model, random.random_range(1..=2 * self.prompt_tokens), Some(&mut random));
+            self.request(endpoint, model, key, &text, random.random_range(1..=2 * self.max_tokens))
+        });
+        requests.collect()
+    }
+    fn request(&self, endpoint: &Endpoint, model: &str, key: &str, text: &str, max_tokens: u32) -> Vec<u8> {
         let body = json!({
             "model": model,
-            "messages": [{ "role": "user", "content": prompt(model, self.prompt_tokens) }],
-            "max_tokens": self.max_tokens,
+            "messages": [{ "role": "user", "content": text }],
+            "max_tokens": max_tokens,
             "temperature": 0,
             "stream": self.stream,
         })
@@ -216,15 +237,14 @@ impl Options {
     }
 }
 
-/// Text of about this many tokens.
-fn prompt(model: &str, tokens: usize) -> String {
+/// Text of about this many tokens, with words in the same order each time or in any.
+fn prompt(model: &str, tokens: usize, random: Option<&mut StdRng>) -> String {
     const WORDS: [&str; 8] = ["the ", "sea ", "is ", "calm ", "and ", "far ", "from ", "here "];
-    let words = WORDS.iter().cycle();
-    if model == "echo" {
-        words.flat_map(|w| w.chars()).take(tokens).collect()
-    } else {
-        words.take(tokens).copied().collect()
-    }
+    let words: Vec<&str> = match random {
+        None => WORDS.iter().copied().cycle().take(tokens).collect(),
+        Some(random) => (0..tokens).map(|_| WORDS[random.random_range(0..WORDS.len())]).collect(),
+    };
+    if model == "echo" { words.iter().flat_map(|w| w.chars()).take(tokens).collect() } else { words.concat() }
 }
 
 fn measure(options: &Options) -> anyhow::Result<Report> {
@@ -296,14 +316,26 @@ mod tests {
 
     #[test]
     fn an_echo_prompt_has_a_byte_for_a_token() {
-        assert_eq!(prompt("echo", 32).len(), 32);
-        assert_eq!(prompt("smollm2-135m", 9).split_whitespace().count(), 9);
+        assert_eq!(prompt("echo", 32, None).len(), 32);
+        assert_eq!(prompt("smollm2-135m", 9, None).split_whitespace().count(), 9);
+    }
+
+    #[test]
+    fn mixed_requests_are_all_different_and_the_same_each_time() {
+        let all = |seed| {
+            let options = options(&["--mixed", "--prompt-tokens", "64", "--seed", seed]);
+            options.requests(&Endpoint::new("http://h:1", None).unwrap(), "smollm2-135m", "k")
+        };
+        let (first, again) = (all("1"), all("1"));
+        assert!(first == again && first != all("2"));
+        let lengths: std::collections::BTreeSet<usize> = first.iter().map(Vec::len).collect();
+        assert!(first.len() == MIXED && lengths.len() > 100, "{} lengths", lengths.len());
     }
 
     #[test]
     fn a_request_says_its_own_length() {
         let options = options(&["--stream"]);
-        let bytes = options.request(&Endpoint::new("http://h:1", None).unwrap(), "echo", "k");
+        let bytes = options.requests(&Endpoint::new("http://h:1", None).unwrap(), "echo", "k").remove(0);
         let text = String::from_utf8(bytes).unwrap();
         let (head, body) = text.split_once("\r\n\r\n").unwrap();
         assert!(head.contains(&format!("content-length: {}", body.len())));

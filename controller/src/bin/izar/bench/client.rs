@@ -1,6 +1,7 @@
-//! One kept connection of the load generator: sends the same request again and again, and times each answer.
+//! One kept connection of the load generator: sends one request after the other, and times each answer.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::Instant;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -43,9 +44,26 @@ pub struct Sample {
     pub whole: bool,
 }
 
+/// The bytes of requests, taken in turn by all connections to an endpoint.
+pub struct Requests {
+    all: Vec<Vec<u8>>,
+    next: AtomicUsize,
+}
+
+impl Requests {
+    /// Panics if there are none.
+    pub fn new(all: Vec<Vec<u8>>) -> Self {
+        assert!(!all.is_empty(), "there is something to ask");
+        Self { all, next: AtomicUsize::new(0) }
+    }
+    fn next(&self) -> &[u8] {
+        &self.all[self.next.fetch_add(1, Relaxed) % self.all.len()]
+    }
+}
+
 pub struct Client {
     endpoint: Endpoint,
-    request: Arc<[u8]>,
+    requests: Arc<Requests>,
     connection: Option<Box<dyn Io>>,
     parser: Parser,
     buffer: Box<[u8]>,
@@ -54,9 +72,9 @@ pub struct Client {
 }
 
 impl Client {
-    pub fn new(endpoint: Endpoint, request: Arc<[u8]>) -> Self {
+    pub fn new(endpoint: Endpoint, requests: Arc<Requests>) -> Self {
         let buffer = vec![0; READ_BYTES].into_boxed_slice();
-        Self { endpoint, request, connection: None, parser: Parser::default(), buffer, reconnects: 0 }
+        Self { endpoint, requests, connection: None, parser: Parser::default(), buffer, reconnects: 0 }
     }
 
     pub async fn connect(&mut self) -> anyhow::Result<()> {
@@ -68,23 +86,25 @@ impl Client {
     pub async fn exchange(&mut self, sample: &mut Sample) -> Result<(), Failure> {
         // A kept connection may have been closed since; then a new one gets the request, once.
         let kept = self.connection.is_some();
-        match self.attempt(sample).await {
+        let requests = self.requests.clone();
+        let request = requests.next();
+        match self.attempt(request, sample).await {
             Err(Failure::Cut) if kept && self.parser.is_fresh() => {
                 self.reconnects += 1;
-                self.attempt(sample).await
+                self.attempt(request, sample).await
             }
             other => other,
         }
     }
 
-    async fn attempt(&mut self, sample: &mut Sample) -> Result<(), Failure> {
+    async fn attempt(&mut self, request: &[u8], sample: &mut Sample) -> Result<(), Failure> {
         self.parser.reset();
         sample.tokens_at.clear();
         let mut connection = match self.connection.take() {
             Some(connection) => connection,
             None => self.endpoint.connect().await.map_err(|_| Failure::Connect)?,
         };
-        connection.write_all(&self.request).await.map_err(|_| Failure::Cut)?;
+        connection.write_all(request).await.map_err(|_| Failure::Cut)?;
         connection.flush().await.map_err(|_| Failure::Cut)?;
         loop {
             let length = connection.read(&mut self.buffer).await.map_err(|_| Failure::Cut)?;

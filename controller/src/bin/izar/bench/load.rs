@@ -15,7 +15,7 @@ use anyhow::Context;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 
-use super::client::{Client, Failure, Sample};
+use super::client::{Client, Failure, Requests, Sample};
 use super::cpu::{self, Used, Watched};
 use super::schedule::{Arrivals, Schedule};
 use super::stats::Stats;
@@ -48,9 +48,9 @@ pub enum Until {
 
 /// What to do.
 pub struct Load {
-    /// Used in turn by the connections; `requests` are their requests' bytes.
+    /// Used in turn by the connections; `requests`: what is sent to each.
     pub endpoints: Vec<Endpoint>,
-    pub requests: Vec<Arc<[u8]>>,
+    pub requests: Vec<Arc<Requests>>,
     pub connections: usize,
     pub threads: usize,
     pub how: Loop,

@@ -28,7 +28,7 @@ const LONGEST_BACKOFF: Duration = Duration::from_secs(5);
 const HEALTHY: Duration = Duration::from_secs(10);
 
 /// How long a child may take to end when asked, before it is killed. Longer than a controller's drain.
-const STOP_LIMIT: Duration = Duration::from_secs(10);
+const STOP_LIMIT: Duration = Duration::from_secs(15);
 
 /// How long the workers of an agent that ended may take: they end when its socket does.
 const ORPHAN_LIMIT: Duration = Duration::from_secs(3);
@@ -58,8 +58,15 @@ pub struct State {
 #[derive(Debug)]
 pub struct Children {
     states: watch::Sender<Vec<State>>,
+    supervisors: Vec<Supervisor>,
+}
+
+/// The task that keeps one child running.
+#[derive(Debug)]
+struct Supervisor {
+    role: Role,
     stop: CancellationToken,
-    tasks: TaskTracker,
+    ended: TaskTracker,
 }
 
 impl Children {
@@ -68,11 +75,14 @@ impl Children {
         nix::sys::prctl::set_child_subreaper(true).context("become the reaper of orphaned workers")?;
         let state = |spec: &Spec| State { id: spec.id.clone(), role: spec.role, pid: None, deaths: 0 };
         let states = watch::Sender::new(specs.iter().map(state).collect::<Vec<_>>());
-        let (stop, tasks) = (CancellationToken::new(), TaskTracker::new());
-        for (index, spec) in specs.into_iter().enumerate() {
-            tasks.spawn(supervise(index, spec, states.clone(), stop.clone()));
-        }
-        Ok(Self { states, stop, tasks })
+        let supervisor = |(index, spec): (usize, Spec)| {
+            let (role, stop, ended) = (spec.role, CancellationToken::new(), TaskTracker::new());
+            ended.spawn(supervise(index, spec, states.clone(), stop.clone()));
+            ended.close();
+            Supervisor { role, stop, ended }
+        };
+        let supervisors = specs.into_iter().enumerate().map(supervisor).collect();
+        Ok(Self { states, supervisors })
     }
 
     pub fn states(&self) -> watch::Receiver<Vec<State>> {
@@ -80,10 +90,19 @@ impl Children {
     }
 
     /// Ends all children; returns when no process of them is left.
+    ///
+    /// Agents go first, so that running answers end, and controllers one after the other, so that the ends of their
+    /// turns still find a quorum to record them.
     pub async fn stop(&self) {
-        self.stop.cancel();
-        self.tasks.close();
-        self.tasks.wait().await;
+        let (controllers, agents): (Vec<_>, Vec<_>) = self.supervisors.iter().partition(|s| s.role == Role::Controller);
+        agents.iter().for_each(|agent| agent.stop.cancel());
+        for controller in controllers {
+            controller.stop.cancel();
+            controller.ended.wait().await;
+        }
+        for agent in agents {
+            agent.ended.wait().await;
+        }
     }
 }
 

@@ -118,7 +118,7 @@ mod tests {
         let worker = |name: &str, pid: u32| {
             json!({
                 "worker": name, "deployment": "echo", "revision": "0".repeat(64), "state": "ready", "pid": pid,
-                "running": 0, "waiting": 0, "max_batch": 32, "restarts": 0, "detail": "",
+                "load": { "running": 0, "waiting": 0, "blocks_used": 0, "blocks": 0 }, "max_batch": 32, "restarts": 0, "detail": "",
             })
         };
         let agent = |name: &str, pid: u32, workers: serde_json::Value| {
