@@ -37,6 +37,39 @@ pub struct Config {
 pub struct Engine {
     /// Threads of each worker's engine. Default 0: the cores are divided among the workers. At most 1024.
     pub threads: u32,
+    /// CPUs that engines' threads are bound to, one each: Linux' numbers and ranges of them, as in `"0-7,16"`. A worker
+    /// takes the first that no other has; one that finds too few is not bound. Default: no thread is bound.
+    pub cpus: Option<Cpus>,
+}
+
+/// A list of CPUs, in order, none twice.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub struct Cpus(pub Vec<u32>);
+
+/// The highest CPU number that Linux' affinity calls take.
+const CPU_LIMIT: u32 = 1023;
+
+impl TryFrom<String> for Cpus {
+    type Error = String;
+    fn try_from(list: String) -> Result<Self, String> {
+        let mut cpus = Vec::new();
+        for part in list.split(',') {
+            let (first, last) = part.split_once('-').unwrap_or((part, part));
+            let [first, last] = [first, last].map(|number| number.trim().parse::<u32>());
+            let (Ok(first), Ok(last)) = (first, last) else {
+                return Err(format!("`{part}` is not a CPU or a range of them, as in 0-7,16"));
+            };
+            if first > last || last > CPU_LIMIT {
+                return Err(format!("`{part}` is not a range between 0 and {CPU_LIMIT}"));
+            }
+            if let Some(twice) = (first..=last).find(|cpu| cpus.contains(cpu)) {
+                return Err(format!("CPU {twice} stands twice"));
+            }
+            cpus.extend(first..=last);
+        }
+        Ok(Self(cpus))
+    }
 }
 
 /// What is logged.
@@ -119,11 +152,20 @@ mod tests {
     }
 
     #[test]
+    fn cpus_are_numbers_and_ranges() {
+        let config = load(&GOOD.replace("[tls]", "[engine]\ncpus = \"2, 4-6\"\n[tls]")).unwrap();
+        assert_eq!(config.engine.cpus, Some(Cpus(vec![2, 4, 5, 6])));
+    }
+
+    #[test]
     fn mistakes_are_named() {
         check("[tls]", "[engine]\nthreds = 2\n[tls]", "threds");
         check("7002", "7001", "controllers: 127.0.0.1:7001 stands twice");
         check("7002", "0", "controllers: 127.0.0.1:0 has no port");
         check(r#"["127.0.0.1:7001", "127.0.0.1:7002"]"#, "[]", "controllers: 0 addresses");
+        check("[tls]", "[engine]\ncpus = \"0-3,x\"\n[tls]", "`x` is not a CPU");
+        check("[tls]", "[engine]\ncpus = \"3-1\"\n[tls]", "`3-1` is not a range between 0 and 1023");
+        check("[tls]", "[engine]\ncpus = \"0-3,2\"\n[tls]", "CPU 2 stands twice");
         check("[tls]", "[engine]\nthreads = 5000\n[tls]", "engine.threads: 5000");
     }
 }

@@ -35,6 +35,7 @@ impl Daemon {
         let options = Options {
             exe: std::env::current_exe().context("find the own executable")?,
             threads: config.engine.threads,
+            cpus: config.engine.cpus.map_or_else(Vec::new, |cpus| cpus.0),
             cores: facts.cores,
             log_level: config.log.level.clone(),
         };

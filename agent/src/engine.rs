@@ -13,6 +13,7 @@ pub mod sequence;
 use std::time::Instant;
 
 use izar_common::chat::{Job, JobEvent};
+use izar_common::health::Load;
 
 use batch::Batcher;
 use executor::{Executor, Outcome};
@@ -43,8 +44,9 @@ pub trait Engine {
     /// When it wants to be polled even if nothing happens.
     fn due(&self) -> Option<Instant>;
     fn state(&self) -> &State;
-    /// Sequences in the batch, and jobs waiting for a place in it.
-    fn load(&self) -> (u32, u32);
+    fn load(&self) -> Load;
+    /// Steps that were computed so far: they tell a long prompt from an engine that hangs.
+    fn steps(&self) -> u64;
 }
 
 /// An engine that runs a language model.
@@ -57,6 +59,7 @@ pub struct Lm {
     max_batch: usize,
     /// A step is under way.
     stepping: bool,
+    steps: u64,
     /// Answers to submissions, for the next poll.
     answers: Events,
 }
@@ -65,12 +68,7 @@ impl Lm {
     /// Takes an executor that has begun to load its model.
     pub fn new(executor: Executor, grammars: Grammars, max_batch: usize) -> Self {
         let (state, batcher, answers) = (State::Loading, None, Vec::new());
-        Self { executor, state, batcher, grammars, max_batch, stepping: false, answers }
-    }
-
-    /// Blocks of the cache that sequences use, and all that there are.
-    pub fn used_blocks(&self) -> (usize, usize) {
-        self.batcher.as_ref().map_or((0, 0), Batcher::used_blocks)
+        Self { executor, state, batcher, grammars, max_batch, stepping: false, steps: 0, answers }
     }
 
     fn take(&mut self, outcome: Outcome, events: &mut Events) {
@@ -83,6 +81,7 @@ impl Lm {
             Outcome::Unloadable(reason) => self.state = State::Unloadable(reason),
             Outcome::Stepped(drawn) => {
                 self.stepping = false;
+                self.steps += 1;
                 let batcher = self.batcher.as_mut().expect("a step follows the load");
                 events.extend(batcher.finish(drawn));
             }
@@ -129,8 +128,11 @@ impl Engine for Lm {
     fn state(&self) -> &State {
         &self.state
     }
-    fn load(&self) -> (u32, u32) {
-        self.batcher.as_ref().map_or((0, 0), Batcher::load)
+    fn load(&self) -> Load {
+        self.batcher.as_ref().map_or(Load::default(), Batcher::load)
+    }
+    fn steps(&self) -> u64 {
+        self.steps
     }
 }
 
@@ -165,12 +167,25 @@ mod tests {
     fn start(load: impl FnOnce() -> Result<Loaded, Error> + Send + 'static) -> (Lm, Receiver<()>) {
         let (say, woken) = sync_channel(16);
         let wake = move || say.send(()).expect("the test listens");
-        let mut engine = Lm::new(Executor::start(1, load, wake).unwrap(), Grammars::new(None), 4);
+        let mut engine = Lm::new(
+            Executor::start(crate::ops::cpu::pool::Threads::any(1), load, wake).unwrap(),
+            Grammars::new(None),
+            4,
+        );
         wait(&mut engine, &woken);
         (engine, woken)
     }
     fn counter() -> (Lm, Receiver<()>) {
-        start(|| Ok(Loaded { model: Box::new(Counter), context: 100, vocabulary: 16, eos: vec![9], blocks: 64 }))
+        start(|| {
+            Ok(Loaded {
+                model: Box::new(Counter),
+                context: 100,
+                vocabulary: 16,
+                eos: vec![9],
+                blocks: 64,
+                warm_up: &[2],
+            })
+        })
     }
     /// Polls after the next outcome.
     fn wait(engine: &mut Lm, woken: &Receiver<()>) -> Events {
@@ -195,7 +210,7 @@ mod tests {
             of.filter_map(|(_, e)| if let JobEvent::Tokens { tokens, .. } = e { Some(tokens[0]) } else { None })
         };
         assert_eq!((tokens(1).collect::<Vec<_>>(), tokens(2).collect::<Vec<_>>()), (vec![6, 7, 8], vec![8]));
-        assert_eq!(engine.load(), (0, 0));
+        assert_eq!(engine.load().jobs(), 0);
     }
 
     #[test]

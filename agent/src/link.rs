@@ -13,6 +13,9 @@ use izar_common::quic::{Connection, Endpoint, Profile, Receiver, Sender};
 use izar_common::wire;
 use izar_common::wire::agent::{Down, Up};
 use izar_common::wire::handshake::Open;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -30,8 +33,15 @@ const DIAL_MOST: Duration = Duration::from_secs(2);
 /// A report goes out at least this often, so that a controller knows that the agent is well.
 const REPORT_EVERY: Duration = Duration::from_secs(1);
 
+/// And this often while it has jobs: a controller counts a few missing ones as its death.
+const REPORT_BUSY: Duration = Duration::from_millis(250);
+
 /// And at most this often, however fast the load changes: 20 a second.
 const REPORT_GAP: Duration = Duration::from_millis(50);
+
+/// Waits between attempts to hold a tripwire.
+const TRIPWIRE_FIRST: Duration = Duration::from_secs(1);
+const TRIPWIRE_MOST: Duration = Duration::from_secs(30);
 
 /// What a report says of the server and the process; it does not change while they run.
 #[derive(Debug, Clone)]
@@ -140,7 +150,7 @@ async fn session(parts: &Arc<Parts>, connection: &Connection) -> anyhow::Result<
     let (tx, rx) = connection.open_bi(Open::Session).await?;
     let ended = tokio::select! {
         ended = send_reports(parts, tx) => ended.map_err(Into::into),
-        ended = take_assignments(parts, rx) => ended.inspect_err(|error| connection.refuse_frame(error)).map_err(Into::into),
+        ended = take_orders(parts, connection, rx) => ended.inspect_err(|error| connection.refuse_frame(error)).map_err(Into::into),
         ended = take_jobs(parts, connection) => ended,
         () = parts.stop.cancelled() => {
             connection.close("the agent stops");
@@ -151,7 +161,7 @@ async fn session(parts: &Arc<Parts>, connection: &Connection) -> anyhow::Result<
     ended
 }
 
-/// Sends a report on every change and every second, never more than 20 a second.
+/// Sends a report on every change and every second, four times a second with jobs, never more than 20 times.
 async fn send_reports(parts: &Parts, mut tx: Sender) -> std::io::Result<()> {
     let mut changes = parts.workers.changes();
     loop {
@@ -161,7 +171,7 @@ async fn send_reports(parts: &Parts, mut tx: Sender) -> std::io::Result<()> {
         sleep_until(sent + REPORT_GAP).await;
         tokio::select! {
             changed = changes.changed() => if changed.is_err() { return Ok(()) },
-            () = sleep_until(sent + REPORT_EVERY) => {}
+            () = sleep_until(sent + if parts.workers.busy() { REPORT_BUSY } else { REPORT_EVERY }) => {}
         }
     }
 }
@@ -172,11 +182,34 @@ fn report(parts: &Parts) -> Report {
     Report { generation, pid, version, cores, memory_bytes, workers: parts.workers.report() }
 }
 
-async fn take_assignments(parts: &Parts, mut rx: Receiver) -> Result<(), wire::Error> {
-    while let Some(Down::Assignment(assignment)) = rx.next().await? {
-        parts.workers.offer(assignment);
+async fn take_orders(parts: &Parts, connection: &Connection, mut rx: Receiver) -> Result<(), wire::Error> {
+    let mut tripwire = JoinSet::new();
+    while let Some(order) = rx.next().await? {
+        match order {
+            Down::Assignment(assignment) => parts.workers.offer(assignment),
+            Down::Tripwire(words) => {
+                tripwire.abort_all();
+                tripwire.spawn(hold_tripwire(parts.workers.clone(), connection.remote_addr(), words));
+            }
+        }
     }
     Ok(())
+}
+
+/// Holds a TCP connection to a controller, which the kernel ends the moment this process does. While it cannot be had
+/// (a firewall, a relay), this agent's death is told by its silence, a second later.
+async fn hold_tripwire(workers: Workers, controller: SocketAddr, words: [u8; 16]) {
+    let mut backoff = Backoff::new(TRIPWIRE_FIRST, TRIPWIRE_MOST);
+    loop {
+        if let Ok(Ok(mut stream)) = tokio::time::timeout(TRIPWIRE_MOST, TcpStream::connect(controller)).await
+            && stream.write_all(&words).await.is_ok()
+        {
+            // Nothing comes; the end means that the connection fell without this process.
+            let _ = stream.read(&mut [0]).await;
+            workers.poke();
+        }
+        tokio::time::sleep(backoff.jittered(rand::random())).await;
+    }
 }
 
 /// Takes streams of jobs; each is served by a task of its own, of which a connection's limit of streams allows 1024.

@@ -41,6 +41,14 @@ pub fn threads(of_deployment: u32, of_agent: u32, cores: u32, workers: usize) ->
     }
 }
 
+/// CPUs for a worker's threads: the first of the agent's that no other worker has; none if there are too few, since
+/// two threads bound to one CPU would wait for each other.
+pub fn cpus(of_agent: &[u32], taken: &[u32], threads: u32) -> Vec<u32> {
+    let free = of_agent.iter().filter(|cpu| !taken.contains(cpu));
+    let cpus: Vec<u32> = free.copied().take(threads as usize).collect();
+    if cpus.len() == threads as usize { cpus } else { Vec::new() }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -108,5 +116,13 @@ mod tests {
         assert_eq!(threads(0, 0, 16, 4), 4);
         assert_eq!(threads(0, 0, 2, 3), 1);
         assert_eq!(threads(0, 0, 2, 0), 2);
+    }
+
+    #[test]
+    fn a_worker_is_bound_to_cpus_of_its_own_or_to_none() {
+        assert_eq!(cpus(&[0, 1, 4, 5], &[], 2), [0, 1]);
+        assert_eq!(cpus(&[0, 1, 4, 5], &[0, 1], 2), [4, 5]);
+        assert_eq!(cpus(&[0, 1, 4, 5], &[0, 4], 3), [0u32; 0]);
+        assert_eq!(cpus(&[], &[], 1), [0u32; 0]);
     }
 }

@@ -13,9 +13,10 @@ use std::time::Instant;
 use anyhow::{Context, bail};
 use bytes::{Buf, BytesMut};
 use izar_common::chat::Token;
+use izar_common::health::Load;
 use izar_common::id::NumericsId;
 use izar_common::manifest::{Kind, Manifest};
-use izar_common::wire::agent::{EngineOptions, Kernels};
+use izar_common::wire::agent::{Device, EngineOptions, Kernels};
 use izar_common::wire::worker::{FromWorker, REASON, ToWorker};
 use izar_common::wire::{self, encode};
 
@@ -25,6 +26,7 @@ use crate::engine::{Engine, Events, Lm, State};
 use crate::model;
 use crate::model::echo::Echo;
 use crate::ops;
+use crate::ops::cpu::pool::Threads;
 
 /// Happenings that wait for the planner. When it is full the reader stops, and with it, in time, the agent.
 const HAPPENINGS: usize = 64;
@@ -55,7 +57,7 @@ pub fn run(stream: UnixStream) -> anyhow::Result<()> {
         Happening::Gone(end) => return end.context("read the load"),
         Happening::Wake => unreachable!("nothing runs before the load"),
     };
-    let Some(ToWorker::Load { manifest, files, text, engine }) = frames.next() else {
+    let Some(ToWorker::Load { manifest, files, text, engine, cpus }) = frames.next() else {
         bail!("the first frame is not a load")
     };
     let numerics = numerics(&manifest, &engine);
@@ -63,8 +65,9 @@ pub fn run(stream: UnixStream) -> anyhow::Result<()> {
         // A planner that is gone needs no waking.
         let _ = say.send(Happening::Wake);
     };
-    let mut worker = Worker { engine: start(manifest, files, text, &engine, wake)?, numerics, told: State::Loading };
-    let mut output = Output { stream, buffer: BytesMut::new(), busy: 0 };
+    let mut worker =
+        Worker { engine: start(manifest, files, text, &engine, cpus, wake)?, numerics, told: State::Loading };
+    let mut output = Output { stream, buffer: BytesMut::new(), busy: 0, steps: 0 };
     frames.try_for_each(|frame| worker.take(frame))?;
     let end = worker.serve(&happenings, &mut output);
     match end {
@@ -75,12 +78,13 @@ pub fn run(stream: UnixStream) -> anyhow::Result<()> {
 }
 
 /// Makes the engine for a model. Loading happens on the engine's own thread, which calls `wake` when there is something
-/// to poll.
+/// to poll. `cpus`: see [`Threads`].
 pub fn start(
     manifest: Manifest,
     files: Vec<PathBuf>,
     text: Option<PathBuf>,
     options: &EngineOptions,
+    cpus: Vec<u32>,
     wake: impl Fn() + Send + 'static,
 ) -> anyhow::Result<Box<dyn Engine>> {
     if let Kind::Echo { first_token_us, next_token_us } = manifest.kind {
@@ -97,7 +101,8 @@ pub fn start(
         loaded.eos.extend(text.as_deref().map(ends).transpose()?.unwrap_or_default());
         Ok(loaded)
     };
-    let executor = Executor::start(options.threads as usize, load, wake).context("start the executor")?;
+    let executor =
+        Executor::start(Threads { count: options.threads as usize, cpus }, load, wake).context("start the executor")?;
     Ok(Box::new(Lm::new(executor, grammars, options.max_batch as usize)))
 }
 
@@ -118,9 +123,11 @@ fn ends(text: &Path) -> Result<Vec<Token>, model::Error> {
 /// bits on every processor; what the reference operations give depends on its instructions.
 fn numerics(manifest: &Manifest, options: &EngineOptions) -> NumericsId {
     let (quant, cache) = (options.quant.as_str(), options.cache.as_str());
-    let operations = match options.kernels {
-        Kernels::Reference => format!("reference {}", instructions()),
-        _ => format!("kernels {}", ops::KERNELS),
+    let operations = match (options.device, options.kernels) {
+        // What cannot be opened cannot be loaded either.
+        (Device::Cuda(index), _) => format!("cuda {}", ops::cuda::name(index).unwrap_or_default()),
+        (Device::Cpu, Kernels::Reference) => format!("reference {}", instructions()),
+        (Device::Cpu, _) => format!("kernels {} {}", ops::KERNELS, options.activations),
     };
     NumericsId::of(&[&manifest.revision().to_string(), quant, cache, &operations])
 }
@@ -150,7 +157,7 @@ impl Worker {
     fn serve(&mut self, happenings: &Receiver<Happening>, output: &mut Output) -> anyhow::Result<()> {
         loop {
             let events = self.engine.poll(Instant::now());
-            output.events(events, self.engine.load())?;
+            output.events(events, self.engine.load(), self.engine.steps())?;
             if !self.tell(output)? {
                 return Ok(());
             }
@@ -213,20 +220,22 @@ fn broken_pipe(error: &anyhow::Error) -> bool {
 struct Output {
     stream: UnixStream,
     buffer: BytesMut,
-    /// Running and waiting jobs, as the agent knows them.
+    /// Running and waiting jobs, and the steps that were computed, as the agent knows them.
     busy: u32,
+    steps: u64,
 }
 
 impl Output {
-    /// Sends events, and the load when it fell without one (a cancelled job).
-    fn events(&mut self, mut events: Events, (running, waiting): (u32, u32)) -> anyhow::Result<()> {
-        if events.is_empty() && running + waiting >= self.busy {
+    /// Sends events, the load when it fell without one (a cancelled job), and that a step came to an end without any (a
+    /// part of a prompt).
+    fn events(&mut self, mut events: Events, load: Load, steps: u64) -> anyhow::Result<()> {
+        if events.is_empty() && load.jobs() >= self.busy && steps == self.steps {
             return Ok(());
         }
-        self.busy = running + waiting;
+        (self.busy, self.steps) = (load.jobs(), steps);
         loop {
             let later = events.split_off(events.len().min(FRAME_EVENTS));
-            encode(&FromWorker::Step { events, running, waiting }, &mut self.buffer);
+            encode(&FromWorker::Step { events, load }, &mut self.buffer);
             events = later;
             if events.is_empty() {
                 return self.flush();

@@ -16,11 +16,12 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-use crate::reconcile::{Action, reconcile, threads};
+use crate::reconcile::{Action, cpus, reconcile, threads};
 
 pub mod files;
 mod jobs;
 mod process;
+mod pulse;
 mod replica;
 
 use files::Sources;
@@ -34,6 +35,8 @@ pub struct Options {
     pub exe: PathBuf,
     /// Threads of each engine; 0 divides the cores among the workers.
     pub threads: u32,
+    /// CPUs that engines' threads are bound to; none: they are not bound.
+    pub cpus: Vec<u32>,
     pub cores: u32,
     pub log_level: Option<String>,
 }
@@ -115,7 +118,19 @@ impl Workers {
     /// Passes a job to a worker, or says why it cannot take it now.
     pub fn submit(&self, worker: &WorkerId, job: Job) -> Result<RunningJob, String> {
         let replica = self.inner.slots().running.get(worker).map(|slot| slot.replica.clone());
-        replica.ok_or("the worker is not on this agent")?.submit(job)
+        let running = replica.ok_or("the worker is not on this agent")?.submit(job);
+        self.poke();
+        running
+    }
+
+    /// Whether any worker has a job.
+    pub fn busy(&self) -> bool {
+        self.inner.slots().running.values().any(|slot| slot.replica.busy())
+    }
+
+    /// Makes every session report now.
+    pub fn poke(&self) {
+        self.inner.changed.send_replace(());
     }
 
     /// Stops every worker and returns when no process is left.
@@ -180,7 +195,12 @@ impl Inner {
     fn launch(self: &Arc<Self>, slots: &mut Slots, spec: WorkerSpec, workers: usize) {
         let id = spec.worker.clone();
         let threads = threads(spec.engine.threads, self.options.threads, self.options.cores, workers);
-        let replica = Arc::new(Replica::new(spec, threads, self.changed.clone()));
+        let taken: Vec<u32> = slots.running.values().flat_map(|slot| slot.replica.cpus.iter().copied()).collect();
+        let cpus = cpus(&self.options.cpus, &taken, threads);
+        if cpus.is_empty() && !self.options.cpus.is_empty() {
+            log::warn!(worker:% = id, threads; "engine.cpus has too few CPUs left for this worker: it is not bound");
+        }
+        let replica = Arc::new(Replica::new(spec, threads, cpus, self.changed.clone()));
         let (stop, before) = (self.stop.child_token(), slots.ending.remove(&id));
         let (inner, own, token) = (self.clone(), replica.clone(), stop.clone());
         let task = tokio::spawn(async move {

@@ -24,6 +24,24 @@ pub enum WorkerState {
     Backoff,
 }
 
+/// What a worker is busy with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Load {
+    /// Sequences in the batch, and jobs waiting for a place in it.
+    pub running: u32,
+    pub waiting: u32,
+    /// Blocks of the cache that sequences use, and all that there are; blocks kept for later prompts are not used.
+    pub blocks_used: u32,
+    pub blocks: u32,
+}
+
+impl Load {
+    /// Jobs that the worker has.
+    pub fn jobs(self) -> u32 {
+        self.running + self.waiting
+    }
+}
+
 /// One worker as its agent sees it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WorkerReport {
@@ -33,9 +51,7 @@ pub struct WorkerReport {
     pub state: WorkerState,
     /// The process, while there is one.
     pub pid: Option<u32>,
-    /// Sequences in the batch, and jobs waiting for a place in it.
-    pub running: u32,
-    pub waiting: u32,
+    pub load: Load,
     /// The most sequences a batch can hold.
     pub max_batch: u32,
     /// How often it was started again since the agent began.

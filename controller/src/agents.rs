@@ -4,11 +4,13 @@
 //! is known of agents is soft: a controller that restarts learns it again with the first reports.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use izar_common::blob::Store;
 use izar_common::chat::Job;
 use izar_common::id::{SiteId, WorkerId};
 use izar_common::quic::Connection;
+use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -24,10 +26,12 @@ mod roster;
 mod session;
 #[cfg(test)]
 mod tests;
+mod tripwire;
 
 pub use crate::scheduler::NoPlace;
 pub use job::JobStream;
 use roster::Roster;
+use tripwire::Tripwires;
 
 /// The handle: give it connections, ask it for workers.
 #[derive(Clone)]
@@ -40,6 +44,9 @@ struct Inner {
     store: Store,
     site: SiteId,
     roster: Arc<Roster>,
+    tripwires: Arc<Tripwires>,
+    /// Agents whose sessions were ended because they seemed dead.
+    given_up: AtomicU64,
     stop: CancellationToken,
     tasks: TaskTracker,
 }
@@ -49,7 +56,17 @@ impl Agents {
     /// another site than `site` are refused.
     pub fn start(raft: Raft, store: Store, site: SiteId) -> Self {
         let roster = Arc::new(Roster::new(raft.config()));
-        let inner = Inner { raft, store, site, roster, stop: CancellationToken::new(), tasks: TaskTracker::new() };
+        let tripwires = Arc::new(Tripwires::default());
+        let inner = Inner {
+            raft,
+            store,
+            site,
+            roster,
+            tripwires,
+            given_up: AtomicU64::new(0),
+            stop: CancellationToken::new(),
+            tasks: TaskTracker::new(),
+        };
         let agents = Self { inner: Arc::new(inner) };
         let inner = agents.inner.clone();
         agents.inner.tasks.spawn(async move {
@@ -59,6 +76,13 @@ impl Agents {
             }
         });
         agents
+    }
+
+    /// Takes the tripwires of agents on a listener, which should have the port that they reach this controller at.
+    pub fn serve_tripwires(&self, listener: TcpListener) {
+        let inner = &self.inner;
+        let serving = inner.tripwires.clone().serve(listener, inner.stop.clone(), inner.tasks.clone());
+        inner.tasks.spawn(serving);
     }
 
     /// Serves one accepted connection of an agent until it ends. A second connection of the same agent replaces the
@@ -77,6 +101,11 @@ impl Agents {
     /// Like `submit`, for a job that some workers have just failed: they get it only if there is no other.
     pub async fn submit_avoiding(&self, job: Job, avoid: &[WorkerId]) -> Result<JobStream, NoPlace> {
         self.inner.roster.submit(job, avoid).await
+    }
+
+    /// How many agents seemed dead so far; each that was not is a false alarm.
+    pub fn given_up(&self) -> u64 {
+        self.inner.given_up.load(Relaxed)
     }
 
     /// A copy of what agents last said.

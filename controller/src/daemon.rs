@@ -75,6 +75,12 @@ impl Daemon {
         let catalog = Catalog::start(raft.config(), store.clone(), endpoint.clone(), peers, &links, links_end.clone());
         links.spawn(accept(endpoint.clone(), driver.clone(), agents.clone(), store.clone(), links_end.clone()));
 
+        match TcpListener::bind(endpoint.local_addr()).await {
+            Ok(listener) => agents.serve_tripwires(listener),
+            // Agents' deaths are told by their silence then.
+            Err(error) => log::info!(address:% = endpoint.local_addr(), error:%; "no tripwires for agents"),
+        }
+
         let gateway =
             Gateway::new(raft.clone(), agents.clone(), catalog.clone(), pepper.clone(), config.limits.clone());
         let https = listen(config.api.listen, "api.listen").await?;

@@ -14,6 +14,7 @@ use axum::extract::State;
 use axum::http::{HeaderValue, Method, Response, StatusCode, Uri, header};
 use axum::routing::get;
 use izar_common::clock::wall_ms;
+use izar_common::health::WorkerReport;
 use izar_common::seal::Pepper;
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
@@ -216,6 +217,26 @@ fn measure(metrics: &Metrics, raft: &Raft, agents: &Agents) {
     metrics.number("izar_open_turns", "Turns of the whole site that are open.", Kind::Gauge, move || {
         state.read(|state| state.open_turns()) as f64
     });
+    let counted = agents.clone();
+    let help = "Agents whose jobs were moved because they seemed dead.";
+    metrics.number("izar_agents_given_up_total", help, Kind::Counter, move || counted.given_up() as f64);
+    type OfWorker = fn(&WorkerReport) -> u32;
+    let of_workers: [(&str, &str, OfWorker); 4] = [
+        ("izar_worker_running", "Sequences in a worker's batch.", |worker| worker.load.running),
+        ("izar_worker_waiting", "Jobs that wait for a place in a worker's batch.", |worker| worker.load.waiting),
+        ("izar_cache_blocks_used", "Blocks of a worker's cache that sequences use.", |worker| worker.load.blocks_used),
+        ("izar_cache_blocks", "Blocks that a worker's cache has.", |worker| worker.load.blocks),
+    ];
+    for (name, help, number) in of_workers {
+        let agents = agents.clone();
+        metrics.numbers(name, help, Kind::Gauge, move |samples| {
+            let fleet = agents.fleet();
+            for worker in fleet.agents.values().filter(|view| view.connected).flat_map(|view| view.workers()) {
+                let labels = [("deployment", worker.deployment.as_str()), ("worker", worker.worker.as_str())];
+                samples(&labels, f64::from(number(worker)));
+            }
+        });
+    }
     let agents = agents.clone();
     metrics.numbers("izar_workers", "Workers that connected agents report, by state.", Kind::Gauge, move |samples| {
         let mut counts = std::collections::BTreeMap::new();

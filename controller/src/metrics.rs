@@ -167,6 +167,8 @@ pub struct Metrics {
     pub turns: Family<Counter>,
     /// Jobs that were placed again after a worker or an agent failed.
     pub placed_again: Counter,
+    /// Those of them that went on with other numerics.
+    pub inexact_moves: Counter,
     pub running_requests: Arc<Gauge>,
     /// From proposing to open a turn until it is committed and applied here.
     pub commit_seconds: Histogram,
@@ -186,6 +188,7 @@ impl Default for Metrics {
             tokens: Family::new(&["kind", "deployment"], Counter::default),
             turns: Family::new(&["outcome"], Counter::default),
             placed_again: Counter::default(),
+            inexact_moves: Counter::default(),
             running_requests: Arc::default(),
             commit_seconds: Histogram::new(SHORT),
             connections: Arc::default(),
@@ -247,6 +250,8 @@ impl Metrics {
         page.counters("izar_refused_total", "Connections and requests refused, by reason.", &self.refused);
         page.head("izar_placed_again_total", "Jobs placed again after a worker or an agent failed.", "counter");
         page.sample("izar_placed_again_total", "", self.placed_again.get());
+        page.head("izar_inexact_moves_total", "Answers that went on with other numerics.", "counter");
+        page.sample("izar_inexact_moves_total", "", self.inexact_moves.get());
         page.head("izar_running_requests", "Turns that run here.", "gauge");
         page.sample("izar_running_requests", "", self.running_requests.get());
         page.head("izar_connections", "Open connections of the API.", "gauge");

@@ -152,7 +152,7 @@ fn is_ready(view: &AgentView, id: &WorkerId) -> bool {
 
 fn is_idle(view: &AgentView, id: &WorkerId) -> bool {
     let reported = view.workers().iter().find(|worker| worker.worker == *id);
-    !view.in_flight.contains_key(id) && reported.is_none_or(|worker| worker.running == 0 && worker.waiting == 0)
+    !view.in_flight.contains_key(id) && reported.is_none_or(|worker| worker.load.jobs() == 0)
 }
 
 /// The agent that should get the next worker of a deployment; `None` if all are full.

@@ -7,7 +7,7 @@ use std::cmp::Ordering;
 use std::fmt;
 
 use izar_common::health::{WorkerReport, WorkerState};
-use izar_common::id::{DeploymentId, Hash, NodeId, WorkerId};
+use izar_common::id::{DeploymentId, Hash, NodeId, NumericsId, WorkerId};
 
 use crate::fleet::{AgentView, Fleet};
 use crate::state::Config;
@@ -30,7 +30,10 @@ pub struct Ask<'a> {
     pub deployment: &'a DeploymentId,
     /// The revision that the prompt was tokenized for.
     pub revision: Hash,
-    /// Workers that have just failed this job: taken only if there is no other.
+    /// What computed the beginning of the answer: a worker of another id goes on as well, but not with the very same
+    /// tokens, and is taken only if there is no other.
+    pub numerics: Option<NumericsId>,
+    /// Workers that have just failed this job: taken only if there is no other of those numerics.
     pub avoid: &'a [WorkerId],
     pub now_ms: u64,
     /// Counts the asks, so that equally loaded workers take turns.
@@ -42,6 +45,8 @@ pub struct Ask<'a> {
 pub struct Place {
     pub agent: NodeId,
     pub worker: WorkerId,
+    /// What computes there.
+    pub numerics: Option<NumericsId>,
 }
 
 /// Why a job goes nowhere.
@@ -119,7 +124,7 @@ pub fn place(fleet: &Fleet, config: &Config, ask: &Ask<'_>) -> Result<Place, NoP
         .filter(|(_, view, worker)| rank(view, worker, ask).is_some_and(|rank| rank == best));
     let (agent, _, worker) =
         equals.nth((ask.rotation % ties) as usize).expect("the second look finds what the first one counted");
-    Ok(Place { agent: agent.clone(), worker: worker.worker.clone() })
+    Ok(Place { agent: agent.clone(), worker: worker.worker.clone(), numerics: worker.numerics })
 }
 
 /// Ready workers with the right revision that the plan still wants where they are.
@@ -143,6 +148,8 @@ fn candidates<'a>(
 /// How good a worker is; the smallest is best.
 #[derive(Debug, Clone, Copy)]
 struct Rank {
+    /// It would go on with other tokens than those that were begun.
+    inexact: bool,
     /// It failed this job before, or its agent is late.
     doubtful: bool,
     jobs: u64,
@@ -153,7 +160,7 @@ impl Rank {
     fn cmp(&self, other: &Self) -> Ordering {
         // jobs / max_batch, compared without division.
         let load = (self.jobs * other.max_batch).cmp(&(other.jobs * self.max_batch));
-        self.doubtful.cmp(&other.doubtful).then(load)
+        (self.inexact, self.doubtful).cmp(&(other.inexact, other.doubtful)).then(load)
     }
 }
 impl PartialEq for Rank {
@@ -164,7 +171,7 @@ impl PartialEq for Rank {
 
 /// Ranks a worker, or `None` if it is full.
 fn rank(view: &AgentView, worker: &WorkerReport, ask: &Ask<'_>) -> Option<Rank> {
-    let reported = u64::from(worker.running) + u64::from(worker.waiting);
+    let reported = u64::from(worker.load.jobs());
     let ours = u64::from(view.in_flight.get(&worker.worker).copied().unwrap_or(0));
     // The report counts ours as well, only later: the larger number is the nearer one.
     let (jobs, max_batch) = (reported.max(ours), u64::from(worker.max_batch.max(1)));
@@ -172,7 +179,8 @@ fn rank(view: &AgentView, worker: &WorkerReport, ask: &Ask<'_>) -> Option<Rank> 
         return None;
     }
     let late = ask.now_ms.saturating_sub(view.last_report_ms) > LATE_MS;
-    Some(Rank { doubtful: late || ask.avoid.contains(&worker.worker), jobs, max_batch })
+    let inexact = ask.numerics.is_some() && ask.numerics != worker.numerics;
+    Some(Rank { inexact, doubtful: late || ask.avoid.contains(&worker.worker), jobs, max_batch })
 }
 
 /// Says in which states the replicas are, when none can take the job.
@@ -214,7 +222,14 @@ mod tests {
         }
         let avoid: Vec<WorkerId> = avoid.iter().map(|worker| worker.parse().unwrap()).collect();
         let deployment = "m".parse().unwrap();
-        let ask = Ask { deployment: &deployment, revision: Hash([1; 32]), avoid: &avoid, now_ms: NOW, rotation };
+        let ask = Ask {
+            deployment: &deployment,
+            revision: Hash([1; 32]),
+            numerics: Some(NumericsId(1)),
+            avoid: &avoid,
+            now_ms: NOW,
+            rotation,
+        };
         match place(&fleet, &config, &ask) {
             Ok(place) => format!("{}@{}", place.worker, place.agent),
             Err(reason) => reason.to_string(),
@@ -275,6 +290,13 @@ mod tests {
         assert_eq!(ask("m 2", "m.0@a1 m.1@a2", said, &["m.0"], 0), "m.1@a2");
         assert_eq!(ask("m 1", "m.0@a1", said, &["m.0"], 0), "m.0@a1");
         assert_eq!(ask("m 2", "m.0@late m.1@a2", "late m.0 ready 0 0 0\na2 m.1 ready 9 0 0", &[], 0), "m.1@a2");
+    }
+
+    #[test]
+    fn a_worker_that_goes_on_with_the_same_tokens_comes_first() {
+        let said = "a1 m.0 ready 9 0 0\na2 m.1 ready 0 0 0 other";
+        assert_eq!(ask("m 2", "m.0@a1 m.1@a2", said, &["m.0"], 0), "m.0@a1");
+        assert_eq!(ask("m 1", "m.1@a2", "a2 m.1 ready 0 0 0 other", &[], 0), "m.1@a2");
     }
 
     #[test]

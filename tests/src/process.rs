@@ -19,6 +19,16 @@ pub fn kill_hard(pid: u32) {
     signal(pid, Signal::SIGKILL).unwrap_or_else(|error| panic!("kill -9 {pid}: {error}"));
 }
 
+/// Stops a process as if it hung, all its threads.
+pub fn stop(pid: u32) {
+    signal(pid, Signal::SIGSTOP).unwrap_or_else(|error| panic!("kill -STOP {pid}: {error}"));
+}
+
+/// Lets a stopped process go on.
+pub fn cont(pid: u32) {
+    signal(pid, Signal::SIGCONT).unwrap_or_else(|error| panic!("kill -CONT {pid}: {error}"));
+}
+
 /// Sends a signal to one process.
 pub fn signal(pid: u32, signal: Signal) -> nix::Result<()> {
     kill(Pid::from_raw(i32::try_from(pid).expect("a pid fits")), signal)

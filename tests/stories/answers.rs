@@ -176,7 +176,7 @@ fn a_client_that_leaves_cancels_the_computation_and_not_the_record() {
     until("the worker to be idle", SOON, || {
         let agents = cluster.admin().json(&["agents", "list"])?;
         let workers = agents["agents"][0]["workers"].as_array().cloned().unwrap_or_default();
-        let running: u64 = workers.iter().map(|w| w["running"].as_u64().unwrap_or(1)).sum();
+        let running: u64 = workers.iter().map(|w| w["load"]["running"].as_u64().unwrap_or(1)).sum();
         anyhow::ensure!(workers.len() == 2 && running == 0, "{agents}");
         Ok(())
     });

@@ -10,12 +10,14 @@ use std::path::PathBuf;
 
 use izar_common::chat::{Finish, Grammar, Job, JobEvent, Logprobs, Sampling, Usage};
 use izar_common::clock::Hlc;
-use izar_common::health::{Generation, Report, WorkerReport, WorkerState};
+use izar_common::health::{Generation, Load, Report, WorkerReport, WorkerState};
 use izar_common::id::{
     ClusterId, DeploymentId, Hash, KeyId, NodeId, NumericsId, ProjectId, TenantId, TurnId, WorkerId,
 };
 use izar_common::manifest::{File, Kind, Manifest};
-use izar_common::wire::agent::{Assignment, CacheType, Down, EngineOptions, Kernels, Quant, Submit, Up, WorkerSpec};
+use izar_common::wire::agent::{
+    Activations, Assignment, CacheType, Device, Down, EngineOptions, Kernels, Quant, Submit, Up, WorkerSpec,
+};
 use izar_common::wire::handshake::{Hello, Open, Welcome};
 use izar_common::wire::peer::{BlobAnswer, BlobRequest, Proposal, RaftBatch, RaftEntry, RaftMessage};
 use izar_common::wire::worker::{FromWorker, ToWorker};
@@ -97,7 +99,9 @@ pub fn engine() -> EngineOptions {
         max_batch: 32,
         max_context: 4096,
         threads: 2,
+        device: Device::Cpu,
         quant: Quant::Int8,
+        activations: Activations::Int16,
         kernels: Kernels::Avx512,
         cache: CacheType::F32,
         cache_bytes: 1 << 30,
@@ -243,8 +247,7 @@ fn agent(frames: &mut Frames) {
         revision: hash(5),
         state,
         pid: (state == WorkerState::Ready).then_some(70_000),
-        running: 3,
-        waiting: 300,
+        load: Load { running: 3, waiting: 300, blocks_used: 1000, blocks: 70_000 },
         max_batch: 32,
         restarts: 1,
         numerics: (state == WorkerState::Ready).then_some(NumericsId(17)),
@@ -267,9 +270,14 @@ fn agent(frames: &mut Frames) {
         manifest: manifest(kind),
         engine: engine(),
     });
-    let down = Down::Assignment(Assignment { generation, workers: workers.into() });
-    let Down::Assignment(_) = &down;
-    frames.check("down", "assignment", &down);
+    let down = |down: &Down| match down {
+        Down::Assignment(_) => "assignment",
+        Down::Tripwire(_) => "tripwire",
+    };
+    let assignment = Down::Assignment(Assignment { generation, workers: workers.into() });
+    for message in [assignment, Down::Tripwire(std::array::from_fn(|i| i as u8))] {
+        frames.check("down", down(&message), &message);
+    }
     frames.check("submit", "plain", &Submit { worker: name("echo.1"), job: job() });
     let variant = |grammar: &Grammar| match grammar {
         Grammar::JsonObject => "json-object",
@@ -301,7 +309,10 @@ fn options(frames: &mut Frames) {
     let quants = quants.map(|quant| worker(EngineOptions { quant, ..engine() }));
     let kernels = kernels.map(|kernels| worker(EngineOptions { kernels, ..engine() }));
     let caches = caches.map(|cache| worker(EngineOptions { cache, ..engine() }));
-    let workers = quants.into_iter().chain(kernels).chain(caches).collect();
+    let devices = [Device::Cpu, Device::Cuda(1)].map(|device| worker(EngineOptions { device, ..engine() }));
+    let activations = [Activations::Auto, Activations::Int8, Activations::Int16];
+    let activations = activations.map(|activations| worker(EngineOptions { activations, ..engine() }));
+    let workers = quants.into_iter().chain(kernels).chain(caches).chain(devices).chain(activations).collect();
     let generation = Generation { incarnation: 1, applied: 1 };
     frames.check("down", "options", &Down::Assignment(Assignment { generation, workers }));
 }
@@ -344,7 +355,13 @@ fn worker(frames: &mut Frames) {
     };
     let files = vec![PathBuf::from("/var/lib/izar/a"), PathBuf::from("b")];
     for message in [
-        ToWorker::Load { manifest: manifest(Kind::Gguf), files, text: Some("/t.json".into()), engine: engine() },
+        ToWorker::Load {
+            manifest: manifest(Kind::Gguf),
+            files,
+            text: Some("/t.json".into()),
+            engine: engine(),
+            cpus: vec![4, 5],
+        },
         ToWorker::Submit { id: 300, job: job() },
         ToWorker::Cancel { id: u64::MAX },
     ] {
@@ -359,7 +376,7 @@ fn worker(frames: &mut Frames) {
     for message in [
         FromWorker::Ready { numerics: NumericsId(u64::MAX) },
         FromWorker::Unloadable { reason: "no tensor output.weight".into() },
-        FromWorker::Step { events, running: 4, waiting: 1 },
+        FromWorker::Step { events, load: Load { running: 4, waiting: 1, blocks_used: 6, blocks: 9 } },
     ] {
         frames.check("from-worker", from(&message), &message);
     }
@@ -421,7 +438,7 @@ fn commands(frames: &mut Frames) {
         Outcome::Abandoned => "abandoned",
     };
     for closed in [
-        Outcome::Finished { finish: Finish::Length, usage: usage() },
+        Outcome::Finished { finish: Finish::Length, usage: usage(), inexact: true },
         Outcome::Cancelled { usage: usage() },
         Outcome::Failed { reason: "worker ended".into(), usage: usage() },
         Outcome::Abandoned,

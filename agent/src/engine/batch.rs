@@ -9,6 +9,7 @@
 use std::collections::VecDeque;
 
 use izar_common::chat::{Job, JobEvent};
+use izar_common::health::Load;
 
 use super::blocks::{Block, Blocks};
 use super::sampler::{self, Drawer, Failure, Grammars};
@@ -209,13 +210,13 @@ impl Batcher {
         let waiting = self.waiting.drain(..).map(|(sequence, _)| sequence);
         self.running.drain(..).chain(waiting).map(failed).collect()
     }
-    /// Blocks that sequences use, and all that there are.
-    pub fn used_blocks(&self) -> (usize, usize) {
-        (self.blocks.count() - self.blocks.available(), self.blocks.count())
-    }
-    /// Sequences in the batch, and jobs waiting for a place in it.
-    pub fn load(&self) -> (u32, u32) {
-        (self.running.len() as u32, self.waiting.len() as u32)
+    pub fn load(&self) -> Load {
+        Load {
+            running: self.running.len() as u32,
+            waiting: self.waiting.len() as u32,
+            blocks_used: (self.blocks.count() - self.blocks.available()) as u32,
+            blocks: self.blocks.count() as u32,
+        }
     }
 }
 
@@ -236,6 +237,10 @@ mod tests {
     use super::*;
     use izar_common::chat::{Finish, Token, Usage};
 
+    /// Jobs in the batch, and jobs waiting.
+    fn jobs(b: &Batcher) -> (u32, u32) {
+        (b.load().running, b.load().waiting)
+    }
     fn batcher(max_batch: usize) -> Batcher {
         with_blocks(max_batch, 640)
     }
@@ -264,14 +269,14 @@ mod tests {
     fn jobs_join_while_there_are_places_and_the_others_wait() {
         let mut b = batcher(2);
         (0..3).for_each(|i| assert_eq!(b.submit(i, job(&[1, 3], &[], 1)), None));
-        assert_eq!(b.load(), (0, 3));
+        assert_eq!(jobs(&b), (0, 3));
         let step = b.plan().unwrap();
-        assert_eq!((chunks(&step), b.load()), (vec![(0, 2, Wants::Last); 2], (2, 1)));
+        assert_eq!((chunks(&step), jobs(&b)), (vec![(0, 2, Wants::Last); 2], (2, 1)));
         let events = answer(&mut b, &step, 9);
         let done = JobEvent::Done { finish: Finish::Length, usage: Usage { prompt_tokens: 2, completion_tokens: 1 } };
         assert_eq!(events.iter().filter(|(_, e)| *e == done).count(), 2);
         let next = b.plan().unwrap();
-        assert_eq!((next.closed, next.draws.len(), b.load()), (vec![SequenceId(0), SequenceId(1)], 1, (1, 0)));
+        assert_eq!((next.closed, next.draws.len(), jobs(&b)), (vec![SequenceId(0), SequenceId(1)], 1, (1, 0)));
     }
 
     #[test]
@@ -308,7 +313,7 @@ mod tests {
             answer(b, &step, 9);
             assert!(steps.len() < 1000, "no progress");
         }
-        assert_eq!((b.load(), b.used_blocks().0), ((0, 0), 0), "no block is lost");
+        assert_eq!((b.load().jobs(), b.load().blocks_used), (0, 0), "no block is lost");
         steps
     }
 
@@ -362,7 +367,7 @@ mod tests {
         b.submit(0, job(&[1; 60], &[], 3));
         b.submit(1, job(&[3; 60], &[], 3));
         b.plan().unwrap();
-        assert_eq!(b.load(), (1, 1));
+        assert_eq!(jobs(&b), (1, 1));
     }
 
     #[test]
@@ -374,7 +379,7 @@ mod tests {
         b.cancel(0);
         b.cancel(1);
         assert_eq!(answer(&mut b, &step, 9), []);
-        assert_eq!(b.load(), (0, 0));
+        assert_eq!(jobs(&b), (0, 0));
         let last = b.plan().unwrap();
         assert_eq!((last.closed, last.batch.chunks.len()), (vec![SequenceId(0)], 0));
         assert!(b.plan().is_none());
@@ -421,7 +426,7 @@ mod tests {
         ]);
         assert!(matches!(events[0], (0, JobEvent::Failed { retryable: true, .. })));
         assert!(matches!(events[1], (1, JobEvent::Tokens { .. })));
-        assert_eq!(b.load(), (1, 0));
+        assert_eq!(jobs(&b), (1, 0));
     }
 
     #[test]
@@ -433,6 +438,6 @@ mod tests {
         let events = b.fail_all("broken");
         assert_eq!(events.len(), 2);
         assert!(events.iter().all(|(_, e)| matches!(e, JobEvent::Failed { retryable: true, .. })));
-        assert_eq!(b.load(), (0, 0));
+        assert_eq!(jobs(&b), (0, 0));
     }
 }

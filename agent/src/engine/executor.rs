@@ -15,7 +15,8 @@ use super::batch::{Drawn, Step};
 use super::sampler::{Drawer, Failure};
 use super::sequence::SequenceId;
 use crate::model::{Batch, CausalLm, Error, Loaded, Wants};
-use crate::ops::cpu::pool;
+use crate::ops::TOKENS;
+use crate::ops::cpu::pool::{self, Threads};
 
 /// Steps that wait for the executor: the planner has one under way at most.
 const STEPS: usize = 1;
@@ -45,23 +46,22 @@ pub struct Executor {
 }
 
 impl Executor {
-    /// Starts the thread, which loads its model first. `wake` is called after each outcome. `threads`: 0 takes all
-    /// cores.
+    /// Starts the thread, which loads its model first. `wake` is called after each outcome.
     pub fn start(
-        threads: usize,
+        threads: Threads,
         load: impl FnOnce() -> Result<Loaded, Error> + Send + 'static,
         wake: impl Fn() + Send + 'static,
     ) -> anyhow::Result<Self> {
         let (steps, submitted) = sync_channel(STEPS);
         let (say, outcomes) = sync_channel(OUTCOMES);
-        pool::start(threads);
+        pool::start(&threads);
         let run = move || {
             let say = |outcome| {
                 // A planner that is gone needs no answer; that it is gone shows when no step comes.
                 let _ = say.send(outcome);
                 wake();
             };
-            if let Err(last) = work(threads, load, &submitted, &say) {
+            if let Err(last) = work(&threads, load, &submitted, &say) {
                 say(last);
             }
         };
@@ -81,13 +81,16 @@ impl Executor {
 
 /// Loads the model and computes steps until the planner is gone; the error is the last word.
 fn work(
-    threads: usize,
+    threads: &Threads,
     load: impl FnOnce() -> Result<Loaded, Error> + Send,
     steps: &Receiver<Step>,
     say: &impl Fn(Outcome),
 ) -> Result<(), Outcome> {
     // This thread is one of the pool's: a step begins at once, without waking another.
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("compute-{i}"));
+    threads.bind(0);
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.count).thread_name(|i| format!("compute-{i}"));
+    let bound = threads.clone();
+    let pool = pool.start_handler(move |i| bound.bind(i));
     let pool = pool.use_current_thread().build().map_err(|error| Outcome::Unloadable(error.to_string()))?;
     let loaded = guarded(|| pool.install(|| load_warm(load)));
     let loaded = loaded.map_err(|panic| Outcome::Unloadable(format!("loading panicked: {panic}")))?;
@@ -102,12 +105,16 @@ fn work(
     Ok(())
 }
 
-/// Loads a model and runs a token through it: what is set up at first use is set up before the first request.
+/// Loads a model and computes steps of some sizes: what is set up at first use is set up before the first request.
 fn load_warm(load: impl FnOnce() -> Result<Loaded, Error>) -> Result<(Box<dyn CausalLm>, Outcome), Error> {
-    let Loaded { mut model, context, vocabulary, eos, blocks } = load()?;
-    let mut batch = Batch { cleared: vec![0], ..Batch::default() };
-    batch.push(0, &[0, 0], Wants::Last, &[0]);
-    model.forward(&batch);
+    let Loaded { mut model, context, vocabulary, eos, blocks, warm_up } = load()?;
+    for rows in warm_up {
+        let rows = *rows.min(&context.min(blocks * TOKENS));
+        let table: Vec<u32> = (0..rows.div_ceil(TOKENS) as u32).collect();
+        let mut batch = Batch { cleared: table.clone(), ..Batch::default() };
+        batch.push(0, &vec![0; rows], Wants::Last, &table);
+        model.forward(&batch);
+    }
     Ok((model, Outcome::Loaded { context, vocabulary, eos, blocks }))
 }
 

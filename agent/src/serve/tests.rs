@@ -7,7 +7,7 @@ use crate::engine::sequence::tests::job;
 use izar_common::chat::{Finish, Grammar, JobEvent, Token, Usage};
 use izar_common::id::Hash;
 use izar_common::manifest;
-use izar_common::wire::agent::{CacheType, Quant};
+use izar_common::wire::agent::{CacheType, Device, Quant};
 
 /// What a test waits for anything at most.
 const LIMIT: Duration = Duration::from_secs(20);
@@ -29,7 +29,13 @@ impl Agent {
     fn echo(first_token_us: u64, next_token_us: u64) -> Self {
         let mut agent = Self::start();
         let manifest = manifest(Kind::Echo { first_token_us, next_token_us }, "echo", &[]);
-        agent.send(&ToWorker::Load { manifest, files: Vec::new(), text: None, engine: EngineOptions::default() });
+        agent.send(&ToWorker::Load {
+            manifest,
+            files: Vec::new(),
+            text: None,
+            engine: EngineOptions::default(),
+            cpus: Vec::new(),
+        });
         assert!(matches!(agent.next(), FromWorker::Ready { .. }));
         agent
     }
@@ -98,6 +104,7 @@ fn load_llama() -> ToWorker {
             cache: CacheType::F32,
             ..EngineOptions::default()
         },
+        cpus: Vec::new(),
     }
 }
 
@@ -132,9 +139,9 @@ fn many_jobs_run_at_once_and_every_one_ends() {
 fn a_cancelled_job_falls_silent_and_the_load_says_so() {
     let mut agent = Agent::echo(0, 1_000_000);
     agent.submit(1, &[1], 100);
-    assert!(matches!(agent.next(), FromWorker::Step { running: 1, .. }));
+    assert!(matches!(agent.next(), FromWorker::Step { load: Load { running: 1, .. }, .. }));
     agent.send(&ToWorker::Cancel { id: 1 });
-    assert_eq!(agent.next(), FromWorker::Step { events: Vec::new(), running: 0, waiting: 0 });
+    assert_eq!(agent.next(), FromWorker::Step { events: Vec::new(), load: Load::default() });
     agent.leave().unwrap();
 }
 
@@ -164,9 +171,22 @@ fn a_model_that_cannot_be_loaded_is_said_so_and_the_worker_ends() {
     let mut agent = Agent::start();
     let manifest = manifest(Kind::Gguf, "llama", &["gone.gguf"]);
     let engine = EngineOptions::default();
-    agent.send(&ToWorker::Load { manifest, files: vec!["/nonexistent".into()], text: None, engine });
+    agent.send(&ToWorker::Load { manifest, files: vec!["/nonexistent".into()], text: None, engine, cpus: Vec::new() });
     let FromWorker::Unloadable { reason } = agent.next() else { panic!("it was loaded") };
     assert!(reason.contains("gone.gguf"), "{reason}");
+    agent.worker.join().unwrap().unwrap();
+}
+
+#[test]
+fn a_card_that_cannot_be_used_is_refused_before_anything_is_read() {
+    let mut agent = Agent::start();
+    let mut load = load_llama();
+    let ToWorker::Load { files, engine, .. } = &mut load else { unreachable!() };
+    // No machine has that many cards.
+    (engine.device, files[2]) = (Device::Cuda(999), "/nonexistent".into());
+    agent.send(&load);
+    let FromWorker::Unloadable { reason } = agent.next() else { panic!("it was loaded") };
+    assert!(reason.starts_with("device cuda:999: "), "{reason}");
     agent.worker.join().unwrap().unwrap();
 }
 
@@ -176,7 +196,7 @@ fn a_reason_of_any_length_fits_its_frame() {
     let name = "x".repeat(5 << 20);
     let manifest = manifest(Kind::Gguf, "llama", &[&name]);
     let (files, text, engine) = (vec!["/nonexistent".into()], None, EngineOptions::default());
-    agent.send(&ToWorker::Load { manifest, files, text, engine });
+    agent.send(&ToWorker::Load { manifest, files, text, engine, cpus: Vec::new() });
     let FromWorker::Unloadable { reason } = agent.next() else { panic!("it was loaded") };
     assert_eq!(reason.len(), REASON);
     agent.worker.join().unwrap().unwrap();

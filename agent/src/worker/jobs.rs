@@ -73,6 +73,11 @@ impl Jobs {
         Ok(RunningJob { jobs: self.clone(), id, inbox })
     }
 
+    /// Whether the worker has any job.
+    pub fn busy(&self) -> bool {
+        !self.table().inboxes.is_empty()
+    }
+
     /// Waits for frames to the worker and takes them all. Cancellation-safe.
     pub async fn outgoing(&self) -> Vec<ToWorker> {
         loop {

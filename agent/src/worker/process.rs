@@ -7,10 +7,12 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream as StdStream;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::time::Duration;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::{Duration, Instant};
 
+use izar_common::health::Load;
 use izar_common::id::{NumericsId, WorkerId};
-use izar_common::manifest::Manifest;
+use izar_common::manifest::{Kind, Manifest};
 use izar_common::wire::agent::EngineOptions;
 use izar_common::wire::worker::{FromWorker, ToWorker};
 use izar_common::wire::{Reader, Writer};
@@ -19,6 +21,7 @@ use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::process::{Child, Command};
 
 use super::jobs::Jobs;
+use super::pulse::Pulse;
 
 /// How long a model may take to load. Hundreds of gigabytes from a slow disk take a quarter of an hour.
 const LOAD_LIMIT: Duration = Duration::from_secs(30 * 60);
@@ -26,9 +29,15 @@ const LOAD_LIMIT: Duration = Duration::from_secs(30 * 60);
 /// How long a worker may take to end after its socket was closed, before it is killed.
 const END_LIMIT: Duration = Duration::from_secs(2);
 
+/// Time between looks at a worker: what a stopped one costs its jobs is two of them. One without jobs can wait.
+const WATCH: Duration = Duration::from_millis(200);
+const WATCH_IDLE: Duration = Duration::from_secs(1);
+
 /// A running worker process.
 pub struct Process {
     child: Child,
+    /// It computes steps; the echo model only waits, as long as it was told to.
+    steps: bool,
     rx: Reader<OwnedReadHalf>,
     tx: Writer<OwnedWriteHalf>,
 }
@@ -49,7 +58,7 @@ impl Process {
         // The command still holds the child's end; while anybody here did, its death would not be seen.
         drop(command);
         let (rx, tx) = UnixStream::from_std(ours)?.into_split();
-        Ok(Self { child, rx: Reader::new(rx), tx: Writer::new(tx) })
+        Ok(Self { child, steps: false, rx: Reader::new(rx), tx: Writer::new(tx) })
     }
 
     pub fn pid(&self) -> Option<u32> {
@@ -63,8 +72,10 @@ impl Process {
         files: Vec<PathBuf>,
         text: Option<PathBuf>,
         engine: EngineOptions,
+        cpus: Vec<u32>,
     ) -> Result<NumericsId, String> {
-        let load = ToWorker::Load { manifest: manifest.clone(), files, text, engine };
+        self.steps = !matches!(manifest.kind, Kind::Echo { .. });
+        let load = ToWorker::Load { manifest: manifest.clone(), files, text, engine, cpus };
         if let Err(error) = self.tx.send(&load).await {
             return Err(format!("the worker died before it could load: {error}"));
         }
@@ -78,15 +89,18 @@ impl Process {
         }
     }
 
-    /// Carries jobs and events until the worker is lost; says why. `load` is told running and waiting after each step.
-    pub async fn carry(&mut self, jobs: &Jobs, load: impl Fn(u32, u32)) -> String {
+    /// Carries jobs and events until the worker is lost; says why. `tell` hears the load after each step.
+    pub async fn carry(&mut self, jobs: &Jobs, tell: impl Fn(Load)) -> String {
+        let (pid, steps) = (self.child.id(), self.steps);
         let (rx, tx) = (&mut self.rx, &mut self.tx);
+        let frames = AtomicU64::new(0);
         let reading = async {
             loop {
                 match rx.next::<FromWorker>().await {
-                    Ok(Some(FromWorker::Step { events, running, waiting })) => {
+                    Ok(Some(FromWorker::Step { events, load })) => {
+                        frames.fetch_add(1, Relaxed);
                         jobs.deliver(events);
-                        load(running, waiting);
+                        tell(load);
                     }
                     Ok(Some(FromWorker::Unloadable { reason })) => return reason,
                     Ok(Some(FromWorker::Ready { .. })) => return "the worker got ready twice".to_owned(),
@@ -108,12 +122,13 @@ impl Process {
         tokio::select! {
             reason = reading => reason,
             reason = writing => reason,
+            reason = watch(pid, jobs, steps.then_some(&frames)) => reason,
         }
     }
 
     /// Closes the socket, waits, kills if need be; returns how the process ended, in words.
     pub async fn end(self) -> String {
-        let Self { mut child, rx, tx } = self;
+        let Self { mut child, rx, tx, .. } = self;
         drop((rx, tx));
         let ended = match tokio::time::timeout(END_LIMIT, child.wait()).await {
             Ok(ended) => ended,
@@ -125,4 +140,31 @@ impl Process {
         };
         ended.map_or_else(|error| error.to_string(), |status| status.to_string())
     }
+}
+
+/// Watches a worker, and the frames that tell its steps if it computes any; returns why it is given up.
+async fn watch(pid: Option<u32>, jobs: &Jobs, frames: Option<&AtomicU64>) -> String {
+    let mut pulse = Pulse::new(Instant::now());
+    let (mut seen, mut stopped) = (0, 0);
+    loop {
+        tokio::time::sleep(if jobs.busy() { WATCH } else { WATCH_IDLE }).await;
+        if let Some(now) = frames.map(|frames| frames.load(Relaxed)) {
+            if let Some(silence) = pulse.look(Instant::now(), jobs.busy(), now != seen) {
+                return format!("the worker hangs: no step for {} ms", silence.as_millis());
+            }
+            seen = now;
+        }
+        // Two looks, since whoever looks at a process may stop it for a moment.
+        stopped = if pid.is_some_and(is_stopped) { stopped + 1 } else { 0 };
+        if stopped == 2 {
+            return "the worker was stopped by a signal".to_owned();
+        }
+    }
+}
+
+/// Whether a process was stopped by a signal, which no load can look like.
+fn is_stopped(pid: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // The state follows the program's name, which is in parentheses and may hold any.
+    stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('T'))
 }

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use izar_common::blob::Store;
 use izar_common::chat::Job;
-use izar_common::health::{WorkerReport, WorkerState};
+use izar_common::health::{Load, WorkerReport, WorkerState};
 use izar_common::id::NumericsId;
 use izar_common::wire::agent::{EngineOptions, WorkerSpec};
 use tokio::sync::watch;
@@ -30,8 +30,9 @@ const DETAIL: usize = 500;
 /// One worker's state and its jobs, seen from outside its task.
 pub struct Replica {
     pub spec: WorkerSpec,
-    /// Threads that its engine gets.
+    /// Threads that its engine gets, and the CPUs that they are bound to, if they are.
     threads: u32,
+    pub cpus: Vec<u32>,
     seen: Mutex<Seen>,
     /// Told whenever a report would look different.
     changed: watch::Sender<()>,
@@ -41,8 +42,7 @@ pub struct Replica {
 struct Status {
     state: WorkerState,
     pid: Option<u32>,
-    running: u32,
-    waiting: u32,
+    load: Load,
     restarts: u32,
     numerics: Option<NumericsId>,
     detail: String,
@@ -65,11 +65,11 @@ enum End {
 }
 
 impl Replica {
-    pub fn new(spec: WorkerSpec, threads: u32, changed: watch::Sender<()>) -> Self {
+    pub fn new(spec: WorkerSpec, threads: u32, cpus: Vec<u32>, changed: watch::Sender<()>) -> Self {
         let detail = "starting".to_owned();
         let (state, pid, numerics) = (WorkerState::Fetching, None, None);
-        let status = Status { state, pid, running: 0, waiting: 0, restarts: 0, numerics, detail };
-        Self { spec, threads, seen: Mutex::new(Seen { status, jobs: None }), changed }
+        let status = Status { state, pid, load: Load::default(), restarts: 0, numerics, detail };
+        Self { spec, threads, cpus, seen: Mutex::new(Seen { status, jobs: None }), changed }
     }
 
     fn seen(&self) -> MutexGuard<'_, Seen> {
@@ -81,10 +81,12 @@ impl Replica {
         let mut seen = self.seen();
         let before = seen.status.clone();
         change(&mut seen.status);
+        // Blocks change at almost every step: they travel with whatever is reported next.
+        let quiet = Load { blocks_used: before.load.blocks_used, ..seen.status.load };
         if seen.status.detail.len() > DETAIL {
             seen.status.detail = seen.status.detail.chars().take(DETAIL).collect();
         }
-        if seen.status != before {
+        if (Status { load: quiet, ..seen.status.clone() }) != before {
             drop(seen);
             self.changed.send_replace(());
         }
@@ -98,8 +100,7 @@ impl Replica {
             revision: self.spec.revision,
             state: status.state,
             pid: status.pid,
-            running: status.running,
-            waiting: status.waiting,
+            load: status.load,
             max_batch: self.spec.engine.max_batch,
             restarts: status.restarts,
             numerics: status.numerics,
@@ -114,6 +115,11 @@ impl Replica {
         }
         let jobs = self.seen().jobs.clone();
         jobs.ok_or("the worker is not ready")?.submit(job)
+    }
+
+    /// Whether it has any job.
+    pub fn busy(&self) -> bool {
+        self.seen().jobs.as_ref().is_some_and(|jobs| jobs.busy())
     }
 
     /// Runs until `stop`; then no process is left.
@@ -134,8 +140,7 @@ impl Replica {
                 *status = Status {
                     state: WorkerState::Backoff,
                     pid: None,
-                    running: 0,
-                    waiting: 0,
+                    load: Load::default(),
                     restarts: status.restarts + 1,
                     numerics: None,
                     detail: reason,
@@ -176,7 +181,7 @@ impl Replica {
             jobs.close("the worker was stopped");
         }
         self.note(|status| {
-            (status.state, status.running, status.waiting) = (WorkerState::Backoff, 0, 0);
+            (status.state, status.load) = (WorkerState::Backoff, Load::default());
             status.numerics = None;
             status.detail = "ending".into();
         });
@@ -192,7 +197,8 @@ impl Replica {
         let worker = &self.spec.worker;
         let begun = Instant::now();
         let engine = EngineOptions { threads: self.threads, ..self.spec.engine.clone() };
-        let numerics = match process.load(&self.spec.manifest, files.model, files.text, engine).await {
+        let numerics = match process.load(&self.spec.manifest, files.model, files.text, engine, self.cpus.clone()).await
+        {
             Ok(numerics) => numerics,
             Err(reason) => return (reason, None),
         };
@@ -205,7 +211,7 @@ impl Replica {
             status.numerics = Some(numerics);
             status.detail = String::new();
         });
-        let load = |running, waiting| self.note(|status| (status.running, status.waiting) = (running, waiting));
+        let load = |load| self.note(|status| status.load = load);
         let reason = process.carry(&jobs, load).await;
         jobs.close(&reason);
         (reason, Some(ready.elapsed()))

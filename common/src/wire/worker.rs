@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::Wire;
 use super::agent::EngineOptions;
 use crate::chat::{Job, JobEvent};
+use crate::health::Load;
 use crate::id::NumericsId;
 use crate::manifest::Manifest;
 
@@ -17,12 +18,13 @@ pub const REASON: usize = 1000;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum ToWorker {
     /// `files`: where each of the manifest's `files` lies, in their order; `text`: where its text bundle
-    /// lies, if it has one.
+    /// lies, if it has one; `cpus`: what its threads are bound to, one each, or none for wherever they like.
     Load {
         manifest: Manifest,
         files: Vec<PathBuf>,
         text: Option<PathBuf>,
         engine: EngineOptions,
+        cpus: Vec<u32>,
     },
     /// `id` is the agent's own number for the job.
     Submit {
@@ -46,7 +48,7 @@ pub enum FromWorker {
     /// The model cannot be loaded; the process ends after it. The reason has at most [`REASON`] characters.
     Unloadable { reason: String },
     /// What a step gave, for all its jobs together, and the load after it.
-    Step { events: Vec<(u64, JobEvent)>, running: u32, waiting: u32 },
+    Step { events: Vec<(u64, JobEvent)>, load: Load },
 }
 impl Wire for FromWorker {
     const TYPE: u16 = 33;

@@ -1,8 +1,8 @@
 //! Small configurations and fleets from words, for the tests of the pure modules.
 
 use izar_common::clock::Hlc;
-use izar_common::health::{Generation, Report, WorkerReport, WorkerState};
-use izar_common::id::{DeploymentId, Hash, NodeId, WorkerId};
+use izar_common::health::{Generation, Load, Report, WorkerReport, WorkerState};
+use izar_common::id::{DeploymentId, Hash, NodeId, NumericsId, WorkerId};
 use izar_common::manifest::{File, Kind, Manifest};
 use izar_common::wire::agent::EngineOptions;
 
@@ -41,7 +41,8 @@ pub fn config(wanted: &str, plan: &str) -> Config {
     config
 }
 
-/// One line for each worker: `agent worker state running waiting in_flight`, and `x` for another revision.
+/// One line for each worker: `agent worker state running waiting in_flight`, and `x` for another revision,
+/// `other` for other numerics.
 pub fn fleet(said: &str, now_ms: u64) -> Fleet {
     let mut fleet = Fleet::new(0);
     for line in said.lines() {
@@ -64,11 +65,10 @@ pub fn fleet(said: &str, now_ms: u64) -> Fleet {
                 _ => WorkerState::Backoff,
             },
             pid: None,
-            running: number(3),
-            waiting: number(4),
+            load: Load { running: number(3), waiting: number(4), ..Load::default() },
             max_batch: 4,
             restarts: 0,
-            numerics: None,
+            numerics: Some(NumericsId(if words.get(6) == Some(&"other") { 2 } else { 1 })),
             detail: String::new(),
         });
         fleet.report(&agent, report, now_ms);

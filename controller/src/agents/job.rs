@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use izar_common::chat::JobEvent;
-use izar_common::id::{NodeId, WorkerId};
+use izar_common::id::{NodeId, NumericsId, WorkerId};
 use izar_common::quic::{self, Receiver, Sender};
 
 use super::roster::Roster;
@@ -14,6 +14,8 @@ use super::roster::Roster;
 pub struct JobStream {
     pub agent: NodeId,
     pub worker: WorkerId,
+    /// What computes it.
+    pub numerics: Option<NumericsId>,
     /// `None` when the job has ended or its stream is lost.
     streams: Option<(Sender, Receiver)>,
     /// Why it ended before its first event, told once.
@@ -27,6 +29,7 @@ pub(super) struct Counted {
     pub roster: Arc<Roster>,
     pub agent: NodeId,
     pub worker: WorkerId,
+    pub numerics: Option<NumericsId>,
 }
 
 impl Drop for Counted {
@@ -41,14 +44,14 @@ fn failed(reason: String, retryable: bool) -> JobEvent {
 
 impl JobStream {
     pub(super) fn running(counted: Counted, tx: Sender, rx: Receiver) -> Self {
-        let (agent, worker) = (counted.agent.clone(), counted.worker.clone());
-        Self { agent, worker, streams: Some((tx, rx)), failed: None, counted: Some(counted) }
+        let (agent, worker, numerics) = (counted.agent.clone(), counted.worker.clone(), counted.numerics);
+        Self { agent, worker, numerics, streams: Some((tx, rx)), failed: None, counted: Some(counted) }
     }
 
     /// A job that has failed before it reached its worker.
     pub(super) fn failed(counted: Counted, reason: String, retryable: bool) -> Self {
-        let (agent, worker) = (counted.agent.clone(), counted.worker.clone());
-        Self { agent, worker, streams: None, failed: Some(failed(reason, retryable)), counted: None }
+        let (agent, worker, numerics) = (counted.agent.clone(), counted.worker.clone(), counted.numerics);
+        Self { agent, worker, numerics, streams: None, failed: Some(failed(reason, retryable)), counted: None }
     }
 
     /// The streams, while the job runs.

@@ -87,6 +87,11 @@ impl Roster {
         }
     }
 
+    /// Jobs of this controller on an agent.
+    pub fn jobs(&self, agent: &NodeId) -> u32 {
+        self.soft().fleet.agents.get(agent).map_or(0, |view| view.jobs())
+    }
+
     pub(super) fn end(&self, agent: &NodeId, worker: &WorkerId) {
         self.soft().fleet.end(agent, worker);
     }
@@ -97,6 +102,7 @@ impl Roster {
         let ask = Ask {
             deployment: &job.deployment,
             revision: job.revision,
+            numerics: job.numerics,
             avoid,
             now_ms: wall_ms(),
             rotation: self.asks.fetch_add(1, Ordering::Relaxed),
@@ -105,7 +111,9 @@ impl Roster {
         let place = scheduler::place(&soft.fleet, &config, &ask)?;
         let connection = soft.sessions.get(&place.agent).expect("a connected agent has a session").clone();
         soft.fleet.begin(&place.agent, &place.worker);
-        Ok((Counted { roster: self.clone(), agent: place.agent, worker: place.worker }, connection))
+        let counted =
+            Counted { roster: self.clone(), agent: place.agent, worker: place.worker, numerics: place.numerics };
+        Ok((counted, connection))
     }
 
     /// Sends a job to the best worker; `avoid` names workers that have just failed it.

@@ -1,6 +1,7 @@
 //! One agent's connection: its session (assignments down, reports up) and the files it fetches.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use izar_common::blob;
@@ -12,6 +13,7 @@ use izar_common::wire::handshake::Open;
 use tokio::sync::Semaphore;
 
 use super::assignment::assignment;
+use super::tripwire::Tripwire;
 use super::{Agents, Inner};
 
 /// Files that one agent fetches from this controller at once; more wait their turn. An agent asks for one at a time,
@@ -20,6 +22,14 @@ const BLOBS_PER_AGENT: usize = 2;
 
 /// Time between attempts to learn that the state here is fresh, while there is no quorum.
 const FRESH_RETRY: Duration = Duration::from_millis(200);
+
+/// An agent with jobs reports four times a second; so many ticks without a word are more than load explains.
+const TICK: Duration = Duration::from_millis(250);
+const SILENT_TICKS: u32 = 5;
+
+/// After a tripwire fell: time for words that were on their way, and for a sign of life.
+const LAST_WORDS: Duration = Duration::from_millis(30);
+const SIGN_OF_LIFE: Duration = Duration::from_millis(200);
 
 /// Serves a connection until it ends or the controller stops.
 pub(super) async fn serve(agents: &Agents, connection: Connection) {
@@ -66,9 +76,15 @@ async fn session(inner: &Inner, agent: &NodeId, connection: &Connection, tx: Sen
         return connection.close("too many agents");
     }
     log::info!(agent:%; "agent connected");
+    let (heard, tripwire) = (AtomicU64::new(0), inner.tripwires.arm());
     let ended = tokio::select! {
-        ended = read_reports(inner, agent, connection, rx) => ended,
-        ended = write_assignments(inner, agent, tx) => ended,
+        ended = read_reports(inner, agent, connection, rx, &heard) => ended,
+        ended = write_orders(inner, agent, tx, &tripwire) => ended,
+        reason = watch(inner, agent, &heard, &tripwire) => {
+            log::warn!(agent:%, reason; "agent is given up");
+            inner.given_up.fetch_add(1, Relaxed);
+            Ok(())
+        }
     };
     if let Err(error) = &ended {
         connection.refuse_frame(error);
@@ -86,17 +102,49 @@ async fn read_reports(
     agent: &NodeId,
     connection: &Connection,
     mut rx: Receiver,
+    heard: &AtomicU64,
 ) -> Result<(), wire::Error> {
     while let Some(Up::Report(report)) = rx.next().await? {
+        heard.fetch_add(1, Relaxed);
         inner.roster.report(agent, connection, report);
     }
     Ok(())
 }
 
+/// Waits until an agent with jobs of this controller's is as good as dead; says why. Its jobs go on elsewhere then, and it
+/// is welcome to come back.
+///
+/// Ticks are counted, not time: a controller that gets no processor itself is late with both.
+async fn watch(inner: &Inner, agent: &NodeId, heard: &AtomicU64, tripwire: &Tripwire) -> &'static str {
+    let (mut silent, mut last) = (0, heard.load(Relaxed));
+    loop {
+        tokio::select! {
+            () = tokio::time::sleep(TICK) => {
+                let now = heard.load(Relaxed);
+                silent = if now == last && inner.roster.jobs(agent) > 0 { silent + 1 } else { 0 };
+                last = now;
+                if silent == SILENT_TICKS {
+                    return "it has jobs and says nothing";
+                }
+            }
+            () = tripwire.fell() => {
+                // What was on its way when it died may still arrive; a living agent reports because the wire fell.
+                tokio::time::sleep(LAST_WORDS).await;
+                let before = heard.load(Relaxed);
+                tokio::time::sleep(SIGN_OF_LIFE).await;
+                if heard.load(Relaxed) == before {
+                    return "its process died";
+                }
+            }
+        }
+    }
+}
+
 /// Sends the whole assignment once the state here is known to be fresh, and again whenever it changes.
 ///
 /// A controller cut off from the others thus never tells an agent anything old; and what changes later is newer.
-async fn write_assignments(inner: &Inner, agent: &NodeId, mut tx: Sender) -> Result<(), wire::Error> {
+async fn write_orders(inner: &Inner, agent: &NodeId, mut tx: Sender, tripwire: &Tripwire) -> Result<(), wire::Error> {
+    tx.send(&Down::Tripwire(tripwire.words)).await?;
     while inner.raft.read_index().await.is_err() {
         tokio::time::sleep(FRESH_RETRY).await;
     }

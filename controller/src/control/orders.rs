@@ -7,7 +7,7 @@ use axum::body::Body;
 use axum::extract::{Path, State as Extract};
 use izar_common::id::{DeploymentId, Hash, KeyId, NAME_LIMIT, ProjectId};
 use izar_common::manifest::Manifest;
-use izar_common::wire::agent::{CacheType, EngineOptions, Kernels, Quant};
+use izar_common::wire::agent::{Activations, CacheType, Device, EngineOptions, Kernels, Quant};
 use rand::Rng;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -83,7 +83,9 @@ struct Deploy {
     replicas: Option<u32>,
     max_batch: Option<u32>,
     max_context: Option<u32>,
+    device: Option<Device>,
     quant: Option<Quant>,
+    activations: Option<Activations>,
     kernels: Option<Kernels>,
     cache_type: Option<CacheType>,
     cache_bytes: Option<u64>,
@@ -274,7 +276,9 @@ fn check_deployment(order: &Deploy, config: &Config) -> Result<Deployment, Error
             None => defaults.max_context,
         },
         threads: defaults.threads,
+        device: order.device.unwrap_or(defaults.device),
         quant: order.quant.unwrap_or(defaults.quant),
+        activations: order.activations.unwrap_or(defaults.activations),
         kernels: order.kernels.unwrap_or(defaults.kernels),
         cache: order.cache_type.unwrap_or(defaults.cache),
         cache_bytes: match order.cache_bytes {
@@ -287,6 +291,10 @@ fn check_deployment(order: &Deploy, config: &Config) -> Result<Deployment, Error
             }
         },
     };
+    if let (Device::Cuda(_), Kernels::Portable | Kernels::Avx2 | Kernels::Avx512) = (engine.device, engine.kernels) {
+        let reason = format!("kernels: {} run on a CPU, not on {}: say auto", engine.kernels, engine.device);
+        return Err(Error::Invalid(reason));
+    }
     let replicas = in_range("replicas", order.replicas.unwrap_or(1), 1, REPLICA_LIMIT)?;
     Ok(Deployment { id, revision: model.revision, replicas, engine })
 }
@@ -370,11 +378,13 @@ mod tests {
         assert_eq!((good.id.as_str(), good.replicas, good.engine.max_context), ("echo", 2, 100));
         let engine = EngineOptions { max_context: 100, ..EngineOptions::default() };
         assert_eq!(good.engine, engine, "what is not said has its default");
-        let all = r#"{"model":"echo","max_batch":8,"quant":"int8","kernels":"portable","cache_type":"f32","cache_bytes":1048576}"#;
+        let all = r#"{"model":"echo","max_batch":8,"device":"cuda:1","quant":"int8","activations":"int16","kernels":"reference","cache_type":"f32","cache_bytes":1048576}"#;
         let engine = EngineOptions {
             max_batch: 8,
+            device: Device::Cuda(1),
             quant: Quant::Int8,
-            kernels: Kernels::Portable,
+            activations: Activations::Int16,
+            kernels: Kernels::Reference,
             cache: CacheType::F32,
             cache_bytes: 1 << 20,
             ..EngineOptions::default()
@@ -387,6 +397,9 @@ mod tests {
             (r#"{"model":"echo","name":"Not a name"}"#, "name: `Not a name`"),
             (&format!(r#"{{"model":"echo","name":"{}"}}"#, "x".repeat(60)), "60 characters; 59 leave room"),
             (r#"{"model":"echo","quant":"int5"}"#, "quant: unknown variant `int5`, expected one of `f32`"),
+            (r#"{"model":"echo","device":"gpu"}"#, "device: `gpu` is not one of cpu, cuda:0"),
+            (r#"{"model":"echo","device":"cuda:0","kernels":"avx2"}"#, "kernels: avx2 run on a CPU, not on cuda:0"),
+            (r#"{"model":"echo","activations":"f16"}"#, "activations: unknown variant `f16`"),
             (r#"{"model":"echo","kernels":"sse"}"#, "kernels: unknown variant `sse`"),
             (r#"{"model":"echo","cache_type":"int8"}"#, "cache_type: unknown variant"),
             (r#"{"model":"echo","cache_bytes":512}"#, "cache_bytes: 512"),

@@ -9,7 +9,7 @@ use izar_common::chat::{Finish, Usage};
 use izar_common::health::{Generation, WorkerReport, WorkerState};
 use izar_common::id::{DeploymentId, Hash, KeyId, NodeId, NumericsId, ProjectId, TurnId, WorkerId};
 use izar_common::manifest::{Kind, Manifest};
-use izar_common::wire::agent::{CacheType, Kernels, Quant};
+use izar_common::wire::agent::{Activations, CacheType, Device, Kernels, Quant};
 use serde::{Deserialize, Serialize};
 
 use crate::fleet::{AgentView, Fleet};
@@ -131,6 +131,8 @@ pub struct DeploymentView {
     pub max_context: u32,
     pub quant: Quant,
     pub kernels: Kernels,
+    pub device: Device,
+    pub activations: Activations,
     pub cache_type: CacheType,
     /// Memory of each replica for keys and values; the default is put in.
     pub cache_bytes: u64,
@@ -245,6 +247,8 @@ pub struct TurnView {
     pub prompt_tokens: u32,
     pub max_tokens: u32,
     pub completion_tokens: u32,
+    /// Part of the answer was computed by other numerics than its beginning.
+    pub inexact: bool,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -271,11 +275,12 @@ impl From<&Turn> for TurnView {
         let opening = &turn.opening;
         let (outcome, finish, reason, usage) = match turn.closed.as_ref().map(|(_, outcome)| outcome) {
             None => ("running", None, None, Usage::default()),
-            Some(Outcome::Finished { finish, usage }) => ("finished", Some(*finish), None, *usage),
+            Some(Outcome::Finished { finish, usage, .. }) => ("finished", Some(*finish), None, *usage),
             Some(Outcome::Cancelled { usage }) => ("cancelled", None, None, *usage),
             Some(Outcome::Failed { reason, usage }) => ("failed", None, Some(reason.clone()), *usage),
             Some(Outcome::Abandoned) => ("abandoned", None, None, Usage::default()),
         };
+        let inexact = matches!(turn.closed, Some((_, Outcome::Finished { inexact: true, .. })));
         Self {
             turn: opening.turn,
             project: opening.project.clone(),
@@ -292,6 +297,7 @@ impl From<&Turn> for TurnView {
             prompt_tokens: opening.prompt_tokens,
             max_tokens: opening.max_tokens,
             completion_tokens: usage.completion_tokens,
+            inexact,
         }
     }
 }
@@ -335,6 +341,8 @@ pub fn deployment(wanted: &Deployment, config: &Config, fleet: &Fleet) -> Deploy
         max_context: wanted.engine.max_context,
         quant: wanted.engine.quant,
         kernels: wanted.engine.kernels,
+        device: wanted.engine.device,
+        activations: wanted.engine.activations,
         cache_type: wanted.engine.cache,
         cache_bytes: wanted.engine.cache_budget(),
         unplaced: wanted.replicas.saturating_sub(workers.len() as u32),
@@ -405,7 +413,7 @@ pub fn role(leadership: &Leadership) -> &'static str {
 mod tests {
     use super::*;
     use crate::state::Placement;
-    use izar_common::health::Report;
+    use izar_common::health::{Load, Report};
 
     const REVISION: Hash = Hash([1; 32]);
 
@@ -430,8 +438,7 @@ mod tests {
             revision,
             state,
             pid: Some(7),
-            running: 0,
-            waiting: 0,
+            load: Load::default(),
             max_batch: 32,
             restarts: 1,
             numerics: Some(NumericsId(0x17)),

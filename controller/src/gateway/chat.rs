@@ -279,6 +279,7 @@ enum Ended {
         choice: u32,
         finish: Finish,
         recorded: Finish,
+        inexact: bool,
     },
     Gone,
     Failed(Error),
@@ -297,7 +298,7 @@ async fn run(gateway: Gateway, mut order: Order, mut exit: Exit, streamed: bool)
     });
     let (ended, usage, recorded) = match begin(&gateway, &order, streamed).await {
         Ok(streams) => {
-            let (ended, usage) = pump(&gateway, &order, &listed, streams, &mut exit, streamed).await;
+            let (ended, usage) = pump(&gateway, &order, &listed, streams, &mut exit).await;
             (ended, usage, true)
         }
         Err(refused) => (Ended::Failed(refused.error), Usage::default(), refused.recorded),
@@ -305,8 +306,8 @@ async fn run(gateway: Gateway, mut order: Order, mut exit: Exit, streamed: bool)
     listed.enter(Stage::Closing);
     order.permit = None;
     let (outcome, word, rest) = match ended {
-        Ended::Finished { choice, finish, recorded } => {
-            (Outcome::Finished { finish: recorded, usage }, "finished", exit.finish(choice, finish, usage))
+        Ended::Finished { choice, finish, recorded, inexact } => {
+            (Outcome::Finished { finish: recorded, usage, inexact }, "finished", exit.finish(choice, finish, usage))
         }
         Ended::Gone => (Outcome::Cancelled { usage }, "cancelled", None),
         Ended::Failed(error) => {

@@ -28,6 +28,9 @@ pub enum Exit {
     Stream(Stream),
 }
 
+/// The same while the answer is being moved: the client shall see that somebody cares.
+const PAUSED: Duration = Duration::from_secs(1);
+
 /// A client that reads along.
 pub struct Stream {
     /// Waits for the decision whether the answer has a head or is an error; gone once it is made.
@@ -38,6 +41,8 @@ pub struct Stream {
     events: Events,
     choices: u32,
     written: Instant,
+    /// A choice has lost its worker, and no text has come since.
+    paused: bool,
 }
 
 impl Exit {
@@ -47,7 +52,15 @@ impl Exit {
     }
 
     pub fn stream(head: oneshot::Sender<Result<(), Error>>, outlet: Outlet, events: Events, choices: u32) -> Self {
-        Self::Stream(Stream { head: Some(head), begun: false, outlet, events, choices, written: Instant::now() })
+        Self::Stream(Stream {
+            head: Some(head),
+            begun: false,
+            outlet,
+            events,
+            choices,
+            written: Instant::now(),
+            paused: false,
+        })
     }
 
     /// Resolves when the client has left. Cancellation-safe.
@@ -70,19 +83,17 @@ impl Exit {
                 stream.write(shown.len(), |events, out| {
                     shown.pieces().for_each(|piece| events.text(choice, piece, out));
                 })?;
-                stream.written = now;
+                (stream.written, stream.paused) = (now, false);
                 stream.send_head();
             }
         }
         Ok(())
     }
 
-    /// Forgets what was said of a choice: it begins again.
-    pub fn again(&mut self, choice: u32) {
-        if let Exit::Whole { choices, .. } = self {
-            let choice = &mut choices[choice as usize];
-            choice.text.clear();
-            choice.scored.clear();
+    /// Lets a client that reads along know that its answer pauses and will go on.
+    pub fn pause(&mut self) {
+        if let Exit::Stream(stream) = self {
+            stream.paused = true;
         }
     }
 
@@ -98,20 +109,22 @@ impl Exit {
     /// Lets a client know that its answer is still coming, when that is due; returns when it is due again.
     pub fn beat(&mut self, now: Instant) -> Option<Instant> {
         let Exit::Stream(stream) = self else { return None };
-        let after = if stream.head.is_some() { HEAD_AFTER } else { KEEP_ALIVE };
+        let after = match (&stream.head, stream.paused) {
+            (Some(_), _) => HEAD_AFTER,
+            (None, true) => PAUSED,
+            (None, false) => KEEP_ALIVE,
+        };
         if now < stream.written + after {
             return Some(stream.written + after);
         }
         // A client that is gone, or full, is told apart where text is passed on.
-        let _ = match stream.head {
-            Some(_) => stream.write(0, |_, _| ()),
-            // One who has not taken the last bytes needs no more of them.
-            None if stream.outlet.drained() => stream.outlet.event(|out| stream.events.keep_alive(out)),
-            None => Ok(()),
-        };
+        match stream.head {
+            Some(_) => drop(stream.write(0, |_, _| ())),
+            None => stream.keep_alive(),
+        }
         stream.send_head();
         stream.written = now;
-        Some(now + KEEP_ALIVE)
+        Some(now + if stream.paused { PAUSED } else { KEEP_ALIVE })
     }
 
     /// Ends the last choice and the answer well. Returns what may still be on its way.
@@ -165,6 +178,13 @@ impl Stream {
             (0..first).for_each(|choice| events.begin(choice, out));
             write(events, out);
         })
+    }
+
+    /// Tells a client that there is nothing to tell; one who has not taken the last bytes needs no more of them.
+    fn keep_alive(&mut self) {
+        if self.outlet.drained() {
+            let _ = self.outlet.event(|out| self.events.keep_alive(out));
+        }
     }
 
     fn send_head(&mut self) {
@@ -257,14 +277,18 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_whole_answer_begins_again_without_its_first_try() {
-        let (tx, rx) = oneshot::channel();
-        let mut exit = Exit::whole(tx, 1);
-        exit.text(0, &shown("lost"), Instant::now()).unwrap();
-        exit.again(0);
-        exit.text(0, &shown("kept"), Instant::now()).unwrap();
-        exit.finish(0, Finish::Length, USAGE);
-        assert_eq!(rx.await.unwrap().unwrap().choices[0].text, "kept");
+    async fn while_an_answer_is_moved_comments_come_every_second() {
+        let (mut exit, _head, mut body) = stream();
+        let start = Instant::now();
+        exit.text(0, &shown("x"), start).unwrap();
+        let _ = body.frame().await;
+        assert_eq!(exit.beat(start), Some(start + KEEP_ALIVE));
+        exit.pause();
+        assert_eq!(exit.beat(start), Some(start + PAUSED));
+        assert_eq!(exit.beat(start + PAUSED), Some(start + 2 * PAUSED));
+        assert_eq!(body.frame().await.unwrap().unwrap().into_data().unwrap(), ": keep-alive\n\n");
+        exit.text(0, &shown("y"), start + PAUSED).unwrap();
+        assert_eq!(exit.beat(start + PAUSED), Some(start + PAUSED + KEEP_ALIVE));
     }
 
     #[tokio::test]
@@ -290,8 +314,6 @@ mod tests {
         let (tx, rx) = oneshot::channel();
         let mut exit = Exit::whole(tx, 2);
         exit.text(1, &shown("one"), Instant::now()).unwrap();
-        exit.text(0, &shown("lost"), Instant::now()).unwrap();
-        exit.again(0);
         exit.ended(1, Finish::Length).unwrap();
         exit.finish(0, Finish::Stop, USAGE);
         let said: Vec<_> = rx.await.unwrap().unwrap().choices.into_iter().map(|c| (c.text, c.finish)).collect();

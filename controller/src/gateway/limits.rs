@@ -36,6 +36,9 @@ pub struct Limits {
     /// Milliseconds that a worker may give nothing for a job before the turn fails. Default 300000, for long prompts
     /// on slow processors.
     pub worker_silence_ms: u64,
+    /// Milliseconds that a turn whose worker failed waits for a replica that can go on with it. Default 60000: a worker is
+    /// started again and loads its model meanwhile.
+    pub replica_wait_ms: u64,
     /// Milliseconds that running requests get to end when the daemon stops; it must stay below the 10 s that
     /// the daemon gives all of its parts. Default 8000.
     pub shutdown_ms: u64,
@@ -56,6 +59,7 @@ impl Default for Limits {
             write_stall_ms: 60_000,
             turns: 4096,
             worker_silence_ms: 300_000,
+            replica_wait_ms: 60_000,
             shutdown_ms: 8_000,
         }
     }
@@ -104,6 +108,9 @@ impl Limits {
     }
     pub(super) fn worker_silence(&self) -> Duration {
         Duration::from_millis(self.worker_silence_ms)
+    }
+    pub(super) fn replica_wait(&self) -> Duration {
+        Duration::from_millis(self.replica_wait_ms)
     }
     pub(super) fn shutdown(&self) -> Duration {
         Duration::from_millis(self.shutdown_ms)

@@ -41,6 +41,7 @@ pub fn readiness(
         let ask = scheduler::Ask {
             deployment: &deployment.id,
             revision: deployment.revision,
+            numerics: None,
             avoid: &[],
             now_ms,
             rotation: 0,

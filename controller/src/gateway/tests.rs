@@ -32,7 +32,7 @@ async fn an_answer_comes_whole_or_streamed_and_is_recorded_once() {
     let turns = world.closed(2).await;
     let usage = Usage { prompt_tokens: SAY_TOKENS, completion_tokens: 7 };
     for (turn, answer) in turns.iter().zip([&streamed, &whole]) {
-        assert_eq!(turn.closed.as_ref().unwrap().1, Outcome::Finished { finish: Finish::Stop, usage });
+        assert_eq!(turn.closed.as_ref().unwrap().1, Outcome::Finished { finish: Finish::Stop, usage, inexact: false });
         assert!(answer.head.contains(&format!("x-request-id: {}", turn.opening.turn)), "{}", answer.head);
     }
     assert!(turns[0].opening.stream && !turns[1].opening.stream);
@@ -109,7 +109,7 @@ async fn several_choices_are_told_apart_mended_one_by_one_and_recorded_as_one_tu
     assert_eq!(world.gateway.metrics().placed_again.get(), 6);
     let usage = Usage { prompt_tokens: SAY_TOKENS + 3, completion_tokens: 5 };
     for turn in world.closed(2).await {
-        assert_eq!(turn.closed.as_ref().unwrap().1, Outcome::Finished { finish: Finish::Stop, usage });
+        assert_eq!(turn.closed.as_ref().unwrap().1, Outcome::Finished { finish: Finish::Stop, usage, inexact: false });
     }
     world.stop().await;
 }
@@ -193,6 +193,22 @@ async fn a_key_runs_no_more_requests_at_once_than_it_may() {
     // The place is free when the answer has ended, not some time after.
     assert_eq!(world.chat("say", json!({})).await.status, 200);
     world.closed(MAX_CONCURRENT as usize + 1).await;
+    world.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_job_that_fails_after_every_token_goes_on_and_nobody_can_tell() {
+    let world = World::start(Limits::default()).await;
+    let streamed = world.chat("torn", json!({"stream": true})).await;
+    assert_eq!((streamed.status, streamed.streamed_text().as_str()), (200, "one two"), "{streamed:?}");
+    let stopped = world.chat("torn", json!({"stream": true, "stop": "tw"})).await;
+    assert_eq!(stopped.streamed_text(), "one ");
+    let whole = world.chat("torn", json!({})).await;
+    assert_eq!(whole.json()["choices"][0]["message"]["content"], "one two", "{whole:?}");
+    assert_eq!(world.gateway.metrics().placed_again.get(), 7 + 5 + 7);
+    for turn in world.closed(3).await {
+        assert!(matches!(turn.closed, Some((_, Outcome::Finished { inexact: false, .. }))), "{turn:?}");
+    }
     world.stop().await;
 }
 

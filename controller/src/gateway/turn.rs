@@ -1,15 +1,17 @@
 //! A running turn as a pure core: token ids in, text and the end out.
 //!
-//! It detokenizes, watches for stop strings, counts, and decides whether a failed job is placed again. It knows no
-//! clock, no client and no dialect; the shell around it (`chat`) passes on what it returns.
+//! It detokenizes, watches for stop strings, counts, and decides whether a failed job is placed again. A job that is
+//! placed again goes on after the tokens that have come: they stay as they are, shown or not, and so does the state of
+//! detokenizer and stop strings, so nobody can tell from the answer that it was moved. It knows no clock, no client and
+//! no dialect; the shell around it (`chat`) passes on what it returns.
 
 use std::sync::Arc;
 
 use izar_common::chat::{Finish, JobEvent, Logprobs, Token, Usage};
 use izar_common::text::{Detokenizer, StopMatcher, Text};
 
-/// Placements of one job at most: the first, and two after failures. A job that failed three workers is more likely
-/// the cause than they.
+/// Placements of one job at most without a new token: the first, and two after failures. A job that failed three workers
+/// is more likely the cause than they.
 pub const ATTEMPTS: u32 = 3;
 
 /// What one event came to.
@@ -112,7 +114,7 @@ impl From<String> for Shown {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum End {
     Finished(Finish),
-    /// Failed before anything was shown: place it again, from its prompt, as `attempt`.
+    /// Its worker failed: place it again, to go on after the tokens that have come, as `attempt`.
     Again {
         reason: String,
         attempt: u32,
@@ -129,9 +131,6 @@ pub struct Form {
     pub stops: Vec<String>,
     pub prompt_tokens: u32,
     pub max_tokens: u32,
-    /// Whether text is shown as it comes. If not, nothing is shown before the end, so that every failure can be
-    /// mended.
-    pub streamed: bool,
     /// Whether tokens come with their log-probabilities.
     pub scored: bool,
 }
@@ -144,8 +143,11 @@ pub struct Turn {
     detokenizer: Detokenizer,
     stops: StopMatcher,
     usage: Usage,
+    /// The tokens that have come.
+    delivered: Vec<Token>,
     attempt: u32,
-    shown: bool,
+    /// Placements again since the last token that came.
+    fruitless: u32,
     /// Tokens whose text is not shown yet.
     pending: Vec<Scored>,
     /// Characters that were decoded, and that were shown; counted for `pending` alone.
@@ -161,8 +163,9 @@ impl Turn {
             text,
             usage: Usage { prompt_tokens: form.prompt_tokens, completion_tokens: 0 },
             form,
+            delivered: Vec::new(),
             attempt: 0,
-            shown: false,
+            fruitless: 0,
             pending: Vec::new(),
             decoded: 0,
             released: 0,
@@ -174,22 +177,30 @@ impl Turn {
         self.usage
     }
 
+    /// The tokens that have come: what the next placement goes on after.
+    pub fn delivered(&self) -> &[Token] {
+        &self.delivered
+    }
+
+    /// Placements since the last token that came.
+    pub fn fruitless(&self) -> u32 {
+        self.fruitless
+    }
+
     /// Takes the next event of the job. After an `end` other than `Again` there must be no further one.
     pub fn on(&mut self, event: JobEvent) -> Step {
-        let step = match event {
+        match event {
             JobEvent::Tokens { position, tokens, logprobs } => self.tokens(position, &tokens, logprobs),
             JobEvent::Done { finish, usage } => self.done(finish, usage),
             JobEvent::Failed { reason, retryable } => {
                 Step { end: Some(self.fail(reason, retryable)), ..Step::default() }
             }
-        };
-        self.shown |= self.form.streamed && !step.shown.is_empty();
-        step
+        }
     }
 
     fn tokens(&mut self, position: u32, tokens: &[Token], logprobs: Vec<Logprobs>) -> Step {
-        if position != self.usage.completion_tokens {
-            let reason = format!("tokens at {position} came where {} were expected", self.usage.completion_tokens);
+        if position as usize != self.delivered.len() {
+            let reason = format!("tokens at {position} came where {} were expected", self.delivered.len());
             return Step { end: Some(self.fail(reason, false)), ..Step::default() };
         }
         if self.form.scored && logprobs.len() != tokens.len() {
@@ -200,6 +211,8 @@ impl Turn {
         let mut shown = Shown::default();
         for &token in tokens {
             self.usage.completion_tokens += 1;
+            self.delivered.push(token);
+            self.fruitless = 0;
             let text = self.detokenizer.push(token);
             if self.form.scored {
                 self.pending.extend(logprobs.next().map(|logprobs| self.score(token, logprobs)));
@@ -249,15 +262,11 @@ impl Turn {
     }
 
     fn fail(&mut self, reason: String, retryable: bool) -> End {
-        if !retryable || self.shown || self.attempt + 1 >= ATTEMPTS {
+        if !retryable || self.fruitless + 1 >= ATTEMPTS {
             return End::Failed { reason, retryable };
         }
         self.attempt += 1;
-        self.detokenizer = self.text.decoder();
-        self.stops = StopMatcher::new(self.form.stops.clone());
-        self.usage.completion_tokens = 0;
-        self.pending.clear();
-        (self.decoded, self.released) = (0, 0);
+        self.fruitless += 1;
         End::Again { reason, attempt: self.attempt }
     }
 }
@@ -267,14 +276,14 @@ mod tests {
     use super::*;
     use izar_common::text::Bundle;
 
-    fn turn(stops: &[&str], max_tokens: u32, streamed: bool) -> Turn {
-        form(stops, max_tokens, streamed, false)
+    fn turn(stops: &[&str], max_tokens: u32) -> Turn {
+        form(stops, max_tokens, false)
     }
 
-    fn form(stops: &[&str], max_tokens: u32, streamed: bool, scored: bool) -> Turn {
+    fn form(stops: &[&str], max_tokens: u32, scored: bool) -> Turn {
         let text = Arc::new(Text::new(&Bundle::echo()).unwrap());
         let stops = stops.iter().map(|s| s.to_string()).collect();
-        Turn::new(text, Form { stops, prompt_tokens: 7, max_tokens, streamed, scored })
+        Turn::new(text, Form { stops, prompt_tokens: 7, max_tokens, scored })
     }
 
     /// Bytes are tokens of the echo vocabulary.
@@ -303,7 +312,7 @@ mod tests {
 
     #[test]
     fn text_is_shown_as_it_comes_and_counted() {
-        let mut turn = turn(&[], 10, true);
+        let mut turn = turn(&[], 10);
         assert_eq!(turn.on(bytes(0, b"he")), shown("h|e"));
         assert_eq!(turn.on(bytes(2, b"y")), shown("y"));
         assert_eq!(turn.on(done(3)), ended("", Some(End::Finished(Finish::Length))));
@@ -312,7 +321,7 @@ mod tests {
 
     #[test]
     fn tokens_that_come_together_are_shown_one_by_one() {
-        let mut turn = turn(&[], 10, true);
+        let mut turn = turn(&[], 10);
         let step = turn.on(bytes(0, "aé!".as_bytes()));
         assert_eq!(
             (step.shown.pieces().map(|p| p.text).collect::<Vec<_>>(), step.shown.len()),
@@ -324,7 +333,7 @@ mod tests {
 
     #[test]
     fn a_character_is_never_split() {
-        let mut turn = turn(&[], 10, true);
+        let mut turn = turn(&[], 10);
         let e = "é".as_bytes();
         assert_eq!(turn.on(bytes(0, &e[..1])), shown(""));
         assert_eq!(turn.on(bytes(1, &e[1..])), shown("é"));
@@ -332,7 +341,7 @@ mod tests {
 
     #[test]
     fn a_stop_string_ends_the_answer_and_is_not_shown() {
-        let mut turn = turn(&["END"], 10, true);
+        let mut turn = turn(&["END"], 10);
         assert_eq!(turn.on(bytes(0, b"a EN")), shown("a| "));
         assert_eq!(turn.on(bytes(4, b"Dxx")), ended("", Some(End::Finished(Finish::Stop))));
         assert_eq!(turn.usage().completion_tokens, 5, "what comes after the stop string is not counted");
@@ -340,49 +349,49 @@ mod tests {
 
     #[test]
     fn a_half_stop_string_is_shown_at_the_end() {
-        let mut turn = turn(&["END"], 10, true);
+        let mut turn = turn(&["END"], 10);
         assert_eq!(turn.on(bytes(0, b"EN")), shown(""));
         assert_eq!(turn.on(done(2)), ended("EN", Some(End::Finished(Finish::Length))));
     }
 
     #[test]
     fn a_worker_that_goes_on_too_long_is_ended() {
-        let mut turn = turn(&[], 2, true);
+        let mut turn = turn(&[], 2);
         assert_eq!(turn.on(bytes(0, b"ab")).end, None);
         assert_eq!(turn.on(bytes(2, b"c")).end, Some(End::Finished(Finish::Length)));
     }
 
     #[test]
     fn tokens_out_of_order_fail_the_turn_for_good() {
-        let mut turn = turn(&[], 10, true);
+        let mut turn = turn(&[], 10);
         turn.on(bytes(0, b"a"));
         assert!(matches!(turn.on(bytes(5, b"b")).end, Some(End::Failed { retryable: false, .. })));
     }
 
     #[test]
-    fn a_failure_before_anything_was_shown_is_mended_twice() {
-        let mut turn = turn(&["END"], 10, true);
-        turn.on(bytes(0, b"E"));
-        for attempt in 1..ATTEMPTS {
+    fn what_has_come_stays_and_the_next_placement_goes_on_after_it() {
+        let mut turn = turn(&["END"], 10);
+        let e = "é".as_bytes();
+        assert_eq!(turn.on(bytes(0, &[b'a', e[0]])), shown("a"));
+        assert_eq!(turn.on(lost()).end, Some(End::Again { reason: "lost".into(), attempt: 1 }));
+        assert_eq!(turn.delivered(), [u32::from(b'a'), u32::from(e[0])]);
+        assert_eq!(turn.on(bytes(2, &[e[1], b'E'])), shown("é"));
+        assert_eq!(turn.on(lost()).end, Some(End::Again { reason: "lost".into(), attempt: 2 }));
+        assert_eq!(turn.on(bytes(4, b"ND")), ended("", Some(End::Finished(Finish::Stop))));
+        assert_eq!(turn.usage().completion_tokens, 6);
+    }
+
+    #[test]
+    fn placements_without_a_new_token_come_to_an_end_and_those_with_one_do_not() {
+        let mut turn = turn(&[], 100);
+        for attempt in 1..20 {
+            turn.on(bytes(attempt - 1, b"a"));
             assert_eq!(turn.on(lost()).end, Some(End::Again { reason: "lost".into(), attempt }));
-            assert_eq!(turn.usage().completion_tokens, 0);
+        }
+        for attempt in 20..20 + ATTEMPTS - 2 {
+            assert_eq!(turn.on(lost()).end, Some(End::Again { reason: "lost".into(), attempt }));
         }
         assert_eq!(turn.on(lost()).end, Some(End::Failed { reason: "lost".into(), retryable: true }));
-    }
-
-    #[test]
-    fn after_the_first_shown_text_a_failure_ends_a_streamed_turn() {
-        let mut turn = turn(&[], 10, true);
-        turn.on(bytes(0, b"a"));
-        assert_eq!(turn.on(lost()).end, Some(End::Failed { reason: "lost".into(), retryable: true }));
-    }
-
-    #[test]
-    fn an_unstreamed_turn_has_shown_nothing_and_begins_again() {
-        let mut turn = turn(&[], 10, false);
-        turn.on(bytes(0, b"ab"));
-        assert!(matches!(turn.on(lost()).end, Some(End::Again { attempt: 1, .. })));
-        assert_eq!(turn.on(bytes(0, b"abc")), shown("a|b|c"));
     }
 
     /// Bytes with the probability of each: its place in the answer, negative; the alternative is `?`.
@@ -403,7 +412,7 @@ mod tests {
 
     #[test]
     fn tokens_come_with_the_text_that_they_begin_and_none_is_lost() {
-        let mut turn = form(&["END"], 20, true, true);
+        let mut turn = form(&["END"], 20, true);
         let e = "é".as_bytes();
         assert_eq!(pieces(&turn.on(scored(0, b"a"))), [("a", vec![0])]);
         assert_eq!(pieces(&turn.on(scored(1, &e[..1]))), []);
@@ -420,26 +429,26 @@ mod tests {
 
     #[test]
     fn tokens_of_a_stop_string_are_not_told_and_those_without_text_are() {
-        let mut turn = form(&["END"], 20, true, true);
+        let mut turn = form(&["END"], 20, true);
         let step = turn.on(scored(0, b"aEND"));
         assert_eq!(pieces(&step), [("a", vec![0])]);
         assert_eq!(step.end, Some(End::Finished(Finish::Stop)));
-        let mut turn = form(&[], 20, false, true);
+        let mut turn = form(&[], 20, true);
         assert_eq!(pieces(&turn.on(scored(0, &[b'a', 0xc3]))), [("a", vec![0])]);
         assert!(matches!(turn.on(lost()).end, Some(End::Again { .. })));
-        assert_eq!(pieces(&turn.on(scored(0, &[0xc3]))), []);
-        assert_eq!(pieces(&turn.on(done(1))), [("\u{fffd}", vec![0])]);
+        assert_eq!(pieces(&turn.on(scored(2, &[0xc3]))), [("\u{fffd}", vec![1, 2])]);
+        assert_eq!(pieces(&turn.on(done(3))), [("\u{fffd}", vec![])]);
     }
 
     #[test]
     fn tokens_without_their_probabilities_fail_a_turn_that_wants_them() {
-        let mut turn = form(&[], 20, true, true);
+        let mut turn = form(&[], 20, true);
         assert!(matches!(turn.on(bytes(0, b"a")).end, Some(End::Failed { retryable: false, .. })));
     }
 
     #[test]
     fn a_failure_that_is_nobodys_bad_luck_is_not_tried_again() {
-        let mut turn = turn(&[], 10, true);
+        let mut turn = turn(&[], 10);
         let event = JobEvent::Failed { reason: "too long".into(), retryable: false };
         assert_eq!(turn.on(event).end, Some(End::Failed { reason: "too long".into(), retryable: false }));
     }

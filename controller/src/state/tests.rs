@@ -37,7 +37,10 @@ fn open(turn: u128, key: &str, incarnation: u64) -> Command {
 
 fn close(turn: u128) -> Command {
     let usage = Usage { prompt_tokens: 3, completion_tokens: 2 };
-    Command::CloseTurn { turn: TurnId(turn), outcome: Outcome::Finished { finish: Finish::Stop, usage } }
+    Command::CloseTurn {
+        turn: TurnId(turn),
+        outcome: Outcome::Finished { finish: Finish::Stop, usage, inexact: false },
+    }
 }
 
 fn manifest() -> Manifest {

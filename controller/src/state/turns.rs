@@ -42,6 +42,8 @@ pub enum Outcome {
     Finished {
         finish: Finish,
         usage: Usage,
+        /// Part of it was computed by other numerics than its beginning: valid, but not what an undisturbed run had given.
+        inexact: bool,
     },
     /// The client left; `usage` is what was computed for it.
     Cancelled {

@@ -55,7 +55,7 @@ fn human_agents(agents: &view::Agents) -> String {
         for w in &a.workers {
             let state = view::ReplicaState::from(w.state).to_string();
             let restarts = if w.restarts > 0 { format!(" ({} restarts)", w.restarts) } else { String::new() };
-            let jobs = format!("{} + {} waiting", w.running, w.waiting);
+            let jobs = format!("{} + {} waiting", w.load.running, w.load.waiting);
             rows.push(vec![format!("  {}", w.worker), state + &restarts, show::or_dash(w.pid), jobs, w.detail.clone()]);
         }
     }

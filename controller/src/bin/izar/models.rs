@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use clap::{Args, Subcommand};
-use izar_common::wire::agent::{CacheType, Kernels, Quant};
+use izar_common::wire::agent::{Activations, CacheType, Device, Kernels, Quant};
 use izar_controller::control::view::{DeploymentView, Deployments, ModelView, Models};
 use serde_json::{Value, json};
 
@@ -68,9 +68,16 @@ pub struct Deploy {
     /// Most tokens of prompt and answer together [default: what the model was made for]
     #[arg(long)]
     max_context: Option<u32>,
+    /// What holds the model and computes it: cpu, or cuda:0 for the first card [default: cpu]
+    #[arg(long)]
+    device: Option<Device>,
     /// How weights are kept in memory: f32, f16, int8 or int4 [default: int4]
     #[arg(long)]
     quant: Option<Quant>,
+    /// How finely activations are rounded before a product with integer weights: int8 or int16 [default: int16 for int8
+    /// weights, int8 for int4]
+    #[arg(long)]
+    activations: Option<Activations>,
     /// What computes: auto (the fastest that the processor has), reference, portable, avx2 or avx512 [default: auto]
     #[arg(long)]
     kernels: Option<Kernels>,
@@ -136,6 +143,8 @@ async fn deploy(admin: &Admin, deploy: &Deploy) -> anyhow::Result<DeploymentView
         "max_batch": deploy.max_batch,
         "max_context": deploy.max_context,
         "quant": deploy.quant,
+        "device": deploy.device,
+        "activations": deploy.activations,
         "kernels": deploy.kernels,
         "cache_type": deploy.cache_type,
         "cache_bytes": deploy.cache_mib.map(|mib| mib.saturating_mul(1 << 20)),
@@ -177,7 +186,7 @@ fn human_deployments(deployments: &Deployments) -> String {
     for d in &deployments.deployments {
         let reached = format!("{} of {}", d.ready, d.wanted);
         let cache = format!("{} cache of {} MiB", d.cache_type, d.cache_bytes >> 20);
-        let how = format!("{}, {} kernels, {cache}, batches of {}", d.quant, d.kernels, d.max_batch);
+        let how = format!("{}: {}, {} kernels, {cache}, batches of {}", d.device, d.quant, d.kernels, d.max_batch);
         rows.push(vec![d.name.to_string(), show::short(&d.revision), reached, how]);
         for w in &d.workers {
             let place = format!("on {}: {}", w.agent, w.state);

@@ -1,7 +1,7 @@
 //! The choices of a turn, computed side by side: passes on what workers give until every choice has ended.
 //!
-//! A choice whose worker fails is placed again where that is allowed, with a pause; one whose worker gives nothing for
-//! too long counts as failed. No choice can keep the others from being looked at.
+//! A choice whose worker fails is placed again and goes on after what it has given, as soon as a replica is ready; one
+//! whose worker gives nothing for too long counts as failed. No choice can keep the others from being looked at.
 
 use std::future::poll_fn;
 use std::pin::{Pin, pin};
@@ -9,8 +9,8 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use izar_common::chat::{Finish, JobEvent, Usage};
-use izar_common::id::WorkerId;
+use izar_common::chat::{Finish, Job, JobEvent, Usage};
+use izar_common::id::{NumericsId, WorkerId};
 use tokio::time::Instant;
 
 use super::super::Gateway;
@@ -22,8 +22,12 @@ use super::{Ended, Order, job};
 use crate::agents::{JobStream, NoPlace};
 use crate::metrics::{Counter, Histogram};
 
-/// Pause before a failed job is placed again; the second is longer, for an agent that needs a moment to be seen dead.
+/// Pause before a failed job is placed again; one that failed again at once waits longer, for an agent that needs a moment
+/// to be seen dead.
 const AGAIN: [Duration; 2] = [Duration::from_millis(20), Duration::from_millis(250)];
+
+/// How often a choice that no replica can take looks for one.
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
 /// Passes on what the workers give until every choice has ended, and places a job again where that is allowed.
 pub async fn pump(
@@ -32,9 +36,8 @@ pub async fn pump(
     listed: &Listed,
     streams: Vec<JobStream>,
     exit: &mut Exit,
-    streamed: bool,
 ) -> (Ended, Usage) {
-    let mut pump = Pump::new(gateway, order, listed, streams, streamed);
+    let mut pump = Pump::new(gateway, order, listed, streams);
     let silence = gateway.limits.worker_silence();
     let mut killed = pin!(gateway.kill.cancelled());
     let mut tick = pin!(tokio::time::sleep_until(pump.next_tick(exit, silence)));
@@ -66,7 +69,7 @@ pub async fn pump(
         if let Some(ended) = ended {
             return (ended, pump.usage());
         }
-        if tick.is_elapsed() {
+        if tick.is_elapsed() || std::mem::take(&mut pump.moving) {
             tick.as_mut().reset(pump.next_tick(exit, silence));
         }
     }
@@ -95,6 +98,7 @@ impl Gauges {
     /// Counts what came with an event, `tokens` being all tokens of its choice so far.
     fn event(&mut self, gateway: &Gateway, order: &Order, branch: &mut Branch<'_>, tokens: u32, now: Instant) {
         if tokens > branch.tokens {
+            branch.failed.clear();
             if !self.begun {
                 let first = gateway.metrics.first_token_seconds.with(&[order.served.deployment.as_str()]);
                 first.observe(now - order.arrival.at);
@@ -117,7 +121,9 @@ struct Branch<'a> {
     /// When it gave something, or was placed, for the last time.
     last: Instant,
     tokens: u32,
-    /// Workers that failed it.
+    /// What computes it.
+    numerics: Option<NumericsId>,
+    /// Workers that failed it since its last token.
     failed: Vec<WorkerId>,
 }
 
@@ -125,14 +131,14 @@ struct Branch<'a> {
 enum Source<'a> {
     Worker(Box<JobStream>),
     /// It is being placed again.
-    Placing(Pin<Box<dyn Future<Output = Result<JobStream, NoPlace>> + Send + 'a>>),
+    Placing(Pin<Box<dyn Future<Output = Result<Box<JobStream>, NoPlace>> + Send + 'a>>),
     Ended,
 }
 
 /// What happened to a choice.
 enum Happened {
     Event(JobEvent),
-    Placed(Result<JobStream, NoPlace>),
+    Placed(Result<Box<JobStream>, NoPlace>),
 }
 
 impl Branch<'_> {
@@ -164,30 +170,38 @@ struct Pump<'a> {
     gauges: Gauges,
     /// `Length` if any choice ended so.
     finish: Finish,
+    /// A choice went on with other numerics than it was begun with.
+    inexact: bool,
+    /// A choice has just lost its worker: the client is to be told of the pause soon.
+    moving: bool,
 }
 
 impl<'a> Pump<'a> {
-    fn new(
-        gateway: &'a Gateway,
-        order: &'a Order,
-        listed: &'a Listed,
-        streams: Vec<JobStream>,
-        streamed: bool,
-    ) -> Self {
+    fn new(gateway: &'a Gateway, order: &'a Order, listed: &'a Listed, streams: Vec<JobStream>) -> Self {
         let form = Form {
             stops: order.stops.clone(),
             prompt_tokens: order.prompt.len() as u32,
             max_tokens: order.sampling.max_tokens,
-            streamed,
             scored: order.sampling.logprobs.is_some(),
         };
         let branch = |(choice, stream): (u32, JobStream)| {
             listed.placed(&stream.agent, &stream.worker);
             let (turn, last) = (Turn::new(order.served.text.clone(), form.clone()), Instant::now());
-            Branch { choice, source: Source::Worker(Box::new(stream)), turn, last, tokens: 0, failed: Vec::new() }
+            let numerics = stream.numerics;
+            let source = Source::Worker(Box::new(stream));
+            Branch { choice, source, turn, last, tokens: 0, numerics, failed: Vec::new() }
         };
         let branches = (0..).zip(streams).map(branch).collect();
-        Self { gateway, order, listed, branches, gauges: Gauges::new(gateway, order), finish: Finish::Stop }
+        Self {
+            gateway,
+            order,
+            listed,
+            branches,
+            gauges: Gauges::new(gateway, order),
+            finish: Finish::Stop,
+            inexact: false,
+            moving: false,
+        }
     }
 
     /// Looks for what comes next, first at the choice that `rotation` says.
@@ -235,7 +249,8 @@ impl<'a> Pump<'a> {
             End::Failed { reason, retryable: true } => Some(Ended::Failed(Error::Interrupted { reason })),
             End::Failed { reason, .. } => Some(Ended::Failed(Error::Failed { reason })),
             End::Again { reason, attempt } => {
-                exit.again(choice);
+                exit.pause();
+                self.moving = true;
                 self.place_again(at, attempt, &reason);
                 None
             }
@@ -249,7 +264,7 @@ impl<'a> Pump<'a> {
             self.finish = finish;
         }
         if !self.branches.iter().any(Branch::runs) {
-            return Some(Ended::Finished { choice, finish, recorded: self.finish });
+            return Some(Ended::Finished { choice, finish, recorded: self.finish, inexact: self.inexact });
         }
         exit.ended(choice, finish).err().map(|_| Ended::Gone)
     }
@@ -257,29 +272,53 @@ impl<'a> Pump<'a> {
     fn place_again(&mut self, at: usize, attempt: u32, reason: &str) {
         let (gateway, order) = (self.gateway, self.order);
         let branch = &mut self.branches[at];
-        branch.tokens = 0;
         if let Source::Worker(stream) = &branch.source {
             log::debug!(turn:% = order.arrival.turn, worker:% = stream.worker, reason; "a job is placed again");
             branch.failed.push(stream.worker.clone());
         }
-        let (choice, failed) = (branch.choice, branch.failed.clone());
         gateway.metrics.placed_again.add(1);
-        let pause = AGAIN[(attempt as usize - 1).min(AGAIN.len() - 1)];
-        branch.source = Source::Placing(Box::pin(async move {
-            tokio::time::sleep(pause).await;
-            gateway.agents.submit_avoiding(job(gateway, order, choice, attempt), &failed).await
-        }));
+        let mut job = job(gateway, order, branch.choice, attempt);
+        job.delivered = branch.turn.delivered().to_vec();
+        // What nothing has come of yet may begin anywhere.
+        job.numerics = branch.numerics.filter(|_| !job.delivered.is_empty());
+        let pause = AGAIN[(branch.turn.fruitless() as usize - 1).min(AGAIN.len() - 1)];
+        branch.source = Source::Placing(Box::pin(place_again(gateway, job, branch.failed.clone(), pause)));
     }
 
-    fn placed(&mut self, at: usize, placed: Result<JobStream, NoPlace>) -> Option<Ended> {
+    fn placed(&mut self, at: usize, placed: Result<Box<JobStream>, NoPlace>) -> Option<Ended> {
         let stream = match placed {
             Ok(stream) => stream,
             Err(no_place) => return Some(Ended::Failed(no_place.into())),
         };
         self.listed.placed(&stream.agent, &stream.worker);
+        let branch = &mut self.branches[at];
+        if branch.tokens > 0 && branch.numerics != stream.numerics {
+            self.inexact = true;
+            self.gateway.metrics.inexact_moves.add(1);
+        }
+        branch.numerics = stream.numerics;
         // The new worker has as long as the first one had.
-        self.branches[at].last = Instant::now();
-        self.branches[at].source = Source::Worker(Box::new(stream));
+        branch.last = Instant::now();
+        branch.source = Source::Worker(stream);
         None
+    }
+}
+
+/// Places a job as soon as there is a replica for it; its worker may be the only one, and just about to be started again.
+async fn place_again(
+    gateway: &Gateway,
+    job: Job,
+    failed: Vec<WorkerId>,
+    pause: Duration,
+) -> Result<Box<JobStream>, NoPlace> {
+    tokio::time::sleep(pause).await;
+    let patience = Instant::now() + gateway.limits.replica_wait();
+    loop {
+        match gateway.agents.submit_avoiding(job.clone(), &failed).await {
+            Err(NoPlace::NoReplicaReady { .. } | NoPlace::AllFull { .. }) if Instant::now() < patience => {
+                tokio::time::sleep(LOOK_AGAIN).await;
+            }
+            placed => return placed.map(Box::new),
+        }
     }
 }

@@ -11,7 +11,7 @@ use std::time::Duration;
 use izar_common::blob;
 use izar_common::chat::{Finish, Job, JobEvent, Logprobs, Token, Usage};
 use izar_common::clock::{Clock, Hlc};
-use izar_common::health::{Generation, Report, WorkerReport, WorkerState};
+use izar_common::health::{Generation, Load, Report, WorkerReport, WorkerState};
 use izar_common::id::{Identity, KeyId, NodeId, ProjectId, Role, TurnId};
 use izar_common::quic::{self, Endpoint, Profile, Sender};
 use izar_common::seal::Pepper;
@@ -281,7 +281,8 @@ impl Agent {
         loop {
             tokio::select! {
                 down = rx.expect::<Down>() => {
-                    let Ok(Down::Assignment(assignment)) = down else { return };
+                    let Ok(down) = down else { return };
+                    let Down::Assignment(assignment) = down else { continue };
                     workers = ready(&assignment);
                     again.reset_immediately();
                 }
@@ -311,8 +312,7 @@ fn ready(assignment: &Assignment) -> Vec<WorkerReport> {
         revision: spec.revision,
         state: WorkerState::Ready,
         pid: None,
-        running: 0,
-        waiting: 0,
+        load: Load::default(),
         max_batch: spec.engine.max_batch,
         restarts: 0,
         numerics: None,
@@ -328,7 +328,7 @@ fn report(workers: Vec<WorkerReport>) -> Report {
 
 /// Does what the prompt says:
 /// `say`: the words "one two"; `hold`: one word, then waits for `go`; `silent`: nothing, ever; `flaky`: fails on the
-/// first two attempts; `half`: says a word on every attempt, then fails; `broken`: fails for good.
+/// first two attempts; `half`: says a word once, and fails on every attempt; `torn`: says one letter on every attempt, then fails; `broken`: fails for good.
 async fn act(job: Job, mut tx: Sender, go: &Notify, cancel: &mpsc::Sender<TurnId>) {
     let prompt: Vec<u8> = job.prompt.iter().map(|token| *token as u8).collect();
     let prompt = String::from_utf8(prompt).unwrap();
@@ -347,7 +347,15 @@ async fn act(job: Job, mut tx: Sender, go: &Notify, cancel: &mpsc::Sender<TurnId
             return told(cancel, job.turn).await;
         }
         () if has("flaky") && job.attempt < 2 => vec![failed(true)],
-        () if has("half") => vec![tokens(0, "one"), failed(true)],
+        () if has("half") && job.delivered.is_empty() => vec![tokens(0, "one"), failed(true)],
+        () if has("half") => vec![failed(true)],
+        () if has("torn") => {
+            let said = job.delivered.len();
+            match "one two".get(said..=said) {
+                Some(letter) => vec![tokens(said as u32, letter), failed(true)],
+                None => vec![done(&job, 7)],
+            }
+        }
         () if has("broken") => vec![failed(false)],
         () if has("choice") => choose(&job, go).await,
         () => vec![tokens(0, "one "), tokens(4, "two"), done(&job, 7)],
