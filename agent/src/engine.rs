@@ -7,6 +7,7 @@
 pub mod batch;
 pub mod blocks;
 pub mod executor;
+mod pace;
 pub mod sampler;
 pub mod sequence;
 
@@ -79,11 +80,11 @@ impl Lm {
                 self.state = State::Ready;
             }
             Outcome::Unloadable(reason) => self.state = State::Unloadable(reason),
-            Outcome::Stepped(drawn) => {
+            Outcome::Stepped { drawn, seconds } => {
                 self.stepping = false;
                 self.steps += 1;
                 let batcher = self.batcher.as_mut().expect("a step follows the load");
-                events.extend(batcher.finish(drawn));
+                events.extend(batcher.finish(drawn, seconds));
             }
             Outcome::Broken(reason) => {
                 self.stepping = false;

@@ -2,7 +2,7 @@
 //!
 //! Continuous batching: a job joins as soon as there is a place and there are blocks for its prompt, and leaves at the step
 //! in which it ends. A step takes one token of every running answer first, then chunks of new prompts, oldest first, up
-//! to a budget, so that a long prompt slows running answers but never stops them. When blocks run out, the youngest
+//! to a budget (`pace`), so that a long prompt slows running answers a little and never stops them. When blocks run out, the youngest
 //! answer gives its own back and waits: it is computed again later, and gives the same tokens. Cancelled sequences
 //! leave at once; the tokens of a step that was under way are dropped.
 
@@ -12,6 +12,7 @@ use izar_common::chat::{Job, JobEvent};
 use izar_common::health::Load;
 
 use super::blocks::{Block, Blocks};
+use super::pace::{self, Pace};
 use super::sampler::{self, Drawer, Failure, Grammars};
 use super::sequence::{self, Limits, Sequence, SequenceId};
 use crate::model::{Batch, Wants};
@@ -19,16 +20,6 @@ use crate::model::{Batch, Wants};
 /// Jobs that wait for a place in the batch. The scheduler of the controllers spreads load long before; a job past this
 /// is sent back as retryable, since another replica or a later time serves it better than a queue of minutes.
 pub const WAITING_LIMIT: usize = 512;
-
-/// Prompt tokens of a step while nobody waits for a token of an answer: more would not be computed faster.
-const ALONE_TOKENS: usize = 512;
-
-/// Prompt tokens of a step beside running answers: about as much work as reading the weights once, which every step
-/// does, so that a step takes at most about twice as long as without them …
-const BESIDE_TOKENS: usize = 32;
-
-/// … or so many times the number of answers, whose own work grows likewise.
-const BESIDE_ANSWERS: usize = 2;
 
 /// One step: what to forget, who draws for new answers, what to compute, what to draw.
 #[derive(Debug, Default)]
@@ -55,6 +46,9 @@ pub struct Batcher {
     waiting: VecDeque<(Sequence, Option<Drawer>)>,
     /// Blocks that the step under way copies.
     copying: Vec<Block>,
+    pace: Pace,
+    /// Answers and prompt tokens in the step under way.
+    under_way: (usize, usize),
     /// Running sequences in the step under way, and how much was computed before it.
     stepping: Vec<(SequenceId, usize)>,
     opened: Vec<(SequenceId, Drawer)>,
@@ -73,6 +67,8 @@ impl Batcher {
             running: Vec::new(),
             waiting: VecDeque::new(),
             copying: Vec::new(),
+            pace: Pace::default(),
+            under_way: (0, 0),
             stepping: Vec::new(),
             opened: Vec::new(),
             closed: Vec::new(),
@@ -127,7 +123,9 @@ impl Batcher {
         let (closed, opened) = (std::mem::take(&mut self.closed), std::mem::take(&mut self.opened));
         let mut step = Step { closed, opened, ..Step::default() };
         let answers = self.running.iter().filter(|s| s.pending().len() == 1).count();
-        let mut budget = if answers == 0 { ALONE_TOKENS } else { BESIDE_TOKENS.max(BESIDE_ANSWERS * answers) };
+        let mut budget =
+            if answers == 0 { pace::MOST } else { self.pace.beside(answers, self.running.len() - answers) };
+        self.under_way = (answers, budget);
         let (prompts, answers): (Vec<_>, Vec<_>) = self.running.iter_mut().partition(|s| s.pending().len() > 1);
         self.stepping.clear();
         for (sequence, most) in answers.into_iter().map(|s| (s, 1)).chain(prompts.into_iter().map(|s| (s, usize::MAX)))
@@ -139,6 +137,7 @@ impl Batcher {
                 budget -= if most == 1 { 0 } else { tokens };
             }
         }
+        self.under_way.1 -= budget;
         self.copying = copied.iter().map(|(from, _)| *from).collect();
         step.batch.copied = copied;
         step.batch.cleared = self.blocks.take_cleared();
@@ -174,8 +173,10 @@ impl Batcher {
             self.running.push(next);
         }
     }
-    /// Takes the tokens that a step drew, and returns what the jobs shall hear.
-    pub fn finish(&mut self, drawn: Vec<Drawn>) -> Vec<(u64, JobEvent)> {
+    /// Takes the tokens that a step drew and the seconds that it took, and returns what the jobs shall hear.
+    pub fn finish(&mut self, drawn: Vec<Drawn>, seconds: f64) -> Vec<(u64, JobEvent)> {
+        let (answers, prompt) = self.under_way;
+        self.pace.learn(answers, prompt, seconds);
         self.blocks.give_back(&std::mem::take(&mut self.copying));
         for (id, from) in std::mem::take(&mut self.stepping) {
             if let Some(sequence) = self.running.iter_mut().find(|s| s.id == id) {
@@ -253,7 +254,7 @@ mod tests {
     }
     /// Answers every draw of a step with one token.
     fn answer(batcher: &mut Batcher, step: &Step, token: Token) -> Vec<(u64, JobEvent)> {
-        batcher.finish(step.draws.iter().map(|id| (*id, Ok(drawn(token)))).collect())
+        batcher.finish(step.draws.iter().map(|id| (*id, Ok(drawn(token)))).collect(), 0.0)
     }
     /// Chunks as (start, tokens, wants).
     fn chunks(step: &Step) -> Vec<(usize, usize, Wants)> {
@@ -420,10 +421,13 @@ mod tests {
         b.submit(0, job(&[1], &[], 10));
         b.submit(1, job(&[1], &[], 10));
         let step = b.plan().unwrap();
-        let events = b.finish(vec![
-            (step.draws[0], Err(Failure { reason: "no number".into(), retryable: true })),
-            (step.draws[1], Ok(drawn(9))),
-        ]);
+        let events = b.finish(
+            vec![
+                (step.draws[0], Err(Failure { reason: "no number".into(), retryable: true })),
+                (step.draws[1], Ok(drawn(9))),
+            ],
+            0.0,
+        );
         assert!(matches!(events[0], (0, JobEvent::Failed { retryable: true, .. })));
         assert!(matches!(events[1], (1, JobEvent::Tokens { .. })));
         assert_eq!(jobs(&b), (1, 0));

@@ -8,6 +8,7 @@ use std::any::Any;
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::time::Instant;
 
 use izar_common::chat::Token;
 
@@ -34,8 +35,11 @@ pub enum Outcome {
         blocks: usize,
     },
     Unloadable(String),
-    /// The tokens that a step drew, in the order of its draws.
-    Stepped(Vec<Drawn>),
+    /// The tokens that a step drew, in the order of its draws, and how long it took.
+    Stepped {
+        drawn: Vec<Drawn>,
+        seconds: f64,
+    },
     Broken(String),
 }
 
@@ -99,8 +103,9 @@ fn work(
     say(loaded);
     let mut drawers = HashMap::new();
     while let Ok(step) = steps.recv() {
+        let begun = Instant::now();
         let drawn = guarded(|| pool.install(|| compute(model.as_mut(), &mut drawers, step)));
-        say(Outcome::Stepped(drawn.map_err(Outcome::Broken)?));
+        say(Outcome::Stepped { drawn: drawn.map_err(Outcome::Broken)?, seconds: begun.elapsed().as_secs_f64() });
     }
     Ok(())
 }
