@@ -9,11 +9,12 @@ pub fn path(name: &str) -> PathBuf {
     path
 }
 
-/// Returns `target/<profile>`.
+/// Returns `target/<profile>`: where `chaos` lies, and above where tests do (`deps/stories-<hash>`).
 fn profile_folder() -> PathBuf {
-    let test = std::env::current_exe().expect("a process knows its own file");
-    // target/<profile>/deps/stories-<hash>
-    let folder = test.parent().and_then(|deps| deps.parent()).expect("cargo puts tests into target/<profile>/deps");
+    let own = std::env::current_exe().expect("a process knows its own file");
+    let folder = own.parent().expect("a file lies in a folder");
+    let folder =
+        if folder.ends_with("deps") { folder.parent().expect("cargo puts deps into the profile") } else { folder };
     folder.to_owned()
 }
 
