@@ -28,5 +28,7 @@ mod sampling;
 mod secrets;
 #[path = "stories/strangers.rs"]
 mod strangers;
+#[path = "stories/streams_resumed.rs"]
+mod streams_resumed;
 #[path = "stories/workers_killed.rs"]
 mod workers_killed;

@@ -147,6 +147,14 @@ impl TurnId {
     pub fn random(now_ms: u64) -> Self {
         Self(u128::from(now_ms) << 80 | rand::random::<u128>() >> 48)
     }
+    /// When it was made, Unix milliseconds.
+    pub fn ms(self) -> u64 {
+        (self.0 >> 80) as u64
+    }
+    /// A random number that belongs to it: 64 of its random bits.
+    pub fn seed(self) -> u64 {
+        self.0 as u64
+    }
 }
 impl fmt::Display for TurnId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -323,7 +331,7 @@ mod tests {
     #[test]
     fn turn_ids_sort_by_time_and_round_trip() {
         let (a, b) = (TurnId::random(1), TurnId::random(2));
-        assert!(a < b);
+        assert!(a < b && (a.ms(), b.ms()) == (1, 2) && a.seed() != b.seed());
         assert_eq!(a.to_string().parse::<TurnId>().unwrap(), a);
         assert!("turn_12".parse::<TurnId>().is_err());
     }

@@ -34,6 +34,7 @@ use ready::Readiness;
 
 pub mod auth;
 pub mod chat;
+mod cursor;
 pub mod error;
 mod exit;
 mod front;

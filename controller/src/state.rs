@@ -17,7 +17,7 @@ pub mod store;
 pub mod tenants;
 pub mod turns;
 
-use command::{Batch, Command, Refusal, Reply};
+use command::{Batch, Command, Origin, Refusal, Reply};
 use dedupe::Origins;
 use izar_common::manifest::Manifest;
 pub use models::{Deployment, Model, Placement, Plan};
@@ -66,6 +66,7 @@ pub enum What {
     Planned(Plan),
     TurnOpened(Opening),
     TurnClosed { turn: TurnId, outcome: Outcome },
+    TurnResumed { turn: TurnId, origin: Origin },
     Audited(audit::Event),
 }
 
@@ -139,7 +140,7 @@ impl State {
         } else {
             self.head.latest = self.head.latest.max(batch.at);
             for command in &batch.commands {
-                let reply = match self.run(&mut step, command) {
+                let reply = match self.run(&mut step, &batch.origin, command) {
                     Ok(()) => Reply::Done,
                     Err(refusal) => Reply::Refused(refusal),
                 };
@@ -157,7 +158,7 @@ impl State {
         self.applied = index;
     }
 
-    fn run(&mut self, step: &mut Step, command: &Command) -> Result<(), Refusal> {
+    fn run(&mut self, step: &mut Step, proposer: &Origin, command: &Command) -> Result<(), Refusal> {
         match command {
             Command::CreateKey(key) => self.create_key(step, key),
             Command::RevokeKey(id) => self.revoke_key(step, id),
@@ -166,7 +167,23 @@ impl State {
             Command::Undeploy(id) => self.undeploy(step, id),
             Command::SetPlan { based_on, plan } => self.set_plan(step, *based_on, plan),
             Command::OpenTurn(opening) => self.open_turn(step, opening),
-            Command::CloseTurn { turn, outcome } => self.close_turn(step, *turn, outcome.clone()),
+            Command::CloseTurn { turn, outcome } => {
+                // Whoever lost a turn to another controller has nothing to say of its end.
+                match self.turns.get(turn) {
+                    Some(open) if open.turn.opening.origin == *proposer => {
+                        self.close_turn(step, *turn, outcome.clone())
+                    }
+                    _ => Err(Refusal::UnknownTurn(*turn)),
+                }
+            }
+            Command::ResumeTurn { turn, key, origin } => {
+                if self.turns.resume(*turn, key, origin)? {
+                    step.touch(Row::Turn(*turn));
+                    self.change(step, Stream::Turn, What::TurnResumed { turn: *turn, origin: origin.clone() });
+                    self.audit(step, audit::Event::TurnResumed { turn: *turn, node: origin.node.clone() });
+                }
+                Ok(())
+            }
             Command::CloseOrphans { node, before_incarnation } => {
                 for turn in self.turns.orphans(node, *before_incarnation) {
                     self.close_turn(step, turn, Outcome::Abandoned)?;

@@ -104,6 +104,11 @@ impl Client {
     pub fn stream(&self, path: &str, body: &Value) -> Result<Answer> {
         self.begin("POST", path, body.to_string().as_bytes())
     }
+    /// Repeats a request whose stream broke off after an event.
+    pub fn stream_after(&self, id: &str, path: &str, body: &Value) -> Result<Answer> {
+        let key = self.key.as_ref().map(|key| format!("{key}\r\nlast-event-id: {id}"));
+        self.with_key(key.as_deref()).stream(path, body)
+    }
 
     /// Sends a request and reads the answer's head.
     fn begin(&self, method: &str, path: &str, body: &[u8]) -> Result<Answer> {
@@ -198,6 +203,8 @@ pub struct Answer {
     framing: Framing,
     /// Body bytes that no event has taken yet.
     pending: Vec<u8>,
+    /// The id of the last event that has one.
+    pub last_id: Option<String>,
 }
 
 impl Answer {
@@ -223,7 +230,7 @@ impl Answer {
         } else {
             Framing::Close
         };
-        Ok(Self { status, headers, reader, framing, pending: Vec::new() })
+        Ok(Self { status, headers, reader, framing, pending: Vec::new(), last_id: None })
     }
 
     pub fn header(&self, name: &str) -> Option<&str> {
@@ -284,6 +291,9 @@ impl Answer {
             while let Some(end) = find(&self.pending, b"\n\n") {
                 let block: Vec<u8> = self.pending.drain(..end + 2).collect();
                 let text = String::from_utf8(block).context("an event is not UTF-8")?;
+                if let Some(id) = text.lines().find_map(|line| line.strip_prefix("id:")) {
+                    self.last_id = Some(id.trim().to_owned());
+                }
                 let lines = text.lines().filter_map(|line| line.strip_prefix("data:").map(str::trim_start));
                 let data: Vec<&str> = lines.collect();
                 if !data.is_empty() {

@@ -422,6 +422,7 @@ fn commands(frames: &mut Frames) {
         Command::SetPlan { .. } => "set-plan",
         Command::OpenTurn(_) => "open-turn",
         Command::CloseTurn { .. } => "close-turn",
+        Command::ResumeTurn { .. } => "resume-turn",
         Command::CloseOrphans { .. } => "close-orphans",
         Command::CompactLog { .. } => "compact-log",
     };
@@ -486,6 +487,7 @@ pub fn all_commands(origin: &Origin) -> Vec<Command> {
         Command::Undeploy(name("echo")),
         Command::SetPlan { based_on: 3, plan },
         Command::OpenTurn(opening),
+        Command::ResumeTurn { turn: job().turn, key: name("key-1"), origin: origin.clone() },
         Command::CloseOrphans { node: origin.node.clone(), before_incarnation: 3 },
         Command::CompactLog { through: 1 << 36 },
     ]

@@ -20,6 +20,7 @@ use tokio::time::Instant;
 
 use super::Gateway;
 use super::auth::Caller;
+use super::cursor::{Cursor, Seal};
 use super::error::Error;
 use super::exit::Exit;
 use super::front::Arrival;
@@ -139,6 +140,9 @@ pub struct Order {
     stops: Vec<String>,
     /// The key's, given back just before the answer ends, so that a client that asks again at once finds it free.
     permit: Option<Permit>,
+    /// Where the client is in the stream: at its beginning, or where another controller left it.
+    cursor: Cursor,
+    resumed: bool,
     /// The controller's, kept until the end is recorded: so closings that wait for a quorum are bounded too.
     _place: OwnedSemaphorePermit,
 }
@@ -157,6 +161,7 @@ pub async fn prepare(
     model: &str,
     prompt: Prompt,
     asked: Asked,
+    resume: Option<Cursor>,
 ) -> Result<Order, Error> {
     let config = gateway.config();
     let served = models::find(&config, &gateway.catalog, model)?;
@@ -185,12 +190,21 @@ pub async fn prepare(
         logit_bias: asked.logit_bias,
         logprobs: asked.logprobs,
         grammar,
-        seed: asked.seed.unwrap_or_else(rand::random),
+        // Asked again under the same turn, it is the same.
+        seed: asked.seed.unwrap_or(arrival.turn.seed()),
         max_tokens,
         ignore_eos: asked.ignore_eos,
     };
     let (choices, stops) = (asked.n, asked.stops);
-    Ok(Order { arrival, caller, served, prompt, sampling, choices, stops, permit: Some(permit), _place: place })
+    let (key, revision) = (&caller.key.id, served.revision);
+    let seal = Seal::of(&gateway.pepper, arrival.turn, key, revision, &prompt, &sampling, &stops, choices);
+    let cursor = match &resume {
+        None => Cursor::begin(arrival.turn, seal, choices),
+        Some(cursor) if cursor.seal == seal && cursor.events.len() == choices as usize => cursor.clone(),
+        Some(_) => return Err(Error::UnknownStream),
+    };
+    let (permit, resumed) = (Some(permit), resume.is_some());
+    Ok(Order { arrival, caller, served, prompt, sampling, choices, stops, permit, cursor, resumed, _place: place })
 }
 
 fn check_bias(served: &Served, bias: &[(Token, f32)]) -> Result<(), Error> {
@@ -262,7 +276,8 @@ pub async fn stream(gateway: &Gateway, order: Order, events: Events) -> Result<O
     // A slow client is buffered up to all that it can be told.
     let choices = order.choices;
     let (outlet, body) = outlet(choices as usize * (order.sampling.max_tokens as usize + OTHER_EVENTS));
-    gateway.tasks.spawn(run(gateway.clone(), order, Exit::stream(head, outlet, events, choices), true));
+    let exit = Exit::stream(head, outlet, events, order.cursor.clone());
+    gateway.tasks.spawn(run(gateway.clone(), order, exit, true));
     decided.await.unwrap_or_else(|_| Err(broken()))?;
     Ok(body)
 }
@@ -320,7 +335,8 @@ async fn run(gateway: Gateway, mut order: Order, mut exit: Exit, streamed: bool)
         let seconds = gateway.metrics.request_seconds.with(&[label.dialect, label.route]);
         seconds.observe(order.arrival.at.elapsed());
     }
-    if recorded {
+    // A client that came back to this very controller has its end told by the task that goes on.
+    if recorded && listed.is_current() {
         gateway.metrics.turns.with(&[word]).add(1);
         record_end(&gateway, &order, outcome).await;
     }
@@ -368,7 +384,8 @@ fn job(gateway: &Gateway, order: &Order, choice: u32, attempt: u32) -> Job {
         delivered: Vec::new(),
         sampling: order.sampling.clone(),
         cache_salt: gateway.pepper.cache_salt(&order.caller.tenant),
-        numerics: None,
+        // What a client has of a stream goes on exactly where the same computes it.
+        numerics: order.cursor.numerics,
     }
 }
 
@@ -389,12 +406,17 @@ async fn record_begin(gateway: &Gateway, order: &Order, stream: bool) -> Result<
         stream,
         origin: gateway.raft.origin().clone(),
     };
+    let command = match order.resumed {
+        false => Command::OpenTurn(opening),
+        true => Command::ResumeTurn { turn: opening.turn, key: opening.key, origin: opening.origin },
+    };
     let begun = Instant::now();
-    match gateway.raft.propose(Command::OpenTurn(opening)).await {
+    match gateway.raft.propose(command).await {
         Ok(Reply::Done) => {
             gateway.metrics.commit_seconds.observe(begun.elapsed());
             Ok(())
         }
+        Ok(Reply::Refused(Refusal::UnknownTurn(_))) => Err(Refused { error: Error::UnknownStream, recorded: false }),
         Ok(Reply::Refused(refusal)) => Err(Refused { error: refusal.into(), recorded: false }),
         // It may still be committed after we have stopped waiting.
         Err(unavailable) => Err(Refused { error: Error::Unavailable { reason: unavailable.reason }, recorded: true }),

@@ -48,6 +48,11 @@ pub enum Error {
     NoReplica { reason: String },
     #[error("the request cannot be recorded: {reason}")]
     Unavailable { reason: String },
+    #[error(
+        "Last-Event-ID names no stream that can go on here: it is unknown, too old, of another key, or the request is \
+         not the one that was begun; ask anew without it"
+    )]
+    UnknownStream,
     /// The answer broke off, and the same request may succeed.
     #[error("the answer was interrupted: {reason}")]
     Interrupted { reason: String },
@@ -112,6 +117,7 @@ impl Error {
             Error::NoReplica { .. } => row(StatusCode::SERVICE_UNAVAILABLE, SERVER, "no_replica_ready", Some(2)),
             // An election is over within a second.
             Error::Unavailable { .. } => row(StatusCode::SERVICE_UNAVAILABLE, SERVER, "unavailable", Some(1)),
+            Error::UnknownStream => row(StatusCode::CONFLICT, REQUEST, "unknown_stream", None),
             Error::Interrupted { .. } => row(StatusCode::SERVICE_UNAVAILABLE, SERVER, "interrupted", Some(1)),
             Error::Stopping => row(StatusCode::SERVICE_UNAVAILABLE, SERVER, "stopping", Some(1)),
             Error::Failed { .. } => row(StatusCode::INTERNAL_SERVER_ERROR, SERVER, "internal_error", None),

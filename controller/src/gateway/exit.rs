@@ -7,10 +7,12 @@ use std::time::Duration;
 
 use bytes::BytesMut;
 use izar_common::chat::{Finish, Usage};
+use izar_common::id::NumericsId;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use super::chat::{Answer, Choice};
+use super::cursor::Cursor;
 use super::error::Error;
 use super::openai::sse::Events;
 use super::outlet::{Closed, Outlet};
@@ -39,7 +41,10 @@ pub struct Stream {
     begun: bool,
     outlet: Outlet,
     events: Events,
-    choices: u32,
+    /// Where the client is.
+    cursor: Cursor,
+    /// Events of each choice that a client who came back has already; they are not said again.
+    had: Vec<u32>,
     written: Instant,
     /// A choice has lost its worker, and no text has come since.
     paused: bool,
@@ -51,13 +56,16 @@ impl Exit {
         Self::Whole { client, choices: (0..choices).map(|_| none()).collect() }
     }
 
-    pub fn stream(head: oneshot::Sender<Result<(), Error>>, outlet: Outlet, events: Events, choices: u32) -> Self {
+    /// `cursor`: where the client is in the stream; what it has is not said again.
+    pub fn stream(head: oneshot::Sender<Result<(), Error>>, outlet: Outlet, events: Events, cursor: Cursor) -> Self {
+        let had = cursor.events.clone();
         Self::Stream(Stream {
             head: Some(head),
-            begun: false,
+            begun: had.iter().any(|events| *events > 0),
             outlet,
             events,
-            choices,
+            cursor: Cursor { events: vec![0; had.len()], ..cursor },
+            had,
             written: Instant::now(),
             paused: false,
         })
@@ -80,14 +88,28 @@ impl Exit {
                 choice.scored.extend_from_slice(shown.scored());
             }
             Exit::Stream(stream) => {
-                stream.write(shown.len(), |events, out| {
-                    shown.pieces().for_each(|piece| events.text(choice, piece, out));
+                let new = stream.new_events(choice, shown.len());
+                stream.write(new, |events, cursor, out| {
+                    for (i, piece) in shown.pieces().enumerate() {
+                        cursor.events[choice as usize] += 1;
+                        if i >= shown.len() - new {
+                            cursor.write(out);
+                            events.text(choice, piece, out);
+                        }
+                    }
                 })?;
                 (stream.written, stream.paused) = (now, false);
                 stream.send_head();
             }
         }
         Ok(())
+    }
+
+    /// Says what computes the answer.
+    pub fn computed_by(&mut self, numerics: Option<NumericsId>) {
+        if let Exit::Stream(stream) = self {
+            stream.cursor.numerics = numerics;
+        }
     }
 
     /// Lets a client that reads along know that its answer pauses and will go on.
@@ -101,7 +123,7 @@ impl Exit {
     pub fn ended(&mut self, choice: u32, finish: Finish) -> Result<(), Closed> {
         match self {
             Exit::Whole { choices, .. } => choices[choice as usize].finish = finish,
-            Exit::Stream(stream) => stream.write(1, |events, out| events.end(choice, finish, out))?,
+            Exit::Stream(stream) => stream.end_of(choice, finish, 0, |_, _| ())?,
         }
         Ok(())
     }
@@ -119,7 +141,7 @@ impl Exit {
         }
         // A client that is gone, or full, is told apart where text is passed on.
         match stream.head {
-            Some(_) => drop(stream.write(0, |_, _| ())),
+            Some(_) => drop(stream.write(0, |_, _, _| ())),
             None => stream.keep_alive(),
         }
         stream.send_head();
@@ -138,10 +160,7 @@ impl Exit {
                 None
             }
             Exit::Stream(mut stream) => {
-                let _ = stream.write(1, |events, out| {
-                    events.end(choice, finish, out);
-                    events.finish(usage, out);
-                });
+                let _ = stream.end_of(choice, finish, 1, |events, out| events.finish(usage, out));
                 stream.end()
             }
         }
@@ -170,13 +189,38 @@ impl Exit {
 
 impl Stream {
     /// Writes so many events, after the first ones of every choice where these are still missing.
-    fn write(&mut self, count: usize, write: impl FnOnce(&Events, &mut BytesMut)) -> Result<(), Closed> {
-        let first = if self.begun { 0 } else { self.choices };
+    fn write(&mut self, count: usize, write: impl FnOnce(&Events, &mut Cursor, &mut BytesMut)) -> Result<(), Closed> {
+        let first = if self.begun { 0 } else { self.had.len() };
         self.begun = true;
-        let events = &self.events;
-        self.outlet.events(count + first as usize, |out| {
-            (0..first).for_each(|choice| events.begin(choice, out));
-            write(events, out);
+        let (events, cursor) = (&self.events, &mut self.cursor);
+        self.outlet.events(count + first, |out| {
+            (0..first as u32).for_each(|choice| events.begin(choice, out));
+            write(events, cursor, out);
+        })
+    }
+
+    /// How many of the next events of a choice its client does not have.
+    fn new_events(&self, choice: u32, count: usize) -> usize {
+        let (said, had) = (self.cursor.events[choice as usize], self.had[choice as usize]);
+        count - (had.saturating_sub(said) as usize).min(count)
+    }
+
+    /// Writes the event that ends a choice, if it is new, and so many more after it.
+    fn end_of(
+        &mut self,
+        choice: u32,
+        finish: Finish,
+        more: usize,
+        rest: impl FnOnce(&Events, &mut BytesMut),
+    ) -> Result<(), Closed> {
+        let new = self.new_events(choice, 1);
+        self.write(new + more, |events, cursor, out| {
+            cursor.events[choice as usize] += 1;
+            if new > 0 {
+                cursor.write(out);
+                events.end(choice, finish, out);
+            }
+            rest(events, out);
         })
     }
 
@@ -210,6 +254,7 @@ mod tests {
     use http_body_util::BodyExt;
     use izar_common::id::{DeploymentId, TurnId};
 
+    const CURSOR: &str = "00000000000000000000000000000001-0000000000000002-0000000000000003-0";
     const USAGE: Usage = Usage { prompt_tokens: 1, completion_tokens: 1 };
 
     fn stream() -> (Exit, oneshot::Receiver<Result<(), Error>>, OutletBody) {
@@ -220,7 +265,8 @@ mod tests {
         let (tx, rx) = oneshot::channel();
         let (outlet, body) = outlet(40);
         let head = Head { turn: TurnId(1), created: 1, model: DeploymentId::new("m").unwrap() };
-        (Exit::stream(tx, outlet, Events::new(Kind::Chat, &head, false), count), rx, body)
+        let cursor = Cursor { events: vec![0; count as usize], ..CURSOR.parse().unwrap() };
+        (Exit::stream(tx, outlet, Events::new(Kind::Chat, &head, false), cursor), rx, body)
     }
 
     fn shown(text: &str) -> Shown {

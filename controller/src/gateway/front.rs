@@ -83,7 +83,8 @@ impl Front {
             Err(error) => refuse(&self.metrics, &self.tasks, &error, request.into_body()),
         };
         let id = HeaderValue::try_from(arrival.turn.to_string()).expect("a turn id is plain ASCII");
-        response.headers_mut().insert(REQUEST_ID, id);
+        // A stream that goes on keeps the id that it began with.
+        response.headers_mut().entry(REQUEST_ID).or_insert(id);
         let Label { dialect, route } = arrival.label;
         self.metrics.requests.with(&[dialect, route, response.status().as_str()]).add(1);
         if response.extensions().get::<Streamed>().is_none() {

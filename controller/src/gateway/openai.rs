@@ -6,17 +6,17 @@
 use axum::Router;
 use axum::body::Body;
 use axum::extract::{Path, State};
-use axum::http::{HeaderMap, HeaderValue, Request, Response, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Request, Response, header};
 use axum::routing::{get, post};
 use izar_common::chat::{Finish, Usage};
-use izar_common::clock::wall_ms;
 use izar_common::id::{DeploymentId, TurnId};
 use serde::Serialize;
 
 use super::Gateway;
 use super::chat::{self as line, Order};
+use super::cursor::Cursor;
 use super::error::Error;
-use super::front::{Arrival, Streamed};
+use super::front::{Arrival, REQUEST_ID, Streamed};
 use super::{auth, intake};
 use parameters::Parameters;
 use sse::{Events, Kind};
@@ -28,6 +28,9 @@ mod logprobs;
 pub mod models;
 pub mod parameters;
 pub mod sse;
+
+/// With it a client repeats a request whose stream broke off: the id of the last event that it has.
+const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
 
 /// The routes of this dialect.
 pub fn routes() -> Router<Gateway> {
@@ -118,13 +121,25 @@ async fn answer(
         asked.max_tokens.get_or_insert(completions::MAX_TOKENS);
     }
     let stream = asked.stream;
-    let order = line::prepare(gateway, arrival, caller, &model, prompt, asked).await?;
-    let head = Head { turn: arrival.turn, created: wall_ms() / 1000, model: order.deployment().clone() };
+    let resume = resume(headers, stream)?;
+    let arrival = Arrival { turn: resume.as_ref().map_or(arrival.turn, |cursor| cursor.turn), ..arrival };
+    let order = line::prepare(gateway, arrival, caller, &model, prompt, asked, resume).await?;
+    let head = Head { turn: arrival.turn, created: arrival.turn.ms() / 1000, model: order.deployment().clone() };
     if stream {
         streamed(gateway, kind, &head, order, include_usage).await
     } else {
         whole(gateway, kind, &head, order).await
     }
+}
+
+/// Where a client that comes back was in its stream.
+fn resume(headers: &HeaderMap, stream: bool) -> Result<Option<Cursor>, Error> {
+    let Some(id) = headers.get(LAST_EVENT_ID) else { return Ok(None) };
+    if !stream {
+        return Err(Error::invalid("Last-Event-ID", "Last-Event-ID goes on with a stream, and `stream` is not true"));
+    }
+    let cursor = id.to_str().ok().and_then(|id| id.parse().ok());
+    cursor.map(Some).ok_or(Error::UnknownStream)
 }
 
 async fn whole(gateway: &Gateway, kind: Kind, head: &Head, order: Order) -> Result<Response<Body>, Error> {
@@ -147,6 +162,7 @@ async fn streamed(
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+    headers.insert(REQUEST_ID, HeaderValue::try_from(head.turn.to_string()).expect("a turn id is plain ASCII"));
     response.extensions_mut().insert(Streamed);
     Ok(response)
 }

@@ -132,7 +132,17 @@ impl List {
 
 impl Drop for Listed {
     fn drop(&mut self) {
-        self.list.0.lock().expect("no panic while the list is held").remove(&self.entry.begun.turn);
+        if self.is_current() {
+            self.list.0.lock().expect("no panic while the list is held").remove(&self.entry.begun.turn);
+        }
+    }
+}
+
+impl Listed {
+    /// Whether nobody has gone on with the turn on this controller since.
+    pub fn is_current(&self) -> bool {
+        let list = self.list.0.lock().expect("no panic while the list is held");
+        list.get(&self.entry.begun.turn).is_some_and(|entry| Arc::ptr_eq(entry, &self.entry))
     }
 }
 
@@ -164,7 +174,11 @@ mod tests {
         assert_eq!((running[0].state, running[0].tokens), (Stage::Answering, 5));
         assert_eq!(running[0].worker.as_ref().unwrap().as_str(), "m.0");
         assert_eq!((running[1].state, &running[1].agent), (Stage::Opening, &None));
-        drop((late, early));
+        let again = list.begin(begun(1, 20));
+        assert!(again.is_current() && !late.is_current());
+        drop(late);
+        assert_eq!(list.snapshot().len(), 2, "the one that goes on stays");
+        drop((again, early));
         assert!(list.snapshot().is_empty());
     }
 }

@@ -213,6 +213,33 @@ async fn a_job_that_fails_after_every_token_goes_on_and_nobody_can_tell() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stream_goes_on_after_any_event_for_who_repeats_the_request() {
+    let world = World::start(Limits::default()).await;
+    let ask = json!({"stream": true, "n": 1});
+    let all = world.chat("say", ask.clone()).await;
+    let ids = all.ids();
+    assert_eq!((all.streamed_text().as_str(), ids.len()), ("one two", 8), "seven letters and the end: {all:?}");
+    for (had, id) in (1..).zip(&ids) {
+        let rest = world.chat_after(id, KEY, "say", ask.clone()).await;
+        assert_eq!(rest.streamed_text(), "one two"[had.min(7)..], "{rest:?}");
+        assert_eq!(rest.ids(), ids[had..], "{rest:?}");
+        assert_eq!(rest.events().last(), Some(&"[DONE]"));
+        let turn =
+            |response: &Response| response.head.lines().find(|l| l.starts_with("x-request-id")).map(str::to_owned);
+        assert_eq!(turn(&rest), turn(&all), "it is the same turn");
+    }
+    let other = world.chat_after(ids[0], KEY, "say it", ask.clone()).await;
+    assert_eq!((other.status, other.error("code").as_str()), (409, "unknown_stream"), "another request: {other:?}");
+    let forged = ids[0].replacen(|digit: char| digit != '0', "0", 1);
+    let forged = world.chat_after(&forged, KEY, "say", ask.clone()).await;
+    assert_eq!((forged.status, forged.error("code").as_str()), (409, "unknown_stream"), "{forged:?}");
+    let whole = world.chat_after(ids[0], KEY, "say", json!({})).await;
+    assert_eq!(whole.status, 400, "{whole:?}");
+    assert_eq!(world.closed(1).await.len(), 1, "one turn, recorded once");
+    world.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_job_that_fails_before_its_first_token_is_placed_again() {
     let world = World::start(Limits::default()).await;
     for stream in [true, false] {

@@ -3,7 +3,7 @@
 //! A record is one frame, `length u32 | crc32 u32 | JSON` (big-endian), in an append-only segment that `store` keeps.
 
 use izar_common::clock::Hlc;
-use izar_common::id::{DeploymentId, Hash, KeyId, ProjectId, SiteId, TurnId};
+use izar_common::id::{DeploymentId, Hash, KeyId, NodeId, ProjectId, SiteId, TurnId};
 use izar_common::wire::checksum;
 use serde::{Deserialize, Serialize};
 
@@ -18,13 +18,37 @@ const HEADER_BYTES: usize = 8;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum Event {
-    TurnOpened { opening: Opening },
-    TurnClosed { turn: TurnId, outcome: Outcome },
-    KeyCreated { key: KeyId, project: ProjectId },
-    KeyRevoked { key: KeyId },
-    ModelRegistered { revision: Hash, name: String },
-    Deployed { deployment: DeploymentId, revision: Hash, replicas: u32 },
-    Undeployed { deployment: DeploymentId },
+    TurnOpened {
+        opening: Opening,
+    },
+    TurnClosed {
+        turn: TurnId,
+        outcome: Outcome,
+    },
+    /// The client went on with it on another controller.
+    TurnResumed {
+        turn: TurnId,
+        node: NodeId,
+    },
+    KeyCreated {
+        key: KeyId,
+        project: ProjectId,
+    },
+    KeyRevoked {
+        key: KeyId,
+    },
+    ModelRegistered {
+        revision: Hash,
+        name: String,
+    },
+    Deployed {
+        deployment: DeploymentId,
+        revision: Hash,
+        replicas: u32,
+    },
+    Undeployed {
+        deployment: DeploymentId,
+    },
 }
 
 /// An event with its place: `seq` counts the records of a site without a gap.

@@ -65,6 +65,12 @@ pub enum Command {
     CompactLog {
         through: u64,
     },
+    /// Lets another controller go on with a turn of a key, if it has not finished: from then on only that one closes it.
+    ResumeTurn {
+        turn: TurnId,
+        key: KeyId,
+        origin: Origin,
+    },
 }
 
 impl Command {

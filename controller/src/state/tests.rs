@@ -192,6 +192,28 @@ fn orphans_of_earlier_incarnations_are_closed_as_abandoned() {
 }
 
 #[test]
+fn a_turn_that_another_controller_went_on_with_is_closed_by_that_one_alone() {
+    let state = &mut state();
+    apply(state, vec![open(1, "k", 1), open(2, "k", 1), open(3, "k", 1), close(2)]);
+    let resume = |turn: u128, key: &str| Command::ResumeTurn { turn: TurnId(turn), key: name(key), origin: origin(2) };
+    check(state, resume(1, "k"), Ok(()));
+    check(state, close(1), Err(Refusal::UnknownTurn(TurnId(1))));
+    check(state, resume(2, "k"), Ok(()));
+    assert_eq!(state.open_turns(), 2, "what finished stays as it is recorded");
+    check(state, resume(3, "other"), Err(Refusal::UnknownTurn(TurnId(3))));
+    check(state, resume(9, "k"), Err(Refusal::UnknownTurn(TurnId(9))));
+    // Closed as abandoned, then its client came back.
+    check(state, Command::CloseOrphans { node: name("c1"), before_incarnation: 2 }, Ok(()));
+    assert_eq!(state.open_turns(), 1);
+    check(state, resume(3, "k"), Ok(()));
+    assert_eq!(state.open_turns(), 2);
+    let index = state.applied() + 1;
+    let batch = Batch { origin: origin(2), seq: 1, floor: 1, at: Hlc::from_ms(99), commands: vec![close(1), close(3)] };
+    assert_eq!(state.apply(index, &batch).replies, [Reply::Done, Reply::Done]);
+    assert_eq!(state.open_turns(), 0);
+}
+
+#[test]
 fn changes_are_numbered_without_a_gap_and_each_turn_is_audited() {
     let state = &mut state();
     let mut changes = apply(state, vec![open(1, "k", 1), open(1, "k", 1), open(2, "k", 1), close(2)]).changes;

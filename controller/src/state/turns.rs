@@ -110,6 +110,19 @@ impl Turns {
         self.by_id.insert(id, Remembered { turn: Turn { opening, opened: at, closed: None }, order: 0 });
         Ok(())
     }
+    /// Gives a turn that did not finish to another controller, and opens it again if it is closed; returns whether there
+    /// was anything to change. A turn that finished stays as it is recorded.
+    pub fn resume(&mut self, id: TurnId, key: &KeyId, origin: &Origin) -> Result<bool, Refusal> {
+        let remembered = self.by_id.get_mut(&id).filter(|r| r.turn.opening.key == *key);
+        let remembered = remembered.ok_or(Refusal::UnknownTurn(id))?;
+        if matches!(remembered.turn.closed, Some((_, Outcome::Finished { .. }))) {
+            return Ok(false);
+        }
+        self.closed.remove(&remembered.order);
+        (remembered.order, remembered.turn.closed) = (0, None);
+        remembered.turn.opening.origin = origin.clone();
+        Ok(true)
+    }
     /// Closes an open turn; returns the turn that was forgotten for it, if one had to be.
     pub fn close(&mut self, id: TurnId, outcome: Outcome, at: Hlc, order: u64) -> Result<Option<TurnId>, Refusal> {
         let remembered = self.by_id.get_mut(&id).filter(|r| r.order == 0).ok_or(Refusal::UnknownTurn(id))?;

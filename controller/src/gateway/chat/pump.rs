@@ -37,6 +37,7 @@ pub async fn pump(
     streams: Vec<JobStream>,
     exit: &mut Exit,
 ) -> (Ended, Usage) {
+    exit.computed_by(streams.first().and_then(|stream| stream.numerics));
     let mut pump = Pump::new(gateway, order, listed, streams);
     let silence = gateway.limits.worker_silence();
     let mut killed = pin!(gateway.kill.cancelled());
@@ -191,6 +192,8 @@ impl<'a> Pump<'a> {
             let source = Source::Worker(Box::new(stream));
             Branch { choice, source, turn, last, tokens: 0, numerics, failed: Vec::new() }
         };
+        let begun_by = order.cursor.numerics;
+        let inexact = begun_by.is_some() && streams.iter().any(|stream| stream.numerics != begun_by);
         let branches = (0..).zip(streams).map(branch).collect();
         Self {
             gateway,
@@ -199,7 +202,7 @@ impl<'a> Pump<'a> {
             branches,
             gauges: Gauges::new(gateway, order),
             finish: Finish::Stop,
-            inexact: false,
+            inexact,
             moving: false,
         }
     }

@@ -182,6 +182,12 @@ impl World {
         stream
     }
 
+    /// Repeats a streamed chat whose stream broke off after an event.
+    pub async fn chat_after(&self, id: &str, key: &str, say: &str, more: Value) -> Response {
+        let key = format!("{key}\r\nlast-event-id: {id}");
+        self.ask("POST", "/v1/chat/completions", Some(&key), &chat_body(say, more)).await
+    }
+
     pub async fn ask(&self, method: &str, path: &str, key: Option<&str>, body: &str) -> Response {
         Response::read(self.send(method, path, key, body).await).await
     }
@@ -244,7 +250,12 @@ impl Response {
 
     /// The data of every event.
     pub fn events(&self) -> Vec<&str> {
-        self.body.split("\n\n").filter_map(|event| event.strip_prefix("data: ")).collect()
+        self.body.lines().filter_map(|line| line.strip_prefix("data: ")).collect()
+    }
+
+    /// The ids of the events that have one.
+    pub fn ids(&self) -> Vec<&str> {
+        self.body.lines().filter_map(|line| line.strip_prefix("id: ")).collect()
     }
 
     /// The text of all events together.

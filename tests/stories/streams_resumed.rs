@@ -1,0 +1,90 @@
+//! A controller is killed while it streams: its clients repeat their requests elsewhere and read on, exactly once.
+
+use std::time::Duration;
+
+use izar_tests::client::Client;
+use izar_tests::cluster::Options;
+use izar_tests::process;
+use izar_tests::waiting::{SOON, until};
+use serde_json::{Value, json};
+
+const CHAT: &str = "/v1/chat/completions";
+
+fn body(n: u64) -> Value {
+    let messages = json!([{ "role": "user", "content": "Count with me." }]);
+    json!({ "model": "slow", "messages": messages, "max_tokens": 40, "stream": true, "n": n })
+}
+
+/// What each choice said, and the id of the last event.
+#[derive(Debug, Default, PartialEq)]
+struct Heard {
+    texts: Vec<String>,
+    last_id: Option<String>,
+    done: bool,
+}
+
+/// Listens until the end, or until the stream breaks off, and adds what is said to what was heard before.
+fn listen(client: &Client, n: u64, mut heard: Heard) -> Heard {
+    heard.texts.resize(n as usize, String::new());
+    let answer = match &heard.last_id {
+        None => client.stream(CHAT, &body(n)),
+        Some(id) => client.stream_after(id, CHAT, &body(n)),
+    };
+    let Ok(mut answer) = answer else { return heard };
+    if answer.status != 200 {
+        panic!("{}", answer.finish().unwrap().text());
+    }
+    while let Ok(Some(data)) = answer.event() {
+        if data == "[DONE]" {
+            heard.done = true;
+            break;
+        }
+        let event: Value = serde_json::from_str(&data).unwrap();
+        if !event["error"].is_null() {
+            break;
+        }
+        let choice = &event["choices"][0];
+        let index = choice["index"].as_u64().unwrap_or(0) as usize;
+        heard.texts[index] += choice["delta"]["content"].as_str().unwrap_or_default();
+        heard.last_id.clone_from(&answer.last_id);
+    }
+    heard
+}
+
+#[test]
+fn streams_of_a_killed_controller_go_on_on_another_exactly_once() {
+    let _machine = izar_tests::exclusive();
+    let cluster = Options::echo(3, 2).start();
+    cluster.deploy_echo("slow", 2, 50, 50);
+    cluster.wait_serving(3, "slow", 2);
+    let clients = cluster.clients();
+    let victim = cluster.processes("controller").into_iter().find(|c| c.id == clients[0].0).unwrap();
+    let (through, other) = (&clients[0].1, &clients[1].1);
+    let expected: Vec<Heard> = (1..=2).map(|n| listen(other, n, Heard::default())).collect();
+    let broken: Vec<(u64, Heard)> = std::thread::scope(|scope| {
+        let listening: Vec<_> =
+            (0..8).map(|i| (1 + i % 2, scope.spawn(move || listen(through, 1 + i % 2, Heard::default())))).collect();
+        // In the middle of their answers, which take two seconds.
+        std::thread::sleep(Duration::from_secs(1));
+        process::kill_hard(victim.pid);
+        listening.into_iter().map(|(n, heard)| (n, heard.join().unwrap())).collect()
+    });
+    for (n, heard) in broken {
+        assert!(!heard.done && heard.last_id.is_some(), "it broke off in the middle: {heard:?}");
+        let whole = until("another controller to go on", SOON, || {
+            let whole =
+                listen(other, n, Heard { last_id: heard.last_id.clone(), texts: heard.texts.clone(), done: false });
+            anyhow::ensure!(whole.done, "not at its end: {whole:?}");
+            Ok(whole)
+        });
+        assert_eq!(whole.texts, expected[n as usize - 1].texts, "exactly once");
+    }
+    cluster.wait_successor(&victim);
+    until("every turn to be closed", SOON, || {
+        let turns = cluster.admins()[1].1.turns_by_id()?;
+        let ended: Vec<&str> = turns.values().map(|turn| turn.outcome.as_str()).collect();
+        anyhow::ensure!(ended.len() == 10 && ended.iter().all(|outcome| *outcome == "finished"), "{ended:?}");
+        Ok(())
+    });
+    cluster.finish(&[]);
+}
