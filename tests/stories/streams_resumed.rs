@@ -61,14 +61,34 @@ fn streams_of_a_killed_controller_go_on_on_another_exactly_once() {
     let victim = cluster.processes("controller").into_iter().find(|c| c.id == clients[0].0).unwrap();
     let (through, other) = (&clients[0].1, &clients[1].1);
     let expected: Vec<Heard> = (1..=2).map(|n| listen(other, n, Heard::default())).collect();
-    let broken: Vec<(u64, Heard)> = std::thread::scope(|scope| {
+    let ready = cluster.ready();
+    let endpoints: Vec<String> = clients.iter().map(|(_, client)| format!("https://{}", client.address())).collect();
+    let chat = [
+        "chat",
+        "--endpoint",
+        &endpoints.join(","),
+        "--ca",
+        ready.ca.to_str().unwrap(),
+        "--key",
+        &ready.key,
+        "--model",
+        "slow",
+        "--max-tokens",
+        "40",
+        "--once",
+        "Count with me.",
+    ];
+    let (broken, chatted): (Vec<(u64, Heard)>, _) = std::thread::scope(|scope| {
+        let chatting = scope.spawn(|| izar_tests::cli::run("izar", &chat));
         let listening: Vec<_> =
             (0..8).map(|i| (1 + i % 2, scope.spawn(move || listen(through, 1 + i % 2, Heard::default())))).collect();
         // In the middle of their answers, which take two seconds.
         std::thread::sleep(Duration::from_secs(1));
         process::kill_hard(victim.pid);
-        listening.into_iter().map(|(n, heard)| (n, heard.join().unwrap())).collect()
+        let broken = listening.into_iter().map(|(n, heard)| (n, heard.join().unwrap())).collect();
+        (broken, chatting.join().unwrap())
     });
+    assert_eq!(chatted.stdout.trim_end(), expected[0].texts[0], "izar chat reads on by itself: {}", chatted.stderr);
     for (n, heard) in broken {
         assert!(!heard.done && heard.last_id.is_some(), "it broke off in the middle: {heard:?}");
         let whole = until("another controller to go on", SOON, || {
@@ -83,7 +103,7 @@ fn streams_of_a_killed_controller_go_on_on_another_exactly_once() {
     until("every turn to be closed", SOON, || {
         let turns = cluster.admins()[1].1.turns_by_id()?;
         let ended: Vec<&str> = turns.values().map(|turn| turn.outcome.as_str()).collect();
-        anyhow::ensure!(ended.len() == 10 && ended.iter().all(|outcome| *outcome == "finished"), "{ended:?}");
+        anyhow::ensure!(ended.len() == 11 && ended.iter().all(|outcome| *outcome == "finished"), "{ended:?}");
         Ok(())
     });
     cluster.finish(&[]);

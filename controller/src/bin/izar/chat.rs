@@ -1,7 +1,9 @@
-//! `izar chat`: a conversation in the terminal. The conversation lives here; each question sends it whole.
+//! `izar chat`: a conversation in the terminal. The conversation lives here; each question sends it whole. An answer whose
+//! server dies is read on from another one.
 
 use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::Args;
@@ -18,9 +20,14 @@ use crate::sse::Scanner;
 /// The largest answer that is no stream (errors, the list of models).
 const ANSWER_LIMIT: usize = 1 << 20;
 
+/// Times that an answer is read on, and the pause before each: an election is over within a second.
+const TRIES: usize = 20;
+const PAUSE: Duration = Duration::from_millis(500);
+
 #[derive(Debug, Args)]
 pub struct Options {
-    /// The API [default: $IZAR_ENDPOINT, else the ready file's]
+    /// The API; several, separated by commas, are used in turn when one dies [default: $IZAR_ENDPOINT, else the ready
+    /// file's]
     #[arg(long)]
     endpoint: Option<String>,
     /// The CA's file [default: $IZAR_CA, else the ready file's]
@@ -57,7 +64,8 @@ struct Message {
 
 /// A conversation with one model.
 struct Chat {
-    endpoint: Endpoint,
+    /// The first one is asked; the others when it dies.
+    endpoints: Vec<Endpoint>,
     key: String,
     model: String,
     max_tokens: u32,
@@ -66,14 +74,14 @@ struct Chat {
 }
 
 pub async fn run(options: Options) -> anyhow::Result<()> {
-    let (endpoint, key) = target(&options)?;
+    let (endpoints, key) = target(&options)?;
     let model = match &options.model {
         Some(model) => model.clone(),
-        None => first_model(&endpoint, &key).await?,
+        None => first_model(&endpoints[0], &key).await?,
     };
     let messages = options.system.iter().map(|s| Message { role: "system", content: s.clone() }).collect();
     let (max_tokens, temperature) = (options.max_tokens, options.temperature);
-    let mut chat = Chat { endpoint, key, model, max_tokens, temperature, messages };
+    let mut chat = Chat { endpoints, key, model, max_tokens, temperature, messages };
     match options.once {
         Some(question) => chat.ask(question).await,
         None => chat.converse().await,
@@ -81,7 +89,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
 }
 
 /// Flags win over the environment, which wins over the ready file.
-fn target(options: &Options) -> anyhow::Result<(Endpoint, String)> {
+fn target(options: &Options) -> anyhow::Result<(Vec<Endpoint>, String)> {
     let variable = |name: &str| std::env::var(name).ok().filter(|v| !v.is_empty());
     let file = options.ready_file.clone().or_else(|| variable("IZAR_READY_FILE").map(PathBuf::from));
     let ready = file.as_deref().map(Ready::read).transpose()?;
@@ -90,7 +98,7 @@ fn target(options: &Options) -> anyhow::Result<(Endpoint, String)> {
         .endpoint
         .clone()
         .or_else(|| variable("IZAR_ENDPOINT"))
-        .or_else(|| from_file(|r| r.endpoint.clone()))
+        .or_else(|| from_file(|r| r.endpoints().join(",")))
         .context("no endpoint: give --endpoint, IZAR_ENDPOINT or --ready-file")?;
     let key = options
         .key
@@ -103,7 +111,8 @@ fn target(options: &Options) -> anyhow::Result<(Endpoint, String)> {
         .clone()
         .or_else(|| variable("IZAR_CA").map(PathBuf::from))
         .or_else(|| ready.as_ref().map(|r| r.ca.clone()));
-    Ok((Endpoint::new(&endpoint, ca.as_deref())?, key))
+    let endpoints = endpoint.split(',').map(|url| Endpoint::new(url.trim(), ca.as_deref()));
+    Ok((endpoints.collect::<anyhow::Result<_>>()?, key))
 }
 
 async fn first_model(endpoint: &Endpoint, key: &str) -> anyhow::Result<String> {
@@ -168,6 +177,7 @@ impl Chat {
         result
     }
 
+    /// Asks, and reads on elsewhere if the server dies in the middle.
     async fn stream(&self, answer: &mut String) -> anyhow::Result<()> {
         let mut body = json!({
             "model": self.model,
@@ -179,27 +189,51 @@ impl Chat {
             body["temperature"] = json!(temperature);
         }
         let body = serde_json::to_vec(&body)?;
-        let response = self.endpoint.send(Method::POST, "/v1/chat/completions", Some(&self.key), body).await?;
+        let (mut heard, mut tries) = (Scanner::with_ids(), 0);
+        loop {
+            let endpoint = &self.endpoints[tries % self.endpoints.len()];
+            let cut = match self.read(endpoint, &body, &mut heard, answer).await {
+                Ok(End::Done) => return Ok(()),
+                Ok(End::Error(text)) => bail!(text),
+                Ok(End::Cut) => anyhow::anyhow!("the answer was cut off"),
+                Err(error) => error,
+            };
+            tries += 1;
+            // What has not begun is simply asked again, by whoever asks.
+            if heard.last_id().is_none() || tries == TRIES {
+                return Err(cut);
+            }
+            tokio::time::sleep(PAUSE).await;
+        }
+    }
+
+    /// Reads an answer, or the rest of it, as far as it comes.
+    async fn read(
+        &self,
+        endpoint: &Endpoint,
+        body: &[u8],
+        heard: &mut Scanner,
+        answer: &mut String,
+    ) -> anyhow::Result<End> {
+        let (path, key) = ("/v1/chat/completions", Some(self.key.as_str()));
+        let response = endpoint.send_after(heard.last_id(), Method::POST, path, key, body.to_vec()).await?;
         let status = response.status();
         if !status.is_success() {
             let body = Limited::new(response.into_body(), ANSWER_LIMIT).collect().await;
             let body = body.map_err(|e| anyhow::anyhow!("read the error: {e}"))?.to_bytes();
-            bail!(error_text(status.as_u16(), &body));
+            let text = error_text(status.as_u16(), &body);
+            return if status.is_server_error() { Err(anyhow::anyhow!(text)) } else { Ok(End::Error(text)) };
         }
-        let (mut frames, mut scanner) = (response.into_body(), Scanner::default());
-        let mut end = End::Cut;
+        heard.clear();
+        let (mut frames, mut end) = (response.into_body(), End::Cut);
         while let Some(frame) = frames.frame().await {
             let Ok(data) = frame.context("read the answer")?.into_data() else { continue };
             let from = answer.len();
-            scanner.push(&data, |event| end.see(event, answer))?;
+            heard.push(&data, |event| end.see(event, answer))?;
             print!("{}", &answer[from..]);
             std::io::stdout().flush().context("write to the terminal")?;
         }
-        match end {
-            End::Done => Ok(()),
-            End::Error(text) => bail!(text),
-            End::Cut => bail!("the answer was cut off"),
-        }
+        Ok(end)
     }
 }
 
@@ -233,6 +267,8 @@ impl End {
             return;
         }
         match serde_json::from_slice::<Chunk>(event) {
+            // It goes on elsewhere.
+            Ok(Chunk { error: Some(error), .. }) if error["code"] == "stopping" => {}
             Ok(Chunk { error: Some(error), .. }) => {
                 *self = End::Error(error["message"].as_str().unwrap_or("the answer failed").to_owned());
             }

@@ -78,6 +78,18 @@ impl Endpoint {
         key: Option<&str>,
         body: Vec<u8>,
     ) -> anyhow::Result<Response<Incoming>> {
+        self.send_after(None, method, path, key, body).await
+    }
+
+    /// Like `send`, to go on after an event of a stream that broke off.
+    pub async fn send_after(
+        &self,
+        event: Option<&str>,
+        method: Method,
+        path: &str,
+        key: Option<&str>,
+        body: Vec<u8>,
+    ) -> anyhow::Result<Response<Incoming>> {
         let stream = TokioIo::new(self.connect().await?);
         let (mut sender, connection) = hyper::client::conn::http1::handshake(stream).await.context("speak HTTP")?;
         tokio::spawn(connection);
@@ -88,6 +100,9 @@ impl Endpoint {
             .header("content-type", "application/json");
         if let Some(key) = key {
             request = request.header("authorization", format!("Bearer {key}"));
+        }
+        if let Some(event) = event {
+            request = request.header("last-event-id", event);
         }
         let request = request.body(Full::new(Bytes::from(body))).context("build the request")?;
         sender.send_request(request).await.with_context(|| format!("ask {}", self.authority()))

@@ -51,6 +51,12 @@ pub enum Role {
 }
 
 impl Ready {
+    /// The API of every controller, the first one's first.
+    pub fn endpoints(&self) -> Vec<String> {
+        let others = self.processes.iter().filter_map(|process| process.endpoint.clone());
+        std::iter::once(self.endpoint.clone()).chain(others.filter(|other| *other != self.endpoint)).collect()
+    }
+
     pub fn read(path: &Path) -> anyhow::Result<Self> {
         let text = std::fs::read(path).with_context(|| format!("read {}", path.display()))?;
         serde_json::from_slice(&text).with_context(|| format!("understand {}", path.display()))

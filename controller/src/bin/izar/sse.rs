@@ -12,19 +12,31 @@ pub struct TooLong;
 #[derive(Debug, Default)]
 pub struct Scanner {
     half: Vec<u8>,
+    /// The last event's id, if ids are kept.
+    id: Option<Vec<u8>>,
 }
 
 impl Scanner {
+    /// One that keeps the id of the last event.
+    pub fn with_ids() -> Self {
+        Self { id: Some(Vec::new()), ..Self::default() }
+    }
+
+    /// The id of the last event that had one, if ids are kept.
+    pub fn last_id(&self) -> Option<&str> {
+        self.id.as_deref().filter(|id| !id.is_empty()).and_then(|id| std::str::from_utf8(id).ok())
+    }
+
     /// Calls `event` with what follows `data:` in each line that `bytes` completes. Comments and other fields are
     /// passed over.
     pub fn push(&mut self, bytes: &[u8], mut event: impl FnMut(&[u8])) -> Result<(), TooLong> {
         let mut rest = bytes;
         while let Some(end) = rest.iter().position(|&b| b == b'\n') {
             if self.half.is_empty() {
-                line(&rest[..end], &mut event);
+                line(&rest[..end], &mut self.id, &mut event);
             } else {
                 self.half.extend_from_slice(&rest[..end]);
-                line(&self.half, &mut event);
+                line(&self.half, &mut self.id, &mut event);
                 self.half.clear();
             }
             rest = &rest[end + 1..];
@@ -41,7 +53,12 @@ impl Scanner {
     }
 }
 
-fn line(line: &[u8], event: &mut impl FnMut(&[u8])) {
+fn line(line: &[u8], id: &mut Option<Vec<u8>>, event: &mut impl FnMut(&[u8])) {
+    if let (Some(last), Some(id)) = (id, line.strip_prefix(b"id: ")) {
+        last.clear();
+        last.extend_from_slice(id.trim_ascii_end());
+        return;
+    }
     if let Some(data) = line.strip_prefix(b"data:") {
         let data = data.strip_prefix(b" ").unwrap_or(data);
         event(data.strip_suffix(b"\r").unwrap_or(data));
@@ -97,5 +114,18 @@ mod tests {
         assert_eq!(after_key(br#"{"delta":{"content":"a"}}"#, key), Some(&br#""a"}}"#[..]));
         assert_eq!(after_key(br#"{"delta":{"content": "a"}}"#, key), Some(&br#""a"}}"#[..]));
         assert_eq!(after_key(br#"{"delta":{}}"#, key), None);
+    }
+
+    #[test]
+    fn ids_are_kept_for_who_wants_to_go_on() {
+        let mut scanner = Scanner::with_ids();
+        assert_eq!(scanner.last_id(), None);
+        scanner.push(b"id: 1-a\ndata: x\n\nid: 2", |_| ()).unwrap();
+        assert_eq!(scanner.last_id(), Some("1-a"));
+        scanner.push(b"-b\r\ndata: y\n\n", |_| ()).unwrap();
+        assert_eq!(scanner.last_id(), Some("2-b"));
+        let mut plain = Scanner::default();
+        plain.push(b"id: 1\n", |_| ()).unwrap();
+        assert_eq!(plain.last_id(), None);
     }
 }
