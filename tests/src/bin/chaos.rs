@@ -1,8 +1,10 @@
-//! `chaos`: kills workers and agents under running streams and compares every answer with an undisturbed one.
+//! `chaos`: kills workers, agents and controllers under running streams and compares every answer with an undisturbed one.
 //!
 //! Streams of many kinds (greedy and seeded, penalties, log-probabilities, two choices, stop strings, a schema, long
 //! prompts) run all the time against a real cluster, while a worker or an agent is killed or stopped again and again,
-//! until so many streams were moved. Every stream must say event by event what it said when nothing was killed. The
+//! until so many streams were moved. With several controllers these are killed, too, half of the times with an agent;
+//! their clients repeat the request on another one and read on. Every stream must say event by event what it said when
+//! nothing was killed. The
 //! exit status is 1 if one does not. Everything random comes from the seed; what the processor makes of it does not.
 #![forbid(unsafe_code)]
 
@@ -23,10 +25,10 @@ use serde_json::{Value, json};
 
 const CHAT: &str = "/v1/chat/completions";
 
-/// Kills workers and agents under running streams and compares every answer with an undisturbed one.
+/// Kills workers, agents and controllers under running streams and compares every answer with an undisturbed one.
 #[derive(Debug, Parser)]
 struct Arguments {
-    /// Streams that shall be moved.
+    /// Streams that shall be moved, or read on elsewhere.
     #[arg(long, default_value_t = 100)]
     moves: usize,
     /// What is asked when, and what is killed.
@@ -37,6 +39,9 @@ struct Arguments {
     model: String,
     #[arg(long, default_value_t = 3)]
     agents: usize,
+    /// Three or more are killed as well.
+    #[arg(long, default_value_t = 1)]
+    controllers: usize,
     /// Streams at once.
     #[arg(long, default_value_t = 12)]
     streams: usize,
@@ -44,6 +49,10 @@ struct Arguments {
     #[arg(long)]
     json: bool,
 }
+
+/// How long a client tries to go on, and its pause between two tries.
+const PATIENCE: Duration = Duration::from_secs(60);
+const ASK_AGAIN: Duration = Duration::from_millis(100);
 
 /// A kind of request: what is asked, and what an undisturbed run answered.
 struct Kind {
@@ -98,15 +107,40 @@ struct Told {
     at: Vec<Instant>,
 }
 
-/// Asks and listens to the end.
-fn listen(client: &Client, body: &Value) -> Result<Told> {
-    let mut answer = client.stream(CHAT, body)?;
+/// Asks the first of the controllers and listens to the end; goes on with the others when it dies.
+fn listen(clients: &[&Client], body: &Value) -> Result<Told> {
+    let mut told = Told { turn: String::new(), events: Vec::new(), at: Vec::new() };
+    let (mut last_id, begun, mut tries) = (None, Instant::now(), 0);
+    loop {
+        let client = clients[tries % clients.len()];
+        let cut = match listen_once(client, body, &mut last_id, &mut told) {
+            Ok(()) => return Ok(told),
+            Err(error) => error,
+        };
+        tries += 1;
+        if clients.len() == 1 || begun.elapsed() > PATIENCE {
+            return Err(cut);
+        }
+        std::thread::sleep(ASK_AGAIN);
+    }
+}
+
+fn listen_once(client: &Client, body: &Value, last_id: &mut Option<String>, told: &mut Told) -> Result<()> {
+    let mut answer = match &last_id {
+        // A request of which nothing with an id has come is simply asked again.
+        None => {
+            told.events.clear();
+            told.at.clear();
+            client.stream(CHAT, body)?
+        }
+        Some(id) => client.stream_after(id, CHAT, body)?,
+    };
     if answer.status != 200 {
         let status = answer.status;
         anyhow::bail!("status {status}: {}", answer.finish()?.text());
     }
-    let turn = answer.header("x-request-id").unwrap_or_default().to_owned();
-    let (mut events, mut at, mut done) = (Vec::new(), Vec::new(), false);
+    told.turn = answer.header("x-request-id").unwrap_or_default().to_owned();
+    let mut done = false;
     while let Some(data) = answer.event()? {
         if data == "[DONE]" {
             done = true;
@@ -114,12 +148,13 @@ fn listen(client: &Client, body: &Value) -> Result<Told> {
         }
         let event: Value = serde_json::from_str(&data).with_context(|| format!("event {data}"))?;
         ensure!(event["error"].is_null(), "the stream broke: {event}");
+        last_id.clone_from(&answer.last_id);
         // Everything but what names the request.
-        events.push(json!({ "choices": event["choices"], "usage": event["usage"] }));
-        at.push(Instant::now());
+        told.events.push(json!({ "choices": event["choices"], "usage": event["usage"] }));
+        told.at.push(Instant::now());
     }
     ensure!(done, "the stream ended without [DONE]");
-    Ok(Told { turn, events, at })
+    Ok(())
 }
 
 /// The events of each choice, and those of none: between choices the order is nobody's.
@@ -160,11 +195,12 @@ impl Run<'_> {
     }
 
     /// One client: asks one thing after the other.
-    fn client(&self, number: usize, client: &Client) {
+    fn client(&self, number: usize, clients: &[Client]) {
+        let clients: Vec<&Client> = (0..clients.len()).map(|i| &clients[(number + i) % clients.len()]).collect();
         let mut random = StdRng::seed_from_u64(self.arguments.seed * 1000 + number as u64);
         while !self.stop.load(Relaxed) {
             let kind = &self.kinds[random.random_range(0..self.kinds.len())];
-            let told = listen(client, &kind.body);
+            let told = listen(&clients, &kind.body);
             let mut tally = self.tally();
             tally.streams += 1;
             match told {
@@ -193,29 +229,38 @@ impl Run<'_> {
     /// Kills one process after the other until enough was moved.
     fn villain(&self, cluster: &Cluster) -> Result<()> {
         let mut random = StdRng::seed_from_u64(self.arguments.seed);
-        let admin = cluster.admin();
+        let (controllers, agents) = (self.arguments.controllers, self.arguments.agents);
         while self.tally().moved.len() < self.arguments.moves && self.tally().failed.len() < 20 {
-            admin.wait_ready(self.served, self.arguments.agents as u64);
+            cluster.wait_serving(controllers, self.served, agents as u64);
             std::thread::sleep(Duration::from_millis(random.random_range(300..1500)));
-            let agents = random.random_ratio(1, 5);
-            let victims = cluster.processes(if agents { "agent" } else { "worker" });
-            if victims.is_empty() {
-                continue;
+            let role = match random.random_range(0..10) {
+                0..4 if controllers >= 3 => "controller",
+                0..8 => "worker",
+                _ => "agent",
+            };
+            let mut pick = |role| {
+                let victims = cluster.processes(role);
+                (!victims.is_empty()).then(|| victims[random.random_range(0..victims.len())].clone())
+            };
+            let Some(victim) = pick(role) else { continue };
+            let beside = pick("agent").filter(|_| role == "controller" && victim.pid % 2 == 0);
+            let stopped = role == "worker" && random.random_ratio(1, 5);
+            let victims: Vec<&Process> = std::iter::once(&victim).chain(&beside).collect();
+            let mut hit = Vec::new();
+            for (id, admin) in cluster.admins() {
+                let requests = admin.json(&["requests", "list"])?;
+                victims.iter().for_each(|victim| hit.extend(streams_of(&requests, &id, victim)));
             }
-            let victim = &victims[random.random_range(0..victims.len())];
-            let stopped = !agents && random.random_ratio(1, 5);
-            let hit = self.streams_of(&admin.json(&["requests", "list"])?, victim);
             let now = Instant::now();
             // It may have ended by itself, after an earlier kill.
-            if !process::runs(victim.pid) {
-                continue;
+            for victim in victims.into_iter().filter(|victim| process::runs(victim.pid)) {
+                if stopped {
+                    process::stop(victim.pid)
+                } else {
+                    process::kill_hard(victim.pid)
+                }
+                self.kills.fetch_add(1, Relaxed);
             }
-            if stopped {
-                process::stop(victim.pid)
-            } else {
-                process::kill_hard(victim.pid)
-            }
-            self.kills.fetch_add(1, Relaxed);
             let mut tally = self.tally();
             for turn in hit {
                 if !tally.ended.contains(&turn) {
@@ -225,13 +270,16 @@ impl Run<'_> {
         }
         Ok(())
     }
+}
 
-    fn streams_of(&self, requests: &Value, victim: &Process) -> Vec<String> {
-        let field = if victim.role == "agent" { "agent" } else { "worker" };
-        let requests = requests["requests"].as_array().cloned().unwrap_or_default();
-        let here = requests.iter().filter(|request| request[field] == victim.id.as_str());
-        here.filter_map(|request| request["turn"].as_str().map(str::to_owned)).collect()
-    }
+/// The turns that a controller lists and that die with the victim.
+fn streams_of(requests: &Value, controller: &str, victim: &Process) -> Vec<String> {
+    let requests = requests["requests"].as_array().cloned().unwrap_or_default();
+    let dies = |request: &&Value| match victim.role.as_str() {
+        "controller" => controller == victim.id,
+        role => request[role] == victim.id.as_str(),
+    };
+    requests.iter().filter(dies).filter_map(|request| request["turn"].as_str().map(str::to_owned)).collect()
 }
 
 fn percentile(sorted: &[Duration], share: f64) -> f64 {
@@ -241,8 +289,8 @@ fn percentile(sorted: &[Duration], share: f64) -> f64 {
 
 fn run(arguments: &Arguments) -> Result<bool> {
     let options = match arguments.model.as_str() {
-        "echo" => Options::echo(1, arguments.agents),
-        model => Options::model(model, 1, arguments.agents),
+        "echo" => Options::echo(arguments.controllers, arguments.agents),
+        model => Options::model(model, arguments.controllers, arguments.agents),
     };
     let cluster = options.start();
     let served = if arguments.model == "echo" {
@@ -252,10 +300,10 @@ fn run(arguments: &Arguments) -> Result<bool> {
     } else {
         &arguments.model
     };
-    let client = cluster.client();
-    cluster.admin().wait_ready(served, arguments.agents as u64);
+    cluster.wait_serving(arguments.controllers, served, arguments.agents as u64);
+    let clients: Vec<Client> = cluster.clients().into_iter().map(|(_, client)| client).collect();
     let kinds = kinds(served).into_iter().map(|(name, body)| {
-        let expected = listen(&client, &body).with_context(|| format!("{name}, undisturbed"))?.events;
+        let expected = listen(&[&clients[0]], &body).with_context(|| format!("{name}, undisturbed"))?.events;
         Ok(Kind { name, body, expected })
     });
     let kinds = kinds.collect::<Result<Vec<_>>>()?;
@@ -270,8 +318,8 @@ fn run(arguments: &Arguments) -> Result<bool> {
     let begun = Instant::now();
     std::thread::scope(|scope| {
         for number in 0..arguments.streams {
-            let (run, client) = (&run, &client);
-            scope.spawn(move || run.client(number, client));
+            let (run, clients) = (&run, &clients);
+            scope.spawn(move || run.client(number, clients));
         }
         let ended = run.villain(&cluster);
         run.stop.store(true, Relaxed);
