@@ -23,8 +23,10 @@ use tokio_util::task::TaskTracker;
 use crate::backoff::Backoff;
 use crate::worker::Workers;
 use crate::worker::files::Sources;
+use kept::Kept;
 
 mod job;
+mod kept;
 
 /// Waits between attempts to reach a controller.
 const DIAL_FIRST: Duration = Duration::from_millis(100);
@@ -84,6 +86,7 @@ struct Parts {
     workers: Workers,
     sources: Sources,
     facts: Facts,
+    kept: Kept,
     stop: CancellationToken,
     tasks: TaskTracker,
 }
@@ -98,7 +101,9 @@ impl Link {
         facts: Facts,
     ) -> Self {
         let (stop, tasks) = (CancellationToken::new(), TaskTracker::new());
-        let parts = Arc::new(Parts { endpoint, workers, sources, facts, stop: stop.clone(), tasks: tasks.clone() });
+        let kept = Kept::default();
+        let (stopped, all) = (stop.clone(), tasks.clone());
+        let parts = Arc::new(Parts { endpoint, workers, sources, facts, kept, stop: stopped, tasks: all });
         for controller in controllers {
             tasks.spawn(keep(parts.clone(), *controller));
         }
@@ -216,12 +221,20 @@ async fn hold_tripwire(workers: Workers, controller: SocketAddr, words: [u8; 16]
 async fn take_jobs(parts: &Arc<Parts>, connection: &Connection) -> anyhow::Result<()> {
     loop {
         let (open, mut tx, mut rx) = connection.accept_bi().await?;
-        if open == Open::Job {
-            parts.tasks.spawn(job::serve(parts.workers.clone(), connection.clone(), tx, rx));
-        } else {
-            log::warn!(open:?; "refused a stream that a controller has no use for");
-            izar_common::quic::reset(&mut tx);
-            izar_common::quic::stop(&mut rx);
+        match open {
+            Open::Job => {
+                let served = job::serve(parts.workers.clone(), parts.kept.clone(), connection.clone(), tx, rx);
+                let stop = parts.stop.clone();
+                parts.tasks.spawn(async move { stop.run_until_cancelled(served).await });
+            }
+            Open::Resume => {
+                parts.tasks.spawn(job::resume(parts.kept.clone(), connection.clone(), tx, rx));
+            }
+            _ => {
+                log::warn!(open:?; "refused a stream that a controller has no use for");
+                izar_common::quic::reset(&mut tx);
+                izar_common::quic::stop(&mut rx);
+            }
         }
     }
 }

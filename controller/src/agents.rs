@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use izar_common::blob::Store;
 use izar_common::chat::Job;
-use izar_common::id::{SiteId, WorkerId};
+use izar_common::id::{SiteId, TurnId, WorkerId};
 use izar_common::quic::Connection;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
@@ -101,6 +101,11 @@ impl Agents {
     /// Like `submit`, for a job that some workers have just failed: they get it only if there is no other.
     pub async fn submit_avoiding(&self, job: Job, avoid: &[WorkerId]) -> Result<JobStream, NoPlace> {
         self.inner.roster.submit(job, avoid).await
+    }
+
+    /// Reads the answer of a job that another controller began, if an agent keeps it.
+    pub async fn attach(&self, turn: TurnId, choice: u32) -> Option<JobStream> {
+        self.inner.roster.attach(turn, choice).await
     }
 
     /// How many agents seemed dead so far; each that was not is a false alarm.

@@ -16,7 +16,8 @@ use izar_common::id::{
 };
 use izar_common::manifest::{File, Kind, Manifest};
 use izar_common::wire::agent::{
-    Activations, Assignment, CacheType, Device, Down, EngineOptions, Kernels, Quant, Submit, Up, WorkerSpec,
+    Activations, Assignment, CacheType, Device, Down, EngineOptions, Kernels, Quant, Resume, Resumed, Submit, Up,
+    WorkerSpec,
 };
 use izar_common::wire::handshake::{Hello, Open, Welcome};
 use izar_common::wire::peer::{BlobAnswer, BlobRequest, Proposal, RaftBatch, RaftEntry, RaftMessage};
@@ -228,8 +229,10 @@ fn handshake(frames: &mut Frames) {
         Open::RaftUrgent => "raft-urgent",
         Open::RaftBulk => "raft-bulk",
         Open::Propose => "propose",
+        Open::Resume => "resume",
     };
-    for message in [Open::Session, Open::Job, Open::Blob, Open::RaftUrgent, Open::RaftBulk, Open::Propose] {
+    let all = [Open::Session, Open::Job, Open::Blob, Open::RaftUrgent, Open::RaftBulk, Open::Propose, Open::Resume];
+    for message in all {
         frames.check("open", open(&message), &message);
     }
 }
@@ -277,6 +280,14 @@ fn agent(frames: &mut Frames) {
     let assignment = Down::Assignment(Assignment { generation, workers: workers.into() });
     for message in [assignment, Down::Tripwire(std::array::from_fn(|i| i as u8))] {
         frames.check("down", down(&message), &message);
+    }
+    frames.check("resume", "plain", &Resume { turn: job().turn, choice: 7 });
+    let resumed = |resumed: &Resumed| match resumed {
+        Resumed::Found { .. } => "found",
+        Resumed::Missing => "missing",
+    };
+    for message in [Resumed::Found { worker: name("echo.1") }, Resumed::Missing] {
+        frames.check("resumed", resumed(&message), &message);
     }
     frames.check("submit", "plain", &Submit { worker: name("echo.1"), job: job() });
     let variant = |grammar: &Grammar| match grammar {

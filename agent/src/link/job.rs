@@ -1,11 +1,13 @@
-//! One job's stream: the submission goes to its worker, events go back as they come, a cancellation goes through.
+//! One job's stream: the submission goes to its worker, events go back as they come, a cancellation goes through. And the
+//! stream of a controller that reads a job which another one began.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use izar_common::chat::JobEvent;
 use izar_common::quic::{self, Connection, Receiver, Sender};
-use izar_common::wire::agent::Submit;
+use izar_common::wire::agent::{Resume, Resumed, Submit};
 
+use super::kept::{GRACE, Kept};
 use crate::worker::{RunningJob, Workers};
 
 /// How long a submission may take to arrive after its stream was opened; the longest are a few megabytes.
@@ -14,8 +16,9 @@ const SUBMIT_LIMIT: Duration = Duration::from_secs(30);
 /// Bytes put together before they are sent, when several events are ready at once.
 const FLUSH_BYTES: usize = 64 << 10;
 
-/// Serves a stream until the job has ended or the controller has left; the job is then cancelled.
-pub(super) async fn serve(workers: Workers, connection: Connection, mut tx: Sender, mut rx: Receiver) {
+/// Serves a stream until the job has ended or the controller has cancelled it. A controller that is lost leaves the job
+/// running for a grace time: another one may take its turn over.
+pub(super) async fn serve(workers: Workers, kept: Kept, connection: Connection, mut tx: Sender, mut rx: Receiver) {
     let submit = match tokio::time::timeout(SUBMIT_LIMIT, rx.expect::<Submit>()).await {
         Ok(Ok(submit)) => submit,
         Ok(Err(error)) => {
@@ -24,39 +27,119 @@ pub(super) async fn serve(workers: Workers, connection: Connection, mut tx: Send
         }
         Err(_) => return quic::reset(&mut tx),
     };
-    match workers.submit(&submit.worker, submit.job) {
-        Ok(job) => {
-            // An error means that the controller has left: dropping the job cancels it.
-            let _ = pass_events(&job, &mut tx, &mut rx).await;
-        }
+    let entry = kept.begin(&submit.job, &submit.worker, Instant::now());
+    let job = match workers.submit(&submit.worker, submit.job) {
+        Ok(job) => job,
         Err(reason) => {
-            if tx.send(&JobEvent::Failed { reason, retryable: true }).await.is_ok() {
+            let failed = JobEvent::Failed { reason, retryable: true };
+            entry.inspect(|entry| kept.push(entry, &failed, Instant::now()));
+            if tx.send(&failed).await.is_ok() {
                 quic::finish(&mut tx);
+            }
+            return;
+        }
+    };
+    let tell = |event: &JobEvent| {
+        if let Some(entry) = &entry {
+            kept.push(entry, event, Instant::now());
+        }
+    };
+    let passed = pass_events(&job, &mut tx, &mut rx, tell).await;
+    let Some(entry) = &entry else { return };
+    match passed {
+        Ok(true) => {}
+        // It was cancelled; dropping the job tells the worker.
+        Ok(false) if connection.close_reason().is_none() => kept.forget(entry),
+        _ => {
+            let rest = async {
+                loop {
+                    let event = job.next().await;
+                    kept.push(entry, &event, Instant::now());
+                    if !matches!(event, JobEvent::Tokens { .. }) {
+                        return;
+                    }
+                }
+            };
+            if tokio::time::timeout(GRACE, rest).await.is_err() {
+                kept.forget(entry);
             }
         }
     }
 }
 
-/// Writes events until the last. Whatever is ready goes out together.
-async fn pass_events(job: &RunningJob, tx: &mut Sender, rx: &mut Receiver) -> std::io::Result<()> {
+/// Writes events until the last, and tells each before. Whatever is ready goes out together. Returns whether the job came
+/// to its end; if not, the controller left it.
+async fn pass_events(
+    job: &RunningJob,
+    tx: &mut Sender,
+    rx: &mut Receiver,
+    tell: impl Fn(&JobEvent),
+) -> std::io::Result<bool> {
     loop {
         let mut next = Some(tokio::select! {
             biased;
             event = job.next() => event,
-            () = left(tx, rx) => return Ok(()),
+            () = left(tx, rx) => return Ok(false),
         });
         let mut last = false;
         while let Some(event) = next {
             last = !matches!(event, JobEvent::Tokens { .. });
+            tell(&event);
             tx.put(&event);
             next = if last || tx.buffered() >= FLUSH_BYTES { None } else { job.ready() };
         }
-        tx.flush().await?;
+        let flushed = tx.flush().await;
         if last {
-            quic::finish(tx);
-            return Ok(());
+            if flushed.is_ok() {
+                quic::finish(tx);
+            }
+            return Ok(true);
         }
+        flushed?;
     }
+}
+
+/// Gives another controller what a job gave and gives, from its beginning.
+pub(super) async fn resume(kept: Kept, connection: Connection, mut tx: Sender, mut rx: Receiver) {
+    let Resume { turn, choice } = match tokio::time::timeout(SUBMIT_LIMIT, rx.expect::<Resume>()).await {
+        Ok(Ok(resume)) => resume,
+        Ok(Err(error)) => {
+            connection.refuse_frame(&error);
+            return quic::reset(&mut tx);
+        }
+        Err(_) => return quic::reset(&mut tx),
+    };
+    let Some(entry) = kept.find(turn, choice) else {
+        if tx.send(&Resumed::Missing).await.is_ok() {
+            quic::finish(&mut tx);
+        }
+        return;
+    };
+    tx.put(&Resumed::Found { worker: entry.worker.clone() });
+    let reading = async {
+        let (mut growth, mut position) = (entry.growth(), 0);
+        loop {
+            growth.mark_unchanged();
+            while let Some(event) = entry.after(position) {
+                tx.put(&event);
+                let JobEvent::Tokens { tokens, .. } = &event else {
+                    tx.flush().await?;
+                    quic::finish(&mut tx);
+                    return Ok(());
+                };
+                position += tokens.len();
+                if tx.buffered() >= FLUSH_BYTES {
+                    tx.flush().await?;
+                }
+            }
+            tx.flush().await?;
+            if growth.changed().await.is_err() {
+                return Ok::<(), std::io::Error>(());
+            }
+        }
+    };
+    // An error means that this controller is gone, too.
+    let _ = reading.await;
 }
 
 /// Resolves when the controller no longer wants the job: it stopped our stream or reset its own, or is gone. A

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::Wire;
 use crate::chat::{Job, JobEvent};
 use crate::health::{Generation, Report};
-use crate::id::{DeploymentId, Hash, WorkerId};
+use crate::id::{DeploymentId, Hash, TurnId, WorkerId};
 use crate::manifest::Manifest;
 
 /// From an agent, on its session stream.
@@ -232,6 +232,28 @@ impl Wire for Submit {
     const TYPE: u16 = 18;
     /// A million tokens of prompt, each of up to five bytes, and room.
     const LIMIT: usize = 8 << 20;
+}
+
+/// The first frame of a stream for the answer of a job that another controller began.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Resume {
+    pub turn: TurnId,
+    pub choice: u32,
+}
+impl Wire for Resume {
+    const TYPE: u16 = 20;
+    const LIMIT: usize = 64;
+}
+
+/// The answer; after `Found` the events of the job follow from its beginning.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Resumed {
+    Found { worker: WorkerId },
+    Missing,
+}
+impl Wire for Resumed {
+    const TYPE: u16 = 21;
+    const LIMIT: usize = 256;
 }
 
 /// The frames that come back on a job stream; the last one is `Done` or `Failed`.

@@ -50,6 +50,8 @@ pub enum Open {
     RaftBulk,
     /// Controller to controller, unidirectional: proposals passed to the leader.
     Propose,
+    /// Controller to agent, bidirectional: what a job gave that another controller began (`wire::agent`).
+    Resume,
 }
 impl Wire for Open {
     const TYPE: u16 = 3;

@@ -3,13 +3,16 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
 use izar_common::chat::Job;
 use izar_common::clock::wall_ms;
 use izar_common::health::Report;
-use izar_common::id::{NodeId, WorkerId};
+use izar_common::id::{NodeId, TurnId, WorkerId};
 use izar_common::quic::{self, Connection};
-use izar_common::wire::agent::Submit;
+use izar_common::wire::agent::{Resume, Resumed, Submit};
 use izar_common::wire::handshake::Open;
 use tokio::sync::{Notify, watch};
 
@@ -17,6 +20,9 @@ use super::job::{Counted, JobStream};
 use crate::fleet::Fleet;
 use crate::scheduler::{self, Ask, NoPlace};
 use crate::state::Config;
+
+/// How long agents are asked whether they keep an answer: a client waits, and it can be computed again.
+const ATTACH_LIMIT: Duration = Duration::from_millis(500);
 
 /// Tokens of prompt and delivered answer that one job may carry: what the frame's limit allows. Contexts are far
 /// shorter, and the gateway refuses longer prompts before.
@@ -114,6 +120,45 @@ impl Roster {
         let counted =
             Counted { roster: self.clone(), agent: place.agent, worker: place.worker, numerics: place.numerics };
         Ok((counted, connection))
+    }
+
+    /// Finds the agent that keeps the answer of a job which another controller began, and reads it from its beginning.
+    pub async fn attach(self: &Arc<Self>, turn: TurnId, choice: u32) -> Option<JobStream> {
+        let sessions: Vec<(NodeId, Connection)> =
+            self.soft().sessions.iter().map(|(agent, connection)| (agent.clone(), connection.clone())).collect();
+        let mut asked: FuturesUnordered<_> =
+            sessions.into_iter().map(|(agent, connection)| self.ask(agent, connection, turn, choice)).collect();
+        while let Some(found) = asked.next().await {
+            if found.is_some() {
+                return found;
+            }
+        }
+        None
+    }
+
+    async fn ask(
+        self: &Arc<Self>,
+        agent: NodeId,
+        connection: Connection,
+        turn: TurnId,
+        choice: u32,
+    ) -> Option<JobStream> {
+        let asking = async {
+            let (mut tx, mut rx) = connection.open_bi(Open::Resume).await.ok()?;
+            tx.send(&Resume { turn, choice }).await.ok()?;
+            quic::finish(&mut tx);
+            match rx.expect::<Resumed>().await.ok()? {
+                Resumed::Found { worker } => Some((worker, tx, rx)),
+                Resumed::Missing => None,
+            }
+        };
+        let (worker, tx, rx) = tokio::time::timeout(ATTACH_LIMIT, asking).await.ok()??;
+        let mut soft = self.soft();
+        let report = soft.fleet.agents.get(&agent)?.workers().iter().find(|report| report.worker == worker);
+        let numerics = report.and_then(|report| report.numerics);
+        soft.fleet.begin(&agent, &worker);
+        drop(soft);
+        Some(JobStream::running(Counted { roster: self.clone(), agent, worker, numerics }, tx, rx))
     }
 
     /// Sends a job to the best worker; `avoid` names workers that have just failed it.

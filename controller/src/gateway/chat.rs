@@ -356,6 +356,12 @@ struct Refused {
 /// Records the turn and places its jobs, side by side.
 async fn begin(gateway: &Gateway, order: &Order, streamed: bool) -> Result<Vec<JobStream>, Refused> {
     let refused = |error| Refused { error, recorded: false };
+    if order.resumed {
+        record_begin(gateway, order, streamed).await?;
+        let going_on = (0..order.choices).map(|choice| go_on(gateway, order, choice));
+        let placed: Result<_, NoPlace> = future::join_all(going_on).await.into_iter().collect();
+        return placed.map_err(|no_place| Refused { error: no_place.into(), recorded: true });
+    }
     let submit = |choice| Box::pin(gateway.agents.submit(job(gateway, order, choice, 0)));
     let mut jobs: Vec<_> = (0..order.choices).map(submit).map(future::maybe_done).collect();
     // Placing is decided at once; a job that goes nowhere needs no record.
@@ -371,6 +377,14 @@ async fn begin(gateway: &Gateway, order: &Order, streamed: bool) -> Result<Vec<J
     let placed = jobs.iter_mut().map(|job| Pin::new(job).take_output().expect("all jobs were waited for"));
     let placed: Result<_, NoPlace> = placed.collect();
     placed.map_err(|no_place| Refused { error: no_place.into(), recorded: true })
+}
+
+/// Reads on what an agent keeps of a choice; if none does, it is computed again from its beginning.
+async fn go_on(gateway: &Gateway, order: &Order, choice: u32) -> Result<JobStream, NoPlace> {
+    match gateway.agents.attach(order.arrival.turn, choice).await {
+        Some(stream) => Ok(stream),
+        None => gateway.agents.submit(job(gateway, order, choice, 0)).await,
+    }
 }
 
 fn job(gateway: &Gateway, order: &Order, choice: u32, attempt: u32) -> Job {

@@ -1,0 +1,243 @@
+//! What jobs gave, kept for a while: a controller that takes a turn over reads it from its beginning.
+//!
+//! Every job is kept while it runs and a grace time longer. A controller that dies leaves its jobs running for as long;
+//! one that cancels a job has it forgotten. Memory is bounded: the oldest are forgotten first, and a turn of theirs is
+//! computed again. Nothing here must survive.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use izar_common::chat::{Job, JobEvent, Logprobs, Token};
+use izar_common::id::{TurnId, WorkerId};
+use tokio::sync::watch;
+
+/// How long the rest of a job is computed without its controller, and how long its answer is kept after the end.
+pub const GRACE: Duration = Duration::from_secs(30);
+
+/// Memory for all answers. At 4 bytes a token: some minutes of everything that a server computes.
+const BYTES: usize = 64 << 20;
+
+/// What an entry takes beside its tokens.
+const ENTRY_BYTES: usize = 400;
+
+/// What a token's log-probabilities take beside their alternatives of 8 bytes.
+const LOGPROB_BYTES: usize = 32;
+
+/// Tokens in one event at most; see the inboxes of workers.
+const TOKENS_PER_EVENT: usize = 256;
+
+type Key = (TurnId, u32);
+
+/// All that is kept.
+#[derive(Debug, Clone, Default)]
+pub struct Kept(Arc<Mutex<All>>);
+
+#[derive(Debug, Default)]
+struct All {
+    entries: HashMap<Key, Arc<Entry>>,
+    /// Oldest first; some may be forgotten or replaced already.
+    order: VecDeque<(Key, Arc<Entry>)>,
+    bytes: usize,
+}
+
+/// The answer of one job.
+#[derive(Debug)]
+pub struct Entry {
+    key: Key,
+    pub worker: WorkerId,
+    scored: bool,
+    log: Mutex<Log>,
+    /// Told of everything that is added.
+    grew: watch::Sender<()>,
+}
+
+#[derive(Debug, Default)]
+struct Log {
+    tokens: Vec<Token>,
+    logprobs: Vec<Logprobs>,
+    end: Option<JobEvent>,
+    ended: Option<Instant>,
+    bytes: usize,
+}
+
+impl Kept {
+    fn all(&self) -> MutexGuard<'_, All> {
+        self.0.lock().expect("no panic while answers are held")
+    }
+
+    /// Begins to keep a job's answer. A later attempt takes the place of an earlier one. `None` if its beginning is not
+    /// known here: log-probabilities do not travel with a job that goes on.
+    pub fn begin(&self, job: &Job, worker: &WorkerId, now: Instant) -> Option<Arc<Entry>> {
+        let scored = job.sampling.logprobs.is_some();
+        if scored && !job.delivered.is_empty() {
+            return None;
+        }
+        let bytes = ENTRY_BYTES + 4 * job.delivered.len();
+        let log = Log { tokens: job.delivered.clone(), bytes, ..Log::default() };
+        let key = (job.turn, job.choice);
+        let (grew, log) = (watch::Sender::new(()), Mutex::new(log));
+        let entry = Arc::new(Entry { key, worker: worker.clone(), scored, log, grew });
+        let mut all = self.all();
+        all.bytes += bytes;
+        all.entries.insert(key, entry.clone());
+        all.order.push_back((key, entry.clone()));
+        all.shrink(now);
+        Some(entry)
+    }
+
+    /// Finds what is kept of a job, unless it failed: then it is better begun anew.
+    pub fn find(&self, turn: TurnId, choice: u32) -> Option<Arc<Entry>> {
+        let entry = self.all().entries.get(&(turn, choice)).cloned()?;
+        let failed = matches!(entry.log().end, Some(JobEvent::Failed { .. }));
+        (!failed).then_some(entry)
+    }
+
+    /// Adds an event to an answer.
+    pub fn push(&self, entry: &Entry, event: &JobEvent, now: Instant) {
+        let added = entry.add(event, now);
+        if added > 0 {
+            let mut all = self.all();
+            all.bytes += added;
+            if all.bytes > BYTES {
+                all.shrink(now);
+            }
+        }
+    }
+
+    /// Forgets an answer that nobody wants any more; who reads it is told that it failed.
+    pub fn forget(&self, entry: &Arc<Entry>) {
+        entry.fail("the job was cancelled");
+        let mut all = self.all();
+        if all.entries.get(&entry.key).is_some_and(|kept| Arc::ptr_eq(kept, entry)) {
+            all.entries.remove(&entry.key);
+        }
+    }
+}
+
+impl All {
+    /// Forgets what ended long ago, and the oldest while there is too much.
+    fn shrink(&mut self, now: Instant) {
+        while let Some((key, entry)) = self.order.front() {
+            let current = self.entries.get(key).is_some_and(|kept| Arc::ptr_eq(kept, entry));
+            let over = entry.log().ended.is_some_and(|ended| ended + GRACE <= now);
+            if current && !over && self.bytes <= BYTES {
+                return;
+            }
+            let (key, entry) = self.order.pop_front().expect("it was just seen");
+            self.bytes = self.bytes.saturating_sub(entry.log().bytes);
+            if current {
+                self.entries.remove(&key);
+            }
+        }
+    }
+}
+
+impl Entry {
+    fn log(&self) -> MutexGuard<'_, Log> {
+        self.log.lock().expect("no panic while an answer is held")
+    }
+
+    /// Returns how many bytes it grew by.
+    fn add(&self, event: &JobEvent, now: Instant) -> usize {
+        let mut log = self.log();
+        let before = log.bytes;
+        match event {
+            JobEvent::Tokens { tokens, logprobs, .. } => {
+                log.tokens.extend_from_slice(tokens);
+                log.logprobs.extend_from_slice(logprobs);
+                let scored: usize = logprobs.iter().map(|l| LOGPROB_BYTES + 8 * l.top.len()).sum();
+                log.bytes += 4 * tokens.len() + scored;
+            }
+            end => (log.end, log.ended) = (Some(end.clone()), Some(now)),
+        }
+        let added = log.bytes - before;
+        drop(log);
+        self.grew.send_replace(());
+        added
+    }
+
+    fn fail(&self, reason: &str) {
+        let mut log = self.log();
+        if log.end.is_none() {
+            log.end = Some(JobEvent::Failed { reason: reason.to_owned(), retryable: true });
+        }
+        drop(log);
+        self.grew.send_replace(());
+    }
+
+    /// Changes whenever something is added.
+    pub fn growth(&self) -> watch::Receiver<()> {
+        self.grew.subscribe()
+    }
+
+    /// What follows the first `position` tokens, if there is anything.
+    pub fn after(&self, position: usize) -> Option<JobEvent> {
+        let log = self.log();
+        let end = log.tokens.len().min(position + TOKENS_PER_EVENT);
+        if position >= end {
+            return log.end.clone();
+        }
+        let logprobs = if self.scored { log.logprobs[position..end].to_vec() } else { Vec::new() };
+        Some(JobEvent::Tokens { position: position as u32, tokens: log.tokens[position..end].to_vec(), logprobs })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::sequence::tests::job;
+
+    fn tokens(position: u32, tokens: &[Token]) -> JobEvent {
+        JobEvent::Tokens { position, tokens: tokens.to_vec(), logprobs: Vec::new() }
+    }
+
+    fn begin(kept: &Kept, turn: u128, delivered: &[Token], now: Instant) -> Arc<Entry> {
+        let job = Job { turn: TurnId(turn), ..job(&[1], delivered, 100) };
+        kept.begin(&job, &"m.0".parse().unwrap(), now).expect("its beginning is known")
+    }
+
+    #[test]
+    fn an_answer_is_read_from_its_beginning_also_if_it_went_on_here() {
+        let (kept, now) = (Kept::default(), Instant::now());
+        let entry = begin(&kept, 1, &[5, 6], now);
+        kept.push(&entry, &tokens(2, &[7]), now);
+        let found = kept.find(TurnId(1), 0).unwrap();
+        assert_eq!(found.after(0), Some(tokens(0, &[5, 6, 7])));
+        assert_eq!((found.after(2), found.after(3)), (Some(tokens(2, &[7])), None));
+        let many: Vec<Token> = (0..TOKENS_PER_EVENT as u32 + 9).collect();
+        kept.push(&entry, &tokens(3, &many), now);
+        let Some(JobEvent::Tokens { tokens, .. }) = found.after(3) else { panic!("there is more") };
+        assert_eq!(tokens.len(), TOKENS_PER_EVENT);
+        assert!(kept.find(TurnId(1), 1).is_none() && kept.find(TurnId(2), 0).is_none());
+    }
+
+    #[test]
+    fn answers_are_forgotten_after_the_grace_time_and_when_they_are_cancelled() {
+        let (kept, now) = (Kept::default(), Instant::now());
+        let (first, second) = (begin(&kept, 1, &[], now), begin(&kept, 2, &[], now));
+        kept.push(&first, &JobEvent::Failed { reason: "x".into(), retryable: true }, now);
+        assert!(kept.find(TurnId(1), 0).is_none(), "what failed is begun anew");
+        kept.forget(&second);
+        assert!(kept.find(TurnId(2), 0).is_none() && matches!(second.after(0), Some(JobEvent::Failed { .. })));
+        let third = begin(&kept, 3, &[], now);
+        kept.push(&third, &tokens(0, &[1]), now);
+        let done = JobEvent::Done { finish: izar_common::chat::Finish::Stop, usage: Default::default() };
+        kept.push(&third, &done, now);
+        begin(&kept, 4, &[], now + GRACE / 2);
+        assert_eq!(kept.find(TurnId(3), 0).unwrap().after(1), Some(done));
+        begin(&kept, 5, &[], now + GRACE);
+        assert!(kept.find(TurnId(3), 0).is_none() && kept.find(TurnId(4), 0).is_some());
+        assert_eq!(kept.all().order.len(), 2);
+    }
+
+    #[test]
+    fn memory_is_bounded_and_the_oldest_goes_first() {
+        let (kept, now) = (Kept::default(), Instant::now());
+        let entries: Vec<_> = (0..10).map(|turn| begin(&kept, turn, &[], now)).collect();
+        let many = vec![7; BYTES / 4 / 8];
+        entries.iter().for_each(|entry| kept.push(entry, &tokens(0, &many), now));
+        assert!(kept.all().bytes <= BYTES);
+        assert!(kept.find(TurnId(0), 0).is_none() && kept.find(TurnId(9), 0).is_some());
+    }
+}
