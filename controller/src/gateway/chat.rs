@@ -20,7 +20,7 @@ use tokio::time::Instant;
 
 use super::Gateway;
 use super::auth::Caller;
-use super::cursor::{Cursor, Seal};
+use super::cursor::{self, Cursor, Seal};
 use super::error::Error;
 use super::exit::Exit;
 use super::front::Arrival;
@@ -196,8 +196,16 @@ pub async fn prepare(
         ignore_eos: asked.ignore_eos,
     };
     let (choices, stops) = (asked.n, asked.stops);
-    let (key, revision) = (&caller.key.id, served.revision);
-    let seal = Seal::of(&gateway.pepper, arrival.turn, key, revision, &prompt, &sampling, &stops, choices);
+    let request = cursor::Request {
+        turn: arrival.turn,
+        key: &caller.key.id,
+        revision: served.revision,
+        prompt: &prompt,
+        sampling: &sampling,
+        stops: &stops,
+        choices,
+    };
+    let seal = Seal::of(&gateway.pepper, &request);
     let cursor = match &resume {
         None => Cursor::begin(arrival.turn, seal, choices),
         Some(cursor) if cursor.seal == seal && cursor.events.len() == choices as usize => cursor.clone(),

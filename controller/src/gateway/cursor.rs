@@ -12,6 +12,7 @@ use bytes::BytesMut;
 use izar_common::chat::{Sampling, Token};
 use izar_common::id::{Hash, KeyId, NumericsId, TurnId};
 use izar_common::seal::Pepper;
+use serde::Serialize;
 
 /// Longest id that is looked at: eight choices of ten digits each.
 const ID_BYTES: usize = 200;
@@ -23,22 +24,23 @@ const CHOICES: usize = 8;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Seal(u64);
 
+/// A turn and everything that decides its answer.
+#[derive(Debug, Serialize)]
+pub struct Request<'a> {
+    pub turn: TurnId,
+    pub key: &'a KeyId,
+    pub revision: Hash,
+    pub prompt: &'a [Token],
+    pub sampling: &'a Sampling,
+    pub stops: &'a [String],
+    pub choices: u32,
+}
+
 impl Seal {
-    /// Seals a turn with everything that decides its answer.
-    pub fn of(
-        pepper: &Pepper,
-        turn: TurnId,
-        key: &KeyId,
-        revision: Hash,
-        prompt: &[Token],
-        sampling: &Sampling,
-        stops: &[String],
-        choices: u32,
-    ) -> Self {
-        let asked = (turn, key, revision, prompt, sampling, stops, choices);
-        let asked = serde_json::to_string(&asked).expect("numbers, strings and hashes are JSON");
+    pub fn of(pepper: &Pepper, request: &Request<'_>) -> Self {
+        let request = serde_json::to_string(request).expect("numbers, strings and hashes are JSON");
         // No bearer key begins like this.
-        let Hash(hash) = pepper.keyed_hash(&format!("stream {asked}"));
+        let Hash(hash) = pepper.keyed_hash(&format!("stream {request}"));
         Self(u64::from_be_bytes(*hash.first_chunk().expect("a hash has 32 bytes")))
     }
 }
@@ -102,8 +104,9 @@ mod tests {
 
     fn seal(prompt: &[Token], seed: u64) -> Seal {
         let (pepper, key) = (Pepper::from_bytes([7; 32]), KeyId::new("k").unwrap());
-        let sampling = Sampling { seed, ..Sampling::default() };
-        Seal::of(&pepper, TurnId(5), &key, Hash([1; 32]), prompt, &sampling, &["x".into()], 2)
+        let sampling = &Sampling { seed, ..Sampling::default() };
+        let (turn, key, revision, stops) = (TurnId(5), &key, Hash([1; 32]), &["x".to_owned()]);
+        Seal::of(&pepper, &Request { turn, key, revision, prompt, sampling, stops, choices: 2 })
     }
 
     #[test]
