@@ -102,6 +102,7 @@ pub struct Raft {
     state: state::Shared,
     origin: Origin,
     clock: Arc<Clock>,
+    net: Arc<net::Net>,
 }
 
 impl Raft {
@@ -139,6 +140,10 @@ impl Raft {
     /// The state for readers: turns, digest.
     pub fn state(&self) -> &state::Shared {
         &self.state
+    }
+    /// The other members that this one cannot reach, and for how long.
+    pub fn away(&self) -> Vec<(NodeId, Duration)> {
+        self.net.away()
     }
     /// This process, as the state knows it.
     pub fn origin(&self) -> &Origin {

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, RwLock};
 
 use izar_common::clock::Hlc;
-use izar_common::id::{DeploymentId, Hash, KeyId, ProjectId, SiteId, TenantId, TurnId};
+use izar_common::id::{DeploymentId, Hash, KeyId, NodeId, ProjectId, SiteId, TenantId, TurnId};
 
 pub mod audit;
 pub mod command;
@@ -345,6 +345,11 @@ impl State {
     }
     pub fn open_turns(&self) -> usize {
         self.turns.open_count()
+    }
+
+    /// How many of them a controller has.
+    pub fn open_turns_of(&self, node: &NodeId) -> usize {
+        self.turns.orphans(node, u64::MAX).len()
     }
 
     /// Copies the configuration for those who follow it.

@@ -172,6 +172,8 @@ fn no_message_is_without_golden_bytes() {
         "Down",
         "Submit",
         "JobEvent",
+        "Resume",
+        "Resumed",
         "ToWorker",
         "FromWorker",
         "RaftBatch",

@@ -1,18 +1,33 @@
 //! A controller is killed while it streams: its clients repeat their requests elsewhere and read on, exactly once.
 
-use std::time::Duration;
-
+use izar_tests::cli::Admin;
 use izar_tests::client::Client;
 use izar_tests::cluster::Options;
 use izar_tests::process;
 use izar_tests::waiting::{SOON, until};
 use serde_json::{Value, json};
 
+/// Five seconds' worth.
+const TOKENS: u64 = 100;
+
 const CHAT: &str = "/v1/chat/completions";
+
+/// Takes the wrapper's folder, the endpoints, the CA and the key; prints the answer.
+const PROGRAM: &str = r#"
+import ssl, sys, httpx
+folder, endpoints, ca, key = sys.argv[1:]
+sys.path.insert(0, folder)
+from izar_streams import Streams
+client = httpx.Client(verify=ssl.create_default_context(cafile=ca))
+streams = Streams([url + "/v1" for url in endpoints.split(",")], api_key=key, http_client=client)
+question = [{"role": "user", "content": "Count with me."}]
+for chunk in streams.chat(model="slow", messages=question, max_tokens=100, n=1):
+    print(chunk.choices[0].delta.content or "", end="")
+"#;
 
 fn body(n: u64) -> Value {
     let messages = json!([{ "role": "user", "content": "Count with me." }]);
-    json!({ "model": "slow", "messages": messages, "max_tokens": 40, "stream": true, "n": n })
+    json!({ "model": "slow", "messages": messages, "max_tokens": TOKENS, "stream": true, "n": n })
 }
 
 /// What each choice said, and the id of the last event.
@@ -51,6 +66,17 @@ fn listen(client: &Client, n: u64, mut heard: Heard) -> Heard {
     heard
 }
 
+/// Waits until a controller has so many requests, each in the middle of its answer.
+fn answering(admin: &Admin, count: usize) {
+    until("the answers to begin", SOON, || {
+        let requests = admin.json(&["requests", "list"])?;
+        let with_text = requests["requests"].as_array().into_iter().flatten().filter(|r| r["state"] == "answering");
+        let with_text = with_text.count();
+        anyhow::ensure!(with_text == count, "{with_text} of {count} are being answered");
+        Ok(())
+    });
+}
+
 #[test]
 fn streams_of_a_killed_controller_go_on_on_another_exactly_once() {
     let _machine = izar_tests::exclusive();
@@ -61,8 +87,10 @@ fn streams_of_a_killed_controller_go_on_on_another_exactly_once() {
     let victim = cluster.processes("controller").into_iter().find(|c| c.id == clients[0].0).unwrap();
     let (through, other) = (&clients[0].1, &clients[1].1);
     let expected: Vec<Heard> = (1..=2).map(|n| listen(other, n, Heard::default())).collect();
+    let admin = cluster.admins().into_iter().find(|(id, _)| *id == victim.id).unwrap().1;
     let ready = cluster.ready();
     let endpoints: Vec<String> = clients.iter().map(|(_, client)| format!("https://{}", client.address())).collect();
+    let tokens = TOKENS.to_string();
     let chat = [
         "chat",
         "--endpoint",
@@ -74,20 +102,25 @@ fn streams_of_a_killed_controller_go_on_on_another_exactly_once() {
         "--model",
         "slow",
         "--max-tokens",
-        "40",
+        &tokens,
         "--once",
         "Count with me.",
     ];
-    let (broken, chatted): (Vec<(u64, Heard)>, _) = std::thread::scope(|scope| {
+    let wrapper = izar_tests::binaries::repository().join("clients/python");
+    let python = [wrapper.to_str().unwrap(), &endpoints.join(","), ready.ca.to_str().unwrap(), &ready.key];
+    let (broken, chatted, streamed): (Vec<(u64, Heard)>, _, _) = std::thread::scope(|scope| {
+        let streaming = scope.spawn(|| izar_tests::python::run(izar_tests::python::with_openai(), PROGRAM, &python));
+        // It takes a while to begin; the others are quick.
+        answering(&admin, 1);
         let chatting = scope.spawn(|| izar_tests::cli::run("izar", &chat));
         let listening: Vec<_> =
             (0..8).map(|i| (1 + i % 2, scope.spawn(move || listen(through, 1 + i % 2, Heard::default())))).collect();
-        // In the middle of their answers, which take two seconds.
-        std::thread::sleep(Duration::from_secs(1));
+        answering(&admin, 10);
         process::kill_hard(victim.pid);
         let broken = listening.into_iter().map(|(n, heard)| (n, heard.join().unwrap())).collect();
-        (broken, chatting.join().unwrap())
+        (broken, chatting.join().unwrap(), streaming.join().unwrap())
     });
+    assert_eq!(streamed.stdout, expected[0].texts[0], "so does the wrapper of the openai package: {}", streamed.stderr);
     assert_eq!(chatted.stdout.trim_end(), expected[0].texts[0], "izar chat reads on by itself: {}", chatted.stderr);
     for (n, heard) in broken {
         assert!(!heard.done && heard.last_id.is_some(), "it broke off in the middle: {heard:?}");
@@ -103,7 +136,7 @@ fn streams_of_a_killed_controller_go_on_on_another_exactly_once() {
     until("every turn to be closed", SOON, || {
         let turns = cluster.admins()[1].1.turns_by_id()?;
         let ended: Vec<&str> = turns.values().map(|turn| turn.outcome.as_str()).collect();
-        anyhow::ensure!(ended.len() == 11 && ended.iter().all(|outcome| *outcome == "finished"), "{ended:?}");
+        anyhow::ensure!(ended.len() == 12 && ended.iter().all(|outcome| *outcome == "finished"), "{ended:?}");
         Ok(())
     });
     cluster.finish(&[]);

@@ -19,7 +19,7 @@ pub const GRACE: Duration = Duration::from_secs(30);
 const BYTES: usize = 64 << 20;
 
 /// What an entry takes beside its tokens.
-const ENTRY_BYTES: usize = 400;
+const ENTRY_BYTES: usize = 1000;
 
 /// What a token's log-probabilities take beside their alternatives of 8 bytes.
 const LOGPROB_BYTES: usize = 32;

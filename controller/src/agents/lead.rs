@@ -1,8 +1,10 @@
-//! The planner's loop: while this controller leads, it proposes the plan that the planner wants.
+//! The leader's loop: while this controller leads, it proposes the plan that the planner wants, and closes the turns of
+//! controllers that have died and whose clients never came back.
 
 use std::time::Duration;
 
 use izar_common::clock::wall_ms;
+use izar_common::id::NodeId;
 
 use super::Inner;
 use crate::planner::{self, Times};
@@ -10,6 +12,10 @@ use crate::state::command::{Command, Refusal, Reply};
 
 /// How often the leader looks although nothing has told it to: agents are lost by the passing of time.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
+
+/// A controller that cannot be reached for so long has lost its turns: their clients have gone on elsewhere by then, or
+/// have given up. One that comes back sooner closes them itself.
+const ABANDONED: Duration = Duration::from_secs(60);
 
 /// Runs until the controller stops.
 pub(super) async fn run(inner: &Inner) {
@@ -27,6 +33,7 @@ pub(super) async fn run(inner: &Inner) {
             if let Some(plan) = wanted {
                 propose(inner, plan).await;
             }
+            close_abandoned(inner).await;
         }
         tokio::select! {
             changed = leadership.changed() => if changed.is_err() { return },
@@ -45,5 +52,38 @@ async fn propose(inner: &Inner, plan: crate::state::Plan) {
         Ok(Reply::Refused(Refusal::OutdatedPlan)) => {}
         Ok(Reply::Refused(refusal)) => log::error!(version, refusal:%; "the state refused the plan"),
         Err(unavailable) => log::debug!(version, reason = unavailable.reason; "the plan was not decided"),
+    }
+}
+
+async fn close_abandoned(inner: &Inner) {
+    let open = |node: &NodeId| inner.raft.state().read(|state| state.open_turns_of(node));
+    for (node, turns) in abandoned(inner.raft.away(), open) {
+        let command = Command::CloseOrphans { node: node.clone(), before_incarnation: u64::MAX };
+        match inner.raft.propose(command).await {
+            Ok(_) => log::info!(controller:% = node, turns; "turns of a lost controller are closed as abandoned"),
+            Err(unavailable) => log::debug!(reason = unavailable.reason; "abandoned turns wait for a quorum"),
+        }
+    }
+}
+
+/// The controllers whose turns are to be closed, and how many they have.
+fn abandoned(away: Vec<(NodeId, Duration)>, open: impl Fn(&NodeId) -> usize) -> Vec<(NodeId, usize)> {
+    let long = away.into_iter().filter(|(_, away)| *away >= ABANDONED);
+    long.map(|(node, _)| (open(&node), node))
+        .filter(|(turns, _)| *turns > 0)
+        .map(|(turns, node)| (node, turns))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_turns_of_controllers_that_are_long_gone_are_closed() {
+        let node = |name: &str| name.parse::<NodeId>().unwrap();
+        let away = vec![(node("c1"), ABANDONED), (node("c2"), ABANDONED / 2), (node("c3"), 2 * ABANDONED)];
+        let open = |id: &NodeId| if *id == node("c3") { 0 } else { 7 };
+        assert_eq!(abandoned(away, open), [(node("c1"), 7)]);
     }
 }

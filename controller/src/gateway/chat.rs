@@ -195,7 +195,7 @@ pub async fn prepare(
         max_tokens,
         ignore_eos: asked.ignore_eos,
     };
-    let (choices, stops) = (asked.n, asked.stops);
+    let (choices, stops, stream) = (asked.n, asked.stops, asked.stream);
     let request = cursor::Request {
         turn: arrival.turn,
         key: &caller.key.id,
@@ -205,7 +205,8 @@ pub async fn prepare(
         stops: &stops,
         choices,
     };
-    let seal = Seal::of(&gateway.pepper, &request);
+    // Who gets the whole answer at once has nothing to go on with.
+    let seal = if stream { Seal::of(&gateway.pepper, &request) } else { Seal::default() };
     let cursor = match &resume {
         None => Cursor::begin(arrival.turn, seal, choices),
         Some(cursor) if cursor.seal == seal && cursor.events.len() == choices as usize => cursor.clone(),

@@ -21,7 +21,7 @@ const ID_BYTES: usize = 200;
 const CHOICES: usize = 8;
 
 /// Proves that an id belongs to a request.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Seal(u64);
 
 /// A turn and everything that decides its answer.

@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use izar_common::id::{NodeId, Role};
@@ -42,6 +42,8 @@ struct Peer {
     id: u64,
     member: Member,
     up: AtomicBool,
+    /// Since when there is no connection.
+    away_since: Mutex<Option<Instant>>,
     urgent: Mutex<Urgent>,
     urgent_filled: Notify,
     bulk: Mutex<Bulk>,
@@ -71,6 +73,7 @@ impl Net {
                 id: member.id,
                 member: member.clone(),
                 up: AtomicBool::new(false),
+                away_since: Mutex::new(Some(Instant::now())),
                 urgent: Mutex::default(),
                 urgent_filled: Notify::new(),
                 bulk: Mutex::default(),
@@ -81,6 +84,12 @@ impl Net {
             (member.id, Arc::new(peer))
         };
         Self { peers: members.iter().filter(|member| member.id != me).map(peer).collect() }
+    }
+
+    /// The peers that cannot be reached, and for how long.
+    pub fn away(&self) -> Vec<(NodeId, Duration)> {
+        let away = |peer: &Arc<Peer>| Some((peer.member.node.clone(), (*lock(&peer.away_since))?.elapsed()));
+        self.peers.values().filter_map(away).collect()
     }
 
     /// Raft's number of a peer.
@@ -204,8 +213,10 @@ impl Peer {
                     log::info!(peer:% = node; "connected to a peer");
                     (pause, told) = (BACK_OFF.0, false);
                     self.up.store(true, Ordering::Release);
+                    *lock(&self.away_since) = None;
                     let error = self.serve(&connection).await;
                     self.up.store(false, Ordering::Release);
+                    *lock(&self.away_since) = Some(Instant::now());
                     connection.close("the stream broke");
                     self.forget();
                     inbox.unreachable(self.id);
