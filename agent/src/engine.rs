@@ -7,7 +7,7 @@
 pub mod batch;
 pub mod blocks;
 pub mod executor;
-mod pace;
+pub mod pace;
 pub mod sampler;
 pub mod sequence;
 

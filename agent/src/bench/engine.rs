@@ -9,6 +9,7 @@ use std::fmt::Write as _;
 use std::path::PathBuf;
 use std::time::Instant;
 
+use crate::engine::pace;
 use anyhow::{Context, ensure};
 use clap::Args;
 use izar_common::chat::{JobEvent, Token};
@@ -30,10 +31,6 @@ const MAX_STREAMS: usize = 1024;
 
 /// Rounds at most: more take hours.
 const MAX_ROUNDS: usize = 1000;
-
-/// Tokens of a prompt that a step of the engine computes at least, whatever else it does: how far the first of many
-/// streams may be ahead when the last has its first token.
-const STEP_AT_LEAST: usize = 16;
 
 /// What is measured.
 #[derive(Debug, Clone, Args)]
@@ -237,7 +234,7 @@ fn context(options: &Options, model: &Local) -> usize {
 
 /// Tokens that the answer of one of some streams may have: what is counted, and what it has while others still begin.
 fn answer(options: &Options, streams: usize) -> usize {
-    let ahead = (streams - 1) * options.prompt.div_ceil(STEP_AT_LEAST);
+    let ahead = (streams - 1) * options.prompt.div_ceil(pace::LEAST);
     options.tokens + 2 + ahead
 }
 

@@ -20,7 +20,7 @@ const CALM: f64 = 4.0;
 const LEARN: f64 = 0.01;
 
 /// Prompt tokens of a step at least, so that a prompt comes to an end on the slowest machine …
-const LEAST: usize = 4;
+pub const LEAST: usize = 4;
 
 /// … and at most: more would not be computed faster.
 pub const MOST: usize = 512;
