@@ -59,6 +59,8 @@ struct Log {
     end: Option<JobEvent>,
     ended: Option<Instant>,
     bytes: usize,
+    /// Its memory was given back; nothing is added any more.
+    forgotten: bool,
 }
 
 impl Kept {
@@ -93,15 +95,13 @@ impl Kept {
         (!failed).then_some(entry)
     }
 
-    /// Adds an event to an answer.
+    /// Adds an event to an answer, unless it had to be forgotten.
     pub fn push(&self, entry: &Entry, event: &JobEvent, now: Instant) {
-        let added = entry.add(event, now);
-        if added > 0 {
-            let mut all = self.all();
-            all.bytes += added;
-            if all.bytes > BYTES {
-                all.shrink(now);
-            }
+        // What is counted is what `shrink` takes off again: both happen under this lock.
+        let mut all = self.all();
+        all.bytes += entry.add(event, now);
+        if all.bytes > BYTES {
+            all.shrink(now);
         }
     }
 
@@ -125,7 +125,7 @@ impl All {
                 return;
             }
             let (key, entry) = self.order.pop_front().expect("it was just seen");
-            self.bytes = self.bytes.saturating_sub(entry.log().bytes);
+            self.bytes -= entry.drop_log();
             if current {
                 self.entries.remove(&key);
             }
@@ -141,6 +141,9 @@ impl Entry {
     /// Returns how many bytes it grew by.
     fn add(&self, event: &JobEvent, now: Instant) -> usize {
         let mut log = self.log();
+        if log.forgotten {
+            return 0;
+        }
         let before = log.bytes;
         match event {
             JobEvent::Tokens { tokens, logprobs, .. } => {
@@ -155,6 +158,16 @@ impl Entry {
         drop(log);
         self.grew.send_replace(());
         added
+    }
+
+    /// Gives its memory back; who reads it is told that it failed. Returns how many bytes it had.
+    fn drop_log(&self) -> usize {
+        let mut log = self.log();
+        let end = JobEvent::Failed { reason: "the answer is not kept any longer".to_owned(), retryable: true };
+        let dropped = std::mem::replace(&mut *log, Log { end: Some(end), forgotten: true, ..Log::default() });
+        drop(log);
+        self.grew.send_replace(());
+        dropped.bytes
     }
 
     fn fail(&self, reason: &str) {
@@ -239,5 +252,9 @@ mod tests {
         entries.iter().for_each(|entry| kept.push(entry, &tokens(0, &many), now));
         assert!(kept.all().bytes <= BYTES);
         assert!(kept.find(TurnId(0), 0).is_none() && kept.find(TurnId(9), 0).is_some());
+        assert!(matches!(entries[0].after(0), Some(JobEvent::Failed { .. })), "who reads it goes on otherwise");
+        (0..100).for_each(|_| kept.push(&entries[0], &tokens(0, &many), now));
+        let counted: usize = kept.all().order.iter().map(|(_, entry)| entry.log().bytes).sum();
+        assert_eq!(kept.all().bytes, counted, "a forgotten answer counts no longer");
     }
 }
