@@ -24,11 +24,13 @@ use super::cursor::{self, Cursor, Seal};
 use super::error::Error;
 use super::exit::Exit;
 use super::front::Arrival;
+use super::memory::{self, Charge};
 use super::models::{self, Served};
 use super::openai::sse::{Events, OTHER_EVENTS};
 use super::outlet::{OutletBody, outlet};
 use super::permits::Permit;
 use super::running::{Begun, Stage};
+use super::trace::{self, What};
 use super::turn::Scored;
 use crate::agents::{JobStream, NoPlace};
 use crate::state::command::{Command, Refusal, Reply};
@@ -145,6 +147,7 @@ pub struct Order {
     resumed: bool,
     /// The controller's, kept until the end is recorded: so closings that wait for a quorum are bounded too.
     _place: OwnedSemaphorePermit,
+    _memory: Charge,
 }
 
 impl Order {
@@ -164,12 +167,15 @@ pub async fn prepare(
     resume: Option<Cursor>,
 ) -> Result<Order, Error> {
     let config = gateway.config();
-    let served = models::find(&config, &gateway.catalog, model)?;
+    let served = models::find(&config, &gateway.agents, &gateway.catalog, model)?;
     let limit = caller.key.max_concurrent;
     let permit = gateway.permits.take(&caller.key.id, limit).ok_or(Error::TooManyRequests { limit })?;
     let place = gateway.places.clone().try_acquire_owned().map_err(|_| Error::Overloaded)?;
     let prompt = encode(gateway, &served, prompt).await?;
     let max_tokens = max_tokens(served.context, prompt.len(), asked.max_tokens)?;
+    let each = if asked.logprobs.is_some() { memory::SCORED_TOKEN_BYTES } else { memory::ANSWER_TOKEN_BYTES };
+    let tokens = memory::PROMPT_TOKEN_BYTES * prompt.len() + each * max_tokens as usize * asked.n as usize;
+    let memory = gateway.memory.charge(memory::TURN_BYTES + tokens).ok_or(Error::Overloaded)?;
     check_bias(&served, &asked.logit_bias)?;
     let grammar = match asked.grammar {
         Some(grammar) => Some(compile(gateway, &served, grammar).await?),
@@ -213,7 +219,20 @@ pub async fn prepare(
         Some(_) => return Err(Error::UnknownStream),
     };
     let (permit, resumed) = (Some(permit), resume.is_some());
-    Ok(Order { arrival, caller, served, prompt, sampling, choices, stops, permit, cursor, resumed, _place: place })
+    Ok(Order {
+        arrival,
+        caller,
+        served,
+        prompt,
+        sampling,
+        choices,
+        stops,
+        permit,
+        cursor,
+        resumed,
+        _place: place,
+        _memory: memory,
+    })
 }
 
 fn check_bias(served: &Served, bias: &[(Token, f32)]) -> Result<(), Error> {
@@ -284,7 +303,8 @@ pub async fn stream(gateway: &Gateway, order: Order, events: Events) -> Result<O
     let (head, decided) = oneshot::channel();
     // A slow client is buffered up to all that it can be told.
     let choices = order.choices;
-    let (outlet, body) = outlet(choices as usize * (order.sampling.max_tokens as usize + OTHER_EVENTS));
+    let unsent = gateway.memory.charge(0).ok_or_else(broken)?;
+    let (outlet, body) = outlet(choices as usize * (order.sampling.max_tokens as usize + OTHER_EVENTS), unsent);
     let exit = Exit::stream(head, outlet, events, order.cursor.clone());
     gateway.tasks.spawn(run(gateway.clone(), order, exit, true));
     decided.await.unwrap_or_else(|_| Err(broken()))?;
@@ -320,12 +340,19 @@ async fn run(gateway: Gateway, mut order: Order, mut exit: Exit, streamed: bool)
         prompt_tokens: order.prompt.len() as u32,
         started_ms: wall_ms(),
     });
+    if order.resumed {
+        listed.note(What::Resumed);
+    }
     let (ended, usage, recorded) = match begin(&gateway, &order, streamed).await {
         Ok(streams) => {
             let (ended, usage) = pump(&gateway, &order, &listed, streams, &mut exit).await;
             (ended, usage, true)
         }
-        Err(refused) => (Ended::Failed(refused.error), Usage::default(), refused.recorded),
+        Err(refused) => {
+            let (code, reason) = (refused.error.row().code.to_owned(), trace::reason(&refused.error.to_string()));
+            listed.note(What::Refused { code, reason });
+            (Ended::Failed(refused.error), Usage::default(), refused.recorded)
+        }
     };
     listed.enter(Stage::Closing);
     order.permit = None;
@@ -339,6 +366,7 @@ async fn run(gateway: Gateway, mut order: Order, mut exit: Exit, streamed: bool)
             (Outcome::Failed { reason: error.to_string(), usage }, "failed", exit.fail(error))
         }
     };
+    listed.note(What::Ended { outcome: word.to_owned(), tokens: usage.completion_tokens });
     if streamed {
         let label = order.arrival.label;
         let seconds = gateway.metrics.request_seconds.with(&[label.dialect, label.route]);

@@ -107,7 +107,7 @@ async fn answer(
     body: &mut Body,
 ) -> Result<Response<Body>, Error> {
     let caller = auth::authenticate(headers, &gateway.pepper, &gateway.config())?;
-    let body = intake::read(body, &gateway.limits).await?;
+    let (body, _charge) = intake::read(body, &gateway.limits, &gateway.memory).await?;
     let parameters = Parameters::parse(&body)?;
     let include_usage = parameters.include_usage();
     let model = parameters.model()?.to_owned();
@@ -123,7 +123,12 @@ async fn answer(
     let stream = asked.stream;
     let resume = resume(headers, stream)?;
     let arrival = Arrival { turn: resume.as_ref().map_or(arrival.turn, |cursor| cursor.turn), ..arrival };
-    let order = line::prepare(gateway, arrival, caller, &model, prompt, asked, resume).await?;
+    let key = caller.key.id.clone();
+    let prepared = line::prepare(gateway, arrival, caller, &model, prompt, asked, resume).await;
+    let order = prepared.inspect_err(|error| {
+        let at_ms = arrival.at.elapsed().as_millis() as u64;
+        gateway.list.refused(arrival.turn, &key, &model, at_ms, error.row().code, &error.to_string());
+    })?;
     let head = Head { turn: arrival.turn, created: arrival.turn.ms() / 1000, model: order.deployment().clone() };
     if stream {
         streamed(gateway, kind, &head, order, include_usage).await
