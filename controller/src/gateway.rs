@@ -30,6 +30,7 @@ use crate::state::Config;
 use front::Front;
 use listener::{Acceptor, Listener};
 use permits::Permits;
+use queues::Queues;
 use ready::Readiness;
 
 pub mod auth;
@@ -45,9 +46,11 @@ mod models;
 pub mod openai;
 mod outlet;
 mod permits;
+pub mod queues;
 mod ready;
 pub mod running;
 pub mod turn;
+mod urgency;
 
 pub use limits::Limits;
 pub use listener::NotLoopback;
@@ -76,6 +79,8 @@ pub struct Inner {
     places: Arc<Semaphore>,
     /// Long prompts that are tokenized at once: one for each processor.
     encoders: Semaphore,
+    /// Turns that wait for workers.
+    queues: Queues,
     list: running::List,
     /// Turns, and what lingers after an answer.
     tasks: TaskTracker,
@@ -95,6 +100,7 @@ impl Gateway {
         let metrics = Arc::new(Metrics::default());
         measure(&metrics, &raft, &agents);
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let queues = Queues::new(agents.clone(), metrics.clone(), limits.replica_wait());
         Self(Arc::new(Inner {
             config: raft.config(),
             leadership: raft.leadership(),
@@ -107,6 +113,7 @@ impl Gateway {
             places: Arc::new(Semaphore::new(limits.turns.min(Semaphore::MAX_PERMITS))),
             encoders: Semaphore::new(cores),
             limits: Arc::new(limits),
+            queues,
             list: running::List::default(),
             tasks: TaskTracker::new(),
             kill: CancellationToken::new(),
@@ -151,6 +158,8 @@ impl Gateway {
             Some(Ok(Err(refused))) => log::error!(refused:%; "the plaintext listener is refused"),
             Some(Err(error)) => log::error!(error:%; "the plaintext listener has no address"),
         }
+        let (queues, end) = (self.queues.clone(), abort.clone());
+        let verdicts = tokio::spawn(async move { end.run_until_cancelled(queues.run()).await });
         shutdown.cancelled().await;
         accepting.close();
         accepting.wait().await;
@@ -165,6 +174,7 @@ impl Gateway {
             let _ = tokio::time::timeout(LAST_WORDS, ended()).await;
         }
         abort.cancel();
+        let _ = verdicts.await;
     }
 
     fn config(&self) -> Arc<Config> {

@@ -128,7 +128,7 @@ pub fn place(fleet: &Fleet, config: &Config, ask: &Ask<'_>) -> Result<Place, NoP
 }
 
 /// Ready workers with the right revision that the plan still wants where they are.
-fn candidates<'a>(
+pub fn candidates<'a>(
     fleet: &'a Fleet,
     config: &'a Config,
     ask: &'a Ask<'a>,

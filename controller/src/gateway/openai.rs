@@ -8,7 +8,7 @@ use axum::body::Body;
 use axum::extract::{Path, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Request, Response, header};
 use axum::routing::{get, post};
-use izar_common::chat::{Finish, Usage};
+use izar_common::chat::{Class, Finish, Usage};
 use izar_common::id::{DeploymentId, TurnId};
 use serde::Serialize;
 
@@ -17,7 +17,7 @@ use super::chat::{self as line, Order};
 use super::cursor::Cursor;
 use super::error::Error;
 use super::front::{Arrival, REQUEST_ID, Streamed};
-use super::{auth, intake};
+use super::{auth, intake, urgency};
 use parameters::Parameters;
 use sse::{Events, Kind};
 
@@ -107,6 +107,7 @@ async fn answer(
     body: &mut Body,
 ) -> Result<Response<Body>, Error> {
     let caller = auth::authenticate(headers, &gateway.pepper, &gateway.config())?;
+    let arrival = Arrival { urgency: urgency::read(headers, Class::default(), 0, arrival.at)?, ..arrival };
     let body = intake::read(body, &gateway.limits).await?;
     let parameters = Parameters::parse(&body)?;
     let include_usage = parameters.include_usage();
