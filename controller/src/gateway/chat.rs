@@ -11,7 +11,7 @@ use std::task::Poll;
 use std::time::Duration;
 
 use futures_util::future::{self, FutureExt, MaybeDone};
-use izar_common::chat::{Finish, Grammar, Job, Message, Sampling, Token, Usage};
+use izar_common::chat::{Class, Finish, Grammar, Job, Message, Sampling, Token, Usage};
 use izar_common::clock::wall_ms;
 use izar_common::id::DeploymentId;
 use izar_common::{grammar, text};
@@ -409,6 +409,7 @@ fn job(gateway: &Gateway, order: &Order, choice: u32, attempt: u32) -> Job {
         cache_salt: gateway.pepper.cache_salt(&order.caller.tenant),
         // What a client has of a stream goes on exactly where the same computes it.
         numerics: order.cursor.numerics,
+        class: Class::default(),
     }
 }
 
