@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Debug;
 use std::path::PathBuf;
 
-use izar_common::chat::{Finish, Grammar, Job, JobEvent, Logprobs, Sampling, Usage};
+use izar_common::chat::{Class, Finish, Grammar, Job, JobEvent, Logprobs, Sampling, Usage};
 use izar_common::clock::Hlc;
 use izar_common::health::{Generation, Load, Report, WorkerReport, WorkerState};
 use izar_common::id::{
@@ -135,6 +135,7 @@ pub fn job() -> Job {
         },
         cache_salt: std::array::from_fn(|i| 200 + i as u8),
         numerics: Some(NumericsId(0x0123_4567_89ab_cdef)),
+        class: Class::Batch,
     }
 }
 
