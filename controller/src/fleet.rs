@@ -32,7 +32,7 @@ pub struct AgentView {
     pub in_flight: HashMap<WorkerId, u32>,
     /// Jobs that workers had in the last two reports beyond this controller's own: other controllers'.
     #[serde(skip)]
-    others: HashMap<WorkerId, [u32; 2]>,
+    pub others: HashMap<WorkerId, [u32; 2]>,
 }
 
 impl AgentView {
