@@ -20,6 +20,8 @@ mod idle;
 mod openai_client;
 #[path = "stories/overload.rs"]
 mod overload;
+#[path = "stories/planned_work.rs"]
+mod planned_work;
 #[path = "stories/real_model.rs"]
 mod real_model;
 #[path = "stories/refusals.rs"]

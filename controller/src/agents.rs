@@ -17,6 +17,7 @@ use tokio_util::task::TaskTracker;
 use crate::fleet::Fleet;
 use crate::queue::Room;
 use crate::raft::Raft;
+use crate::state::{Config, Deployment};
 
 mod assignment;
 #[cfg(test)]
@@ -122,6 +123,11 @@ impl Agents {
     /// How many agents seemed dead so far; each that was not is a false alarm.
     pub fn given_up(&self) -> u64 {
         self.inner.given_up.load(Relaxed)
+    }
+
+    /// The revision of a deployment that new requests are for.
+    pub fn revision(&self, config: &Config, deployment: &Deployment) -> Hash {
+        self.inner.roster.revision(config, deployment)
     }
 
     /// A copy of what agents last said.

@@ -9,7 +9,7 @@ use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use izar_common::chat::Job;
 use izar_common::clock::wall_ms;
-use izar_common::health::Report;
+use izar_common::health::{Report, WorkerReport};
 use izar_common::id::{DeploymentId, Hash, NodeId, TurnId, WorkerId};
 use izar_common::quic::{self, Connection};
 use izar_common::wire::agent::{Resume, Resumed, Submit};
@@ -21,7 +21,7 @@ use crate::fleet::Fleet;
 use crate::queue::Room;
 use crate::room;
 use crate::scheduler::{self, Ask, NoPlace};
-use crate::state::Config;
+use crate::state::{Config, Deployment};
 
 /// How long agents are asked whether they keep an answer: a client waits, and it can be computed again.
 const ATTACH_LIMIT: Duration = Duration::from_millis(500);
@@ -37,7 +37,7 @@ pub struct Roster {
     asks: AtomicU64,
     /// Told when there may be room for a job: one has ended, or an agent has reported.
     pub freed: Notify,
-    /// Told when an agent comes or goes.
+    /// Told when an agent comes or goes, or a worker of it does.
     pub moved: Notify,
 }
 
@@ -92,10 +92,23 @@ impl Roster {
     /// Takes a report of a session, unless a newer session has replaced it.
     pub fn report(&self, agent: &NodeId, connection: &Connection, report: Report) {
         let mut soft = self.soft();
-        if soft.sessions.get(agent).map(Connection::stable_id) == Some(connection.stable_id()) {
-            soft.fleet.report(agent, report, wall_ms());
-            self.freed.notify_one();
+        if soft.sessions.get(agent).map(Connection::stable_id) != Some(connection.stable_id()) {
+            return;
         }
+        let states = |workers: &[WorkerReport]| workers.iter().map(|w| (w.worker.clone(), w.state)).collect::<Vec<_>>();
+        let before = soft.fleet.agents.get(agent).and_then(|view| Some(states(&view.report.as_ref()?.workers)));
+        let moved = before.is_none_or(|before| before != states(&report.workers));
+        soft.fleet.report(agent, report, wall_ms());
+        drop(soft);
+        self.freed.notify_one();
+        if moved {
+            self.moved.notify_one();
+        }
+    }
+
+    /// The revision of a deployment that new requests are for.
+    pub fn revision(&self, config: &Config, deployment: &Deployment) -> Hash {
+        scheduler::revision(&self.soft().fleet, config, deployment)
     }
 
     /// Jobs of this controller on an agent.

@@ -25,12 +25,14 @@ use super::cursor::{self, Cursor, Seal};
 use super::error::Error;
 use super::exit::Exit;
 use super::front::Arrival;
+use super::memory::{self, Charge};
 use super::models::{self, Served};
 use super::openai::sse::{Events, OTHER_EVENTS};
 use super::outlet::{OutletBody, outlet};
 use super::permits::Permit;
 use super::queues::{Facts, Pass};
 use super::running::{Begun, Stage};
+use super::trace::{self, What};
 use super::turn::Scored;
 use crate::agents::{JobStream, NoPlace};
 use crate::state::command::{Command, Refusal, Reply};
@@ -152,6 +154,7 @@ pub struct Order {
     facts: Option<Facts>,
     /// The controller's, kept until the end is recorded: so closings that wait for a quorum are bounded too.
     _place: OwnedSemaphorePermit,
+    _memory: Charge,
 }
 
 impl Order {
@@ -176,12 +179,15 @@ pub async fn prepare(
     resume: Option<Cursor>,
 ) -> Result<Order, Error> {
     let config = gateway.config();
-    let served = models::find(&config, &gateway.catalog, model)?;
+    let served = models::find(&config, &gateway.agents, &gateway.catalog, model)?;
     let limit = caller.key.max_concurrent;
     let permit = gateway.permits.take(&caller.key.id, limit).ok_or(Error::TooManyRequests { limit })?;
     let place = gateway.places.clone().try_acquire_owned().map_err(|_| Error::Overloaded)?;
     let prompt = encode(gateway, &served, prompt).await?;
     let max_tokens = max_tokens(served.context, prompt.len(), asked.max_tokens)?;
+    let each = if asked.logprobs.is_some() { memory::SCORED_TOKEN_BYTES } else { memory::ANSWER_TOKEN_BYTES };
+    let tokens = memory::PROMPT_TOKEN_BYTES * prompt.len() + each * max_tokens as usize * asked.n as usize;
+    let memory = gateway.memory.charge(memory::TURN_BYTES + tokens).ok_or(Error::Overloaded)?;
     check_bias(&served, &asked.logit_bias)?;
     let grammar = match asked.grammar {
         Some(grammar) => Some(compile(gateway, &served, grammar).await?),
@@ -239,6 +245,7 @@ pub async fn prepare(
         pass: None,
         facts: None,
         _place: place,
+        _memory: memory,
     })
 }
 
@@ -310,7 +317,8 @@ pub async fn stream(gateway: &Gateway, order: Order, events: Events) -> Result<O
     let (head, decided) = oneshot::channel();
     // A slow client is buffered up to all that it can be told.
     let choices = order.choices;
-    let (outlet, body) = outlet(choices as usize * (order.sampling.max_tokens as usize + OTHER_EVENTS));
+    let unsent = gateway.memory.charge(0).ok_or_else(broken)?;
+    let (outlet, body) = outlet(choices as usize * (order.sampling.max_tokens as usize + OTHER_EVENTS), unsent);
     let exit = Exit::stream(head, outlet, events, order.cursor.clone());
     gateway.tasks.spawn(run(gateway.clone(), order, exit, true));
     decided.await.unwrap_or_else(|_| Err(broken()))?;
@@ -346,19 +354,28 @@ async fn run(gateway: Gateway, mut order: Order, mut exit: Exit, streamed: bool)
         prompt_tokens: order.prompt.len() as u32,
         started_ms: wall_ms(),
     });
+    if order.resumed {
+        listed.note(What::Resumed);
+    }
     let begun = match wait::wait(&gateway, &mut order, &mut exit).await {
         Ok(()) => begin(&gateway, &order, &mut exit, streamed).await,
         Err(ended) => Err(Stopped { ended, recorded: false }),
     };
-    if let Some(facts) = order.facts {
-        log::debug!(turn:% = order.arrival.turn, facts:?; "a turn has waited");
+    if let Some(Facts { class, ahead, waited_ms, .. }) = order.facts.filter(Facts::waited) {
+        listed.note(What::Waited { class, ahead, waited_ms });
     }
     let (ended, usage, recorded) = match begun {
         Ok(streams) => {
             let (ended, usage) = pump(&gateway, &order, &listed, streams, &mut exit).await;
             (ended, usage, true)
         }
-        Err(stopped) => (stopped.ended, Usage::default(), stopped.recorded),
+        Err(stopped) => {
+            if let Ended::Failed(error) = &stopped.ended {
+                let (code, reason) = (error.row().code.to_owned(), trace::reason(&error.to_string()));
+                listed.note(What::Refused { code, reason });
+            }
+            (stopped.ended, Usage::default(), stopped.recorded)
+        }
     };
     if let Some(pass) = order.pass.take() {
         match &ended {
@@ -379,6 +396,7 @@ async fn run(gateway: Gateway, mut order: Order, mut exit: Exit, streamed: bool)
             (Outcome::Failed { reason: error.to_string(), usage }, "failed", exit.fail(error))
         }
     };
+    listed.note(What::Ended { outcome: word.to_owned(), tokens: usage.completion_tokens });
     if streamed {
         let label = order.arrival.label;
         let seconds = gateway.metrics.request_seconds.with(&[label.dialect, label.route]);

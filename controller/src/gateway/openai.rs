@@ -8,7 +8,7 @@ use axum::body::Body;
 use axum::extract::{Path, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Request, Response, header};
 use axum::routing::{get, post};
-use izar_common::chat::{Class, Finish, Usage};
+use izar_common::chat::{Finish, Usage};
 use izar_common::id::{DeploymentId, TurnId};
 use serde::Serialize;
 
@@ -107,8 +107,9 @@ async fn answer(
     body: &mut Body,
 ) -> Result<Response<Body>, Error> {
     let caller = auth::authenticate(headers, &gateway.pepper, &gateway.config())?;
-    let arrival = Arrival { urgency: urgency::read(headers, Class::default(), 0, arrival.at)?, ..arrival };
-    let body = intake::read(body, &gateway.limits).await?;
+    let (class, deadline_ms) = (caller.project.class, caller.project.deadline_ms);
+    let arrival = Arrival { urgency: urgency::read(headers, class, deadline_ms, arrival.at)?, ..arrival };
+    let (body, _charge) = intake::read(body, &gateway.limits, &gateway.memory).await?;
     let parameters = Parameters::parse(&body)?;
     let include_usage = parameters.include_usage();
     let model = parameters.model()?.to_owned();
@@ -124,7 +125,12 @@ async fn answer(
     let stream = asked.stream;
     let resume = resume(headers, stream)?;
     let arrival = Arrival { turn: resume.as_ref().map_or(arrival.turn, |cursor| cursor.turn), ..arrival };
-    let order = line::prepare(gateway, arrival, caller, &model, prompt, asked, resume).await?;
+    let key = caller.key.id.clone();
+    let prepared = line::prepare(gateway, arrival, caller, &model, prompt, asked, resume).await;
+    let order = prepared.inspect_err(|error| {
+        let at_ms = arrival.at.elapsed().as_millis() as u64;
+        gateway.list.refused(arrival.turn, &key, &model, at_ms, error.row().code, &error.to_string());
+    })?;
     let head = Head { turn: arrival.turn, created: arrival.turn.ms() / 1000, model: order.deployment().clone() };
     if stream {
         streamed(gateway, kind, &head, order, include_usage).await

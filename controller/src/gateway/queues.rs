@@ -36,6 +36,13 @@ pub struct Facts {
     pub expected_ms: Option<u64>,
 }
 
+impl Facts {
+    /// Whether it found no place free.
+    pub fn waited(&self) -> bool {
+        self.ahead > 0 || self.waited_ms > 0
+    }
+}
+
 /// A handle to all queues. Cheap to clone.
 #[derive(Clone)]
 pub struct Queues(Arc<Inner>);

@@ -7,14 +7,12 @@ use izar_common::chat::Class;
 use tokio::time::Instant;
 
 use super::error::Error;
+use crate::state::tenants::DEADLINE_LIMIT_MS;
 
 /// The whole answer must be there so many milliseconds after the request's head.
 const DEADLINE: HeaderName = HeaderName::from_static("x-izar-deadline-ms");
 /// `urgent`, `interactive` or `batch`: no more urgent than the project is.
 const CLASS: HeaderName = HeaderName::from_static("x-izar-class");
-
-/// Longest deadline: a day. Who means more means none.
-const DEADLINE_MOST_MS: u64 = 86_400_000;
 
 /// How soon an answer is wanted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -30,9 +28,9 @@ pub fn read(headers: &HeaderMap, class: Class, deadline_ms: u32, at: Instant) ->
         None => u64::from(deadline_ms),
         Some(value) => {
             let ms = value.to_str().ok().and_then(|text| text.trim().parse::<u64>().ok());
-            ms.filter(|ms| (1..=DEADLINE_MOST_MS).contains(ms)).ok_or_else(|| {
+            ms.filter(|ms| (1..=u64::from(DEADLINE_LIMIT_MS)).contains(ms)).ok_or_else(|| {
                 let said = String::from_utf8_lossy(value.as_bytes()).chars().take(50).collect::<String>();
-                let range = format!("use whole milliseconds from now, 1 to {DEADLINE_MOST_MS}");
+                let range = format!("use whole milliseconds from now, 1 to {DEADLINE_LIMIT_MS}");
                 Error::invalid("X-Izar-Deadline-Ms", format!("X-Izar-Deadline-Ms: `{said}` is no deadline: {range}"))
             })?
         }
@@ -88,7 +86,7 @@ mod tests {
         let deadline = |said| check(&[("x-izar-deadline-ms", said)], Class::Interactive, 5000);
         assert_eq!(deadline("1"), Ok((Class::Interactive, 1)));
         assert_eq!(deadline(" 250 "), Ok((Class::Interactive, 250)));
-        assert_eq!(deadline("86400000"), Ok((Class::Interactive, DEADLINE_MOST_MS)));
+        assert_eq!(deadline("86400000"), Ok((Class::Interactive, u64::from(DEADLINE_LIMIT_MS))));
         for bad in ["0", "-5", "", "soon", "1.5", "86400001", "1e3", "99999999999999999999"] {
             let error = deadline(bad).unwrap_err();
             assert_eq!((error.row().status.as_u16(), error.field()), (400, Some("X-Izar-Deadline-Ms")), "{bad}");

@@ -54,7 +54,7 @@ fn ask(order: &Order) -> Ask {
         max_tokens: order.sampling.max_tokens,
         choices: order.choices,
     };
-    Ask { class: urgency.class, tenant, weight: 1, deadline: urgency.deadline.map(Instant::into_std), size }
+    Ask { class: urgency.class, tenant, weight: caller.weight, deadline: urgency.deadline.map(Instant::into_std), size }
 }
 
 fn enter(order: &mut Order, pass: Pass) -> Result<(), Ended> {
