@@ -84,7 +84,10 @@ pub struct Room {
 pub enum Offer {
     Dispatched(Ticket),
     /// A verdict will follow. `ahead`: entries of its class and of more urgent ones.
-    Waits { ticket: Ticket, ahead: u32 },
+    Waits {
+        ticket: Ticket,
+        ahead: u32,
+    },
     Refused(Refusal),
 }
 
@@ -312,7 +315,8 @@ impl Queue {
             // What it would meet if it came anew.
             let again = Entry { arrived: now, ..entry.clone() };
             let (wait_s, _) = self.look_ahead(&again, &room, now);
-            let ask = Ask { deadline: entry.ask.deadline.map(|deadline| now + (deadline - entry.arrived)), ..entry.ask };
+            let ask =
+                Ask { deadline: entry.ask.deadline.map(|deadline| now + (deadline - entry.arrived)), ..entry.ask };
             let refusal = self.refusal(why, &ask, &entry.guess, wait_s, &room, now);
             self.verdicts.push((ticket, Verdict::Refused(refusal)));
         }
@@ -410,7 +414,8 @@ impl Queue {
         let start = self.virtual_time;
         if !self.accounts.contains_key(&ask.tenant) {
             // Who has nothing to wait for and owes nothing need not be remembered.
-            self.accounts.retain(|_, account| account.waits > 0 || account.start > start || account.seen + SHARES > now);
+            self.accounts
+                .retain(|_, account| account.waits > 0 || account.start > start || account.seen + SHARES > now);
         }
         let weight = f64::from(ask.weight.max(1));
         let new = || Account { weight, start, waits: 0, seen: now };

@@ -357,7 +357,7 @@ async fn run(gateway: Gateway, mut order: Order, mut exit: Exit, streamed: bool)
     if order.resumed {
         listed.note(What::Resumed);
     }
-    let begun = match wait::wait(&gateway, &mut order, &mut exit).await {
+    let begun = match wait::wait(&gateway, &mut order, &listed, &mut exit).await {
         Ok(()) => begin(&gateway, &order, &mut exit, streamed).await,
         Err(ended) => Err(Stopped { ended, recorded: false }),
     };
@@ -427,12 +427,7 @@ impl Stopped {
 }
 
 /// Records the turn and places its jobs, side by side.
-async fn begin(
-    gateway: &Gateway,
-    order: &Order,
-    exit: &mut Exit,
-    streamed: bool,
-) -> Result<Vec<JobStream>, Stopped> {
+async fn begin(gateway: &Gateway, order: &Order, exit: &mut Exit, streamed: bool) -> Result<Vec<JobStream>, Stopped> {
     if order.resumed {
         record_begin(gateway, order, streamed).await?;
         let going_on = (0..order.choices).map(|choice| go_on(gateway, order, choice));

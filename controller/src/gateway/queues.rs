@@ -123,7 +123,8 @@ impl Core {
 impl Queues {
     /// `patience`: how long a replica may be missing before those that wait for it are refused.
     pub fn new(agents: Agents, metrics: Arc<Metrics>, patience: Duration) -> Self {
-        let inner = Inner { agents, metrics: metrics.clone(), lines: Mutex::default(), waiting: Notify::new(), patience };
+        let inner =
+            Inner { agents, metrics: metrics.clone(), lines: Mutex::default(), waiting: Notify::new(), patience };
         let queues = Self(Arc::new(inner));
         let read = Arc::downgrade(&queues.0);
         let help = "Requests that wait for a place in a worker's batch.";
@@ -154,7 +155,7 @@ impl Queues {
             line.waits[class as usize].observe(Duration::ZERO);
             Pass::new(line.clone(), self.clone(), ticket, deadline, facts, now)
         };
-        if room.replicas == 0 && core.queue.is_empty() {
+        if room.replicas == 0 {
             // Placing says why there is nobody.
             drop(core);
             return Entered::Turn(pass(None));
@@ -257,7 +258,9 @@ fn error(deployment: &DeploymentId, class: Class, refusal: &Refusal, expected_ms
         Why::Full => format!("too many requests wait for {deployment} already"),
         Why::TenantFull => format!("{TENANT_ENTRIES} requests of this tenant wait for {deployment} already"),
         Why::Displaced => format!("the queue of {deployment} is full, and this tenant has more than its share of it"),
-        Why::Wait => format!("{deployment} is busy: a request of class {class} may not wait for as long as it would take"),
+        Why::Wait => {
+            format!("{deployment} is busy: a request of class {class} may not wait for as long as it would take")
+        }
     };
     Error::QueueFull { reason, retry_after_s }
 }
@@ -364,10 +367,6 @@ impl Pass {
     /// Ends it. `usage`: what the whole answer came to; `None` if it failed.
     pub fn finish(mut self, usage: Option<Usage>) {
         let (now, class) = (Instant::now(), self.facts.class as usize);
-        if let Some(deadline) = self.deadline {
-            let met = usage.is_some() && now <= deadline;
-            (if met { &self.line.met } else { &self.line.missed })[class].add(1);
-        }
         let first = self.first.get().copied();
         let undisturbed = first.zip(usage).filter(|_| !self.disturbed.load(Relaxed));
         self.end(undisturbed.map(|(first, usage)| Lesson {
@@ -375,6 +374,10 @@ impl Pass {
             first: first - self.since,
             whole: now - self.since,
         }));
+        if let Some(deadline) = self.deadline {
+            let met = usage.is_some() && now <= deadline;
+            (if met { &self.line.met } else { &self.line.missed })[class].add(1);
+        }
     }
 
     fn end(&mut self, lesson: Option<Lesson>) {

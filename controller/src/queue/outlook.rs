@@ -62,7 +62,8 @@ impl Outlook {
         let Sight { mut ends, above_part, above, batch_s, start, weight, others, class } = sight;
         ends.sort_unstable_by(f64::total_cmp);
         let places = ends.len().max(1) as f64 * (1.0 - above_part).max(LEAST_PART);
-        let (token_s, job_tokens) = (class.seconds / class.tokens.max(1.0), class.tokens / f64::from(class.jobs.max(1)));
+        let (token_s, job_tokens) =
+            (class.seconds / class.tokens.max(1.0), class.tokens / f64::from(class.jobs.max(1)));
         Self {
             running_s: ends.iter().sum(),
             ends,

@@ -402,8 +402,7 @@ mod overload {
                     let hasty = class == Class::Interactive && dice.next() < plan.deadlines;
                     let deadline = hasty.then(|| now + Duration::from_secs_f64(dice.range(0.2, 4.0)));
                     let leaves = dice.next() < 0.02;
-                    let request =
-                        Request { tenant: tenant.name, size, deadline, answer, leaves, class, arrived: now };
+                    let request = Request { tenant: tenant.name, size, deadline, answer, leaves, class, arrived: now };
                     let ask = Ask {
                         class,
                         tenant: TenantId::new(tenant.name).unwrap(),
@@ -549,18 +548,11 @@ mod overload {
         Tenant { name: "b", weight: 1, part: 0.2 },
         Tenant { name: "c", weight: 1, part: 0.3 },
     ];
-    const WEIGHTED: &[Tenant] = &[Tenant { name: "a", weight: 1, part: 0.5 }, Tenant { name: "b", weight: 3, part: 0.5 }];
+    const WEIGHTED: &[Tenant] =
+        &[Tenant { name: "a", weight: 1, part: 0.5 }, Tenant { name: "b", weight: 3, part: 0.5 }];
 
-    const TWICE: Plan = Plan {
-        seed: 0,
-        places: 0,
-        load: 2.0,
-        tenants: EQUAL,
-        deadlines: 0.75,
-        urgent: 0.0,
-        batch: 0.0,
-        seconds: 60.0,
-    };
+    const TWICE: Plan =
+        Plan { seed: 0, places: 0, load: 2.0, tenants: EQUAL, deadlines: 0.75, urgent: 0.0, batch: 0.0, seconds: 60.0 };
 
     #[test]
     fn at_twice_the_capacity_promises_hold_and_tenants_get_their_shares() {

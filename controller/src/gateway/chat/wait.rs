@@ -9,6 +9,7 @@ use super::super::Gateway;
 use super::super::error::Error;
 use super::super::exit::Exit;
 use super::super::queues::{Entered, Pass, Refused};
+use super::super::running::{Listed, Stage};
 use super::{Ended, Order};
 use crate::queue::Ask;
 use crate::queue::estimate::Size;
@@ -19,7 +20,7 @@ const SIGN_OF_LIFE: Duration = Duration::from_secs(15);
 
 /// Waits until an order may be computed, or says how it ended before. What goes on with a turn that was begun before has
 /// waited already, and goes ahead.
-pub(super) async fn wait(gateway: &Gateway, order: &mut Order, exit: &mut Exit) -> Result<(), Ended> {
+pub(super) async fn wait(gateway: &Gateway, order: &mut Order, listed: &Listed, exit: &mut Exit) -> Result<(), Ended> {
     if !order.is_new() {
         return Ok(());
     }
@@ -28,12 +29,16 @@ pub(super) async fn wait(gateway: &Gateway, order: &mut Order, exit: &mut Exit) 
         Entered::Refused(refused) => return refuse(order, refused),
         Entered::Waits(waiting) => waiting,
     };
+    listed.enter(Stage::Queued);
     let mut beat = Instant::now() + SIGN_OF_LIFE;
     loop {
         tokio::select! {
             biased;
             verdict = waiting.verdict() => return match verdict {
-                Ok(pass) => enter(order, pass),
+                Ok(pass) => {
+                    listed.enter(Stage::Opening);
+                    enter(order, pass)
+                }
                 Err(refused) => refuse(order, refused),
             },
             () = exit.gone() => return Err(Ended::Gone),

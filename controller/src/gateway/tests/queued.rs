@@ -111,7 +111,8 @@ async fn a_deadline_that_cannot_be_met_is_refused_at_once_with_a_time() {
         assert_eq!(Response::read(stream).await.status, 200);
     }
     assert_eq!(world.closed(2 + PLACES).await.len(), 2 + PLACES, "what is refused is not recorded");
-    let refusals = number(&world, r#"izar_queue_refused_total{deployment="narrow",class="interactive",reason="deadline"}"#);
+    let refusals =
+        number(&world, r#"izar_queue_refused_total{deployment="narrow",class="interactive",reason="deadline"}"#);
     assert_eq!(refusals, 2.0);
     world.stop().await;
 }

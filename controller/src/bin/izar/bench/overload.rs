@@ -276,7 +276,8 @@ pub fn run(options: &Options, as_json: bool) -> anyhow::Result<()> {
 
 fn weighted(text: &str) -> anyhow::Result<(String, u32)> {
     let (key, weight) = text.split_once(':').unwrap_or((text, "1"));
-    let weight: u32 = weight.parse().ok().filter(|weight| *weight > 0).context("--key: a weight is a number above 0")?;
+    let weight: u32 =
+        weight.parse().ok().filter(|weight| *weight > 0).context("--key: a weight is a number above 0")?;
     ensure!(!key.is_empty() && key.bytes().all(|b| b.is_ascii_graphic()), "--key: a key is one word");
     Ok((key.to_owned(), weight))
 }
@@ -442,10 +443,7 @@ fn summarize(seen: &[Seen], weights: &[u32]) -> Report {
         shares: tokens.iter().enumerate().map(share).collect(),
         refusal_ms: refusals.percentiles(),
         late_refusals,
-        groups: groups
-            .into_iter()
-            .map(|(group, times)| Group { latency_ms: times.percentiles(), ..group })
-            .collect(),
+        groups: groups.into_iter().map(|(group, times)| Group { latency_ms: times.percentiles(), ..group }).collect(),
     }
 }
 
@@ -461,11 +459,8 @@ impl Report {
         let row = |group: &Group| {
             let met = (group.hurried > 0).then(|| format!("{:.1}", 100.0 * group.met as f64 / group.hurried as f64));
             let counts = [group.sent, group.accepted, group.refused, group.failed].map(|count| count.to_string());
-            let times = [
-                ms(group.latency_ms, |t| t.p50),
-                ms(group.latency_ms, |t| t.p99),
-                ms(group.latency_ms, |t| t.p999),
-            ];
+            let times =
+                [ms(group.latency_ms, |t| t.p50), ms(group.latency_ms, |t| t.p99), ms(group.latency_ms, |t| t.p999)];
             let mut cells = vec![group.name.clone()];
             cells.extend(counts);
             cells.push(show::or_dash(met));
