@@ -18,6 +18,8 @@ mod golden_rows;
 mod idle;
 #[path = "stories/openai_client.rs"]
 mod openai_client;
+#[path = "stories/overload.rs"]
+mod overload;
 #[path = "stories/planned_work.rs"]
 mod planned_work;
 #[path = "stories/real_model.rs"]

@@ -13,7 +13,7 @@ pub mod sequence;
 
 use std::time::Instant;
 
-use izar_common::chat::{Job, JobEvent};
+use izar_common::chat::{Class, Job, JobEvent};
 use izar_common::health::Load;
 
 use batch::Batcher;
@@ -86,6 +86,11 @@ impl Lm {
                 let batcher = self.batcher.as_mut().expect("a step follows the load");
                 events.extend(batcher.finish(drawn, seconds));
             }
+            Outcome::GivenUp => {
+                self.stepping = false;
+                self.steps += 1;
+                self.batcher.as_mut().expect("a step follows the load").give_up();
+            }
             Outcome::Broken(reason) => {
                 self.stepping = false;
                 if let Some(batcher) = &mut self.batcher {
@@ -99,8 +104,15 @@ impl Lm {
 
 impl Engine for Lm {
     fn submit(&mut self, _now: Instant, number: u64, job: Job) {
+        let urgent = job.class == Class::Urgent;
         let answer = match (&mut self.batcher, &self.state) {
-            (Some(batcher), State::Ready) => batcher.submit(number, job),
+            (Some(batcher), State::Ready) => {
+                let answer = batcher.submit(number, job);
+                if urgent && answer.is_none() && self.stepping && batcher.may_give_up() {
+                    self.executor.give_up();
+                }
+                answer
+            }
             _ => Some(JobEvent::Failed { reason: "the model is not ready".into(), retryable: true }),
         };
         self.answers.extend(answer.map(|event| (number, event)));

@@ -32,6 +32,7 @@ use front::Front;
 use listener::{Acceptor, Listener};
 use memory::Memory;
 use permits::Permits;
+use queues::Queues;
 use ready::Readiness;
 
 pub mod auth;
@@ -48,10 +49,12 @@ mod models;
 pub mod openai;
 mod outlet;
 mod permits;
+pub mod queues;
 mod ready;
 pub mod running;
 pub mod trace;
 pub mod turn;
+mod urgency;
 
 pub use limits::Limits;
 pub use listener::NotLoopback;
@@ -82,6 +85,8 @@ pub struct Inner {
     places: Arc<Semaphore>,
     /// Long prompts that are tokenized at once: one for each processor.
     encoders: Semaphore,
+    /// Turns that wait for workers.
+    queues: Queues,
     list: running::List,
     /// Turns, and what lingers after an answer.
     tasks: TaskTracker,
@@ -105,6 +110,7 @@ impl Gateway {
         let help = "Bytes that requests hold: bodies, turns, answers that wait for their clients.";
         metrics.number("izar_requests_memory_bytes", help, Kind::Gauge, move || measured.used() as f64);
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let queues = Queues::new(agents.clone(), metrics.clone(), limits.replica_wait());
         Self(Arc::new(Inner {
             config: raft.config(),
             leadership: raft.leadership(),
@@ -118,6 +124,7 @@ impl Gateway {
             places: Arc::new(Semaphore::new(limits.turns.min(Semaphore::MAX_PERMITS))),
             encoders: Semaphore::new(cores),
             limits: Arc::new(limits),
+            queues,
             list: running::List::default(),
             tasks: TaskTracker::new(),
             kill: CancellationToken::new(),
@@ -167,6 +174,8 @@ impl Gateway {
             Some(Ok(Err(refused))) => log::error!(refused:%; "the plaintext listener is refused"),
             Some(Err(error)) => log::error!(error:%; "the plaintext listener has no address"),
         }
+        let (queues, end) = (self.queues.clone(), abort.clone());
+        let verdicts = tokio::spawn(async move { end.run_until_cancelled(queues.run()).await });
         shutdown.cancelled().await;
         accepting.close();
         accepting.wait().await;
@@ -181,6 +190,7 @@ impl Gateway {
             let _ = tokio::time::timeout(LAST_WORDS, ended()).await;
         }
         abort.cancel();
+        let _ = verdicts.await;
     }
 
     fn config(&self) -> Arc<Config> {

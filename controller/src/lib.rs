@@ -15,6 +15,8 @@ pub mod gateway;
 pub mod import;
 pub mod metrics;
 pub mod planner;
+pub mod queue;
 pub mod raft;
+pub mod room;
 pub mod scheduler;
 pub mod state;

@@ -175,6 +175,12 @@ pub struct Metrics {
     pub connections: Arc<Gauge>,
     /// Connections and requests refused, by reason.
     pub refused: Family<Counter>,
+    /// From asking for a turn to its dispatch, by deployment and class.
+    pub queue_wait_seconds: Family<Histogram>,
+    /// Requests that a queue refused, by deployment, class and reason.
+    pub queue_refused: Family<Counter>,
+    /// Ends of turns that had a deadline, by deployment, class and outcome (`met`, `missed`).
+    pub deadlines: Family<Counter>,
     read: Mutex<Vec<Read>>,
 }
 
@@ -193,6 +199,9 @@ impl Default for Metrics {
             commit_seconds: Histogram::new(SHORT),
             connections: Arc::default(),
             refused: Family::new(&["reason"], Counter::default),
+            queue_wait_seconds: Family::new(&["deployment", "class"], || Histogram::new(LONG)),
+            queue_refused: Family::new(&["deployment", "class", "reason"], Counter::default),
+            deadlines: Family::new(&["deployment", "class", "outcome"], Counter::default),
             read: Mutex::default(),
         }
     }
@@ -248,6 +257,13 @@ impl Metrics {
         page.counters("izar_tokens_total", "Tokens of prompts and of answers.", &self.tokens);
         page.counters("izar_turns_total", "Turns by how they ended.", &self.turns);
         page.counters("izar_refused_total", "Connections and requests refused, by reason.", &self.refused);
+        page.histograms(
+            "izar_queue_wait_seconds",
+            "From asking for a place in a worker's batch to being sent there.",
+            &self.queue_wait_seconds,
+        );
+        page.counters("izar_queue_refused_total", "Requests that a queue refused, by reason.", &self.queue_refused);
+        page.counters("izar_deadlines_total", "Turns with a deadline, by whether they met it.", &self.deadlines);
         page.head("izar_placed_again_total", "Jobs placed again after a worker or an agent failed.", "counter");
         page.sample("izar_placed_again_total", "", self.placed_again.get());
         page.head("izar_inexact_moves_total", "Answers that went on with other numerics.", "counter");

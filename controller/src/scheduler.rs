@@ -147,7 +147,7 @@ pub fn revision(fleet: &Fleet, config: &Config, deployment: &Deployment) -> Hash
 
 /// Ready workers with the right revision that the plan still wants where they are. Those that retire only go on with
 /// what others have begun, and only where the numerics are the same.
-fn candidates<'a>(
+pub fn candidates<'a>(
     fleet: &'a Fleet,
     config: &'a Config,
     ask: &'a Ask<'a>,

@@ -137,6 +137,7 @@ pub fn job() -> Job {
         },
         cache_salt: std::array::from_fn(|i| 200 + i as u8),
         numerics: Some(NumericsId(0x0123_4567_89ab_cdef)),
+        class: Class::Batch,
     }
 }
 

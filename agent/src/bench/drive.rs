@@ -4,7 +4,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use izar_common::chat::{Job, JobEvent, Sampling, Token};
+use izar_common::chat::{Class, Job, JobEvent, Sampling, Token};
 use izar_common::id::{DeploymentId, Hash, TurnId};
 use izar_common::wire::agent::EngineOptions;
 
@@ -73,6 +73,7 @@ impl Drive {
             sampling,
             cache_salt: [0; 16],
             numerics: None,
+            class: Class::default(),
         };
         self.engine.submit(Instant::now(), self.jobs, job);
         self.jobs

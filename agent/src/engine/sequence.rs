@@ -3,7 +3,7 @@
 //! Delivered tokens of an answer that is continued are computed like prompt and counted like answer, and are never
 //! given again: output never becomes prompt.
 
-use izar_common::chat::{Finish, Job, JobEvent, Logprobs, Sampling, TOP_LOGPROBS, Token, Usage};
+use izar_common::chat::{Class, Finish, Job, JobEvent, Logprobs, Sampling, TOP_LOGPROBS, Token, Usage};
 
 use super::blocks::{Block, Blocks, Name, Namer, Title};
 use crate::ops::TOKENS;
@@ -28,6 +28,7 @@ pub struct Sequence {
     /// The agent's number for the job.
     pub job: u64,
     pub id: SequenceId,
+    pub class: Class,
     /// Prompt, then answer.
     tokens: Vec<Token>,
     prompt: usize,
@@ -97,6 +98,7 @@ impl Sequence {
         let mut sequence = Self {
             job: number,
             id,
+            class: job.class,
             tokens,
             prompt,
             computed: 0,
@@ -130,6 +132,11 @@ impl Sequence {
     pub fn compute(&mut self, tokens: usize) {
         self.computed += tokens;
         assert!(self.computed <= self.tokens.len(), "only known tokens are computed");
+    }
+    /// Notes that the step which was to compute tokens from here on did not.
+    pub fn take_back(&mut self, to: usize) {
+        assert!(to <= self.computed, "what was not computed is not taken back");
+        self.computed = to;
     }
     pub fn blocks(&self) -> &[Block] {
         &self.blocks
@@ -253,6 +260,7 @@ pub mod tests {
             sampling: Sampling { temperature: 0.0, seed: 9, max_tokens, ..Sampling::default() },
             cache_salt: [0; 16],
             numerics: None,
+            class: Class::default(),
         }
     }
     fn limits() -> Limits {
@@ -319,6 +327,9 @@ pub mod tests {
     fn computing_moves_the_border_of_what_is_pending() {
         let mut s = sequence(job(&[1, 3, 4], &[], 3));
         s.compute(2);
+        assert_eq!((s.computed(), s.pending()), (2, &[4][..]));
+        s.compute(1);
+        s.take_back(2);
         assert_eq!((s.computed(), s.pending()), (2, &[4][..]));
         s.compute(1);
         s.advance(9, None, &limits());

@@ -233,7 +233,7 @@ impl Inbox {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use izar_common::chat::{Finish, Sampling, Usage};
+    use izar_common::chat::{Class, Finish, Sampling, Usage};
     use izar_common::id::{Hash, TurnId};
 
     fn job(max_tokens: u32, delivered: usize) -> Job {
@@ -249,6 +249,7 @@ mod tests {
             sampling,
             cache_salt: [0; 16],
             numerics: None,
+            class: Class::default(),
         }
     }
 

@@ -10,7 +10,7 @@ use futures_util::stream::FuturesUnordered;
 use izar_common::chat::Job;
 use izar_common::clock::wall_ms;
 use izar_common::health::{Report, WorkerReport};
-use izar_common::id::{Hash, NodeId, TurnId, WorkerId};
+use izar_common::id::{DeploymentId, Hash, NodeId, TurnId, WorkerId};
 use izar_common::quic::{self, Connection};
 use izar_common::wire::agent::{Resume, Resumed, Submit};
 use izar_common::wire::handshake::Open;
@@ -18,6 +18,8 @@ use tokio::sync::{Notify, watch};
 
 use super::job::{Counted, JobStream};
 use crate::fleet::Fleet;
+use crate::queue::Room;
+use crate::room;
 use crate::scheduler::{self, Ask, NoPlace};
 use crate::state::{Config, Deployment};
 
@@ -33,6 +35,8 @@ pub struct Roster {
     config: watch::Receiver<Arc<Config>>,
     soft: Mutex<Soft>,
     asks: AtomicU64,
+    /// Told when there may be room for a job: one has ended, or an agent has reported.
+    pub freed: Notify,
     /// Told when an agent comes or goes, or a worker of it does.
     pub moved: Notify,
 }
@@ -45,7 +49,7 @@ struct Soft {
 impl Roster {
     pub fn new(config: watch::Receiver<Arc<Config>>) -> Self {
         let soft = Soft { fleet: Fleet::new(wall_ms()), sessions: HashMap::new() };
-        Self { config, soft: Mutex::new(soft), asks: AtomicU64::new(0), moved: Notify::new() }
+        Self { config, soft: Mutex::new(soft), asks: AtomicU64::new(0), freed: Notify::new(), moved: Notify::new() }
     }
 
     fn soft(&self) -> MutexGuard<'_, Soft> {
@@ -96,6 +100,7 @@ impl Roster {
         let moved = before.is_none_or(|before| before != states(&report.workers));
         soft.fleet.report(agent, report, wall_ms());
         drop(soft);
+        self.freed.notify_one();
         if moved {
             self.moved.notify_one();
         }
@@ -113,6 +118,14 @@ impl Roster {
 
     pub(super) fn end(&self, agent: &NodeId, worker: &WorkerId) {
         self.soft().fleet.end(agent, worker);
+        self.freed.notify_one();
+    }
+
+    /// How many jobs the workers of a deployment have room for.
+    pub fn room(&self, deployment: &DeploymentId, revision: Hash) -> Room {
+        let config = self.config.borrow().clone();
+        let ask = Ask { deployment, revision, numerics: None, avoid: &[], now_ms: wall_ms(), rotation: 0 };
+        room::room(&self.soft().fleet, &config, &ask)
     }
 
     /// Chooses a worker and counts the job for it.

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use izar_common::chat::{Finish, Job, JobEvent, Sampling, Usage};
+use izar_common::chat::{Class, Finish, Job, JobEvent, Sampling, Usage};
 use izar_common::health::{Report, WorkerState};
 use izar_common::id::{ClusterId, Hash, Identity, NodeId, Role, TurnId};
 use izar_common::quic::{self, Connection, Endpoint, Profile, Receiver, Sender};
@@ -87,6 +87,7 @@ fn job() -> Job {
         sampling,
         cache_salt: [0; 16],
         numerics: None,
+        class: Class::default(),
     }
 }
 

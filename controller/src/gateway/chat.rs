@@ -4,6 +4,7 @@
 //! and placing its job run side by side, and no byte of an answer leaves before the opening is committed.
 
 mod pump;
+mod wait;
 
 use std::future::poll_fn;
 use std::pin::Pin;
@@ -29,6 +30,7 @@ use super::models::{self, Served};
 use super::openai::sse::{Events, OTHER_EVENTS};
 use super::outlet::{OutletBody, outlet};
 use super::permits::Permit;
+use super::queues::{Facts, Pass};
 use super::running::{Begun, Stage};
 use super::trace::{self, What};
 use super::turn::Scored;
@@ -43,6 +45,8 @@ const INLINE_BYTES: usize = 4 << 10;
 /// Pauses between attempts to record that a turn has ended, while the cluster cannot.
 const RECORD_AGAIN: Duration = Duration::from_millis(100);
 const RECORD_AGAIN_MOST: Duration = Duration::from_secs(2);
+/// Pause before a turn that no worker took is placed again: long enough for some to end, and no time to who waits.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
 /// What is to be answered.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -145,6 +149,9 @@ pub struct Order {
     /// Where the client is in the stream: at its beginning, or where another controller left it.
     cursor: Cursor,
     resumed: bool,
+    /// Its turn at the workers, and how it came to it.
+    pass: Option<Pass>,
+    facts: Option<Facts>,
     /// The controller's, kept until the end is recorded: so closings that wait for a quorum are bounded too.
     _place: OwnedSemaphorePermit,
     _memory: Charge,
@@ -153,6 +160,11 @@ pub struct Order {
 impl Order {
     pub fn deployment(&self) -> &DeploymentId {
         &self.served.deployment
+    }
+
+    /// Nothing of it was computed before.
+    fn is_new(&self) -> bool {
+        !self.resumed
     }
 }
 
@@ -230,6 +242,8 @@ pub async fn prepare(
         permit,
         cursor,
         resumed,
+        pass: None,
+        facts: None,
         _place: place,
         _memory: memory,
     })
@@ -343,17 +357,33 @@ async fn run(gateway: Gateway, mut order: Order, mut exit: Exit, streamed: bool)
     if order.resumed {
         listed.note(What::Resumed);
     }
-    let (ended, usage, recorded) = match begin(&gateway, &order, streamed).await {
+    let begun = match wait::wait(&gateway, &mut order, &listed, &mut exit).await {
+        Ok(()) => begin(&gateway, &order, &mut exit, streamed).await,
+        Err(ended) => Err(Stopped { ended, recorded: false }),
+    };
+    if let Some(Facts { class, ahead, waited_ms, .. }) = order.facts.filter(Facts::waited) {
+        listed.note(What::Waited { class, ahead, waited_ms });
+    }
+    let (ended, usage, recorded) = match begun {
         Ok(streams) => {
             let (ended, usage) = pump(&gateway, &order, &listed, streams, &mut exit).await;
             (ended, usage, true)
         }
-        Err(refused) => {
-            let (code, reason) = (refused.error.row().code.to_owned(), trace::reason(&refused.error.to_string()));
-            listed.note(What::Refused { code, reason });
-            (Ended::Failed(refused.error), Usage::default(), refused.recorded)
+        Err(stopped) => {
+            if let Ended::Failed(error) = &stopped.ended {
+                let (code, reason) = (error.row().code.to_owned(), trace::reason(&error.to_string()));
+                listed.note(What::Refused { code, reason });
+            }
+            (stopped.ended, Usage::default(), stopped.recorded)
         }
     };
+    if let Some(pass) = order.pass.take() {
+        match &ended {
+            Ended::Finished { .. } => pass.finish(Some(usage)),
+            Ended::Failed(_) => pass.finish(None),
+            Ended::Gone => {}
+        }
+    }
     listed.enter(Stage::Closing);
     order.permit = None;
     let (outcome, word, rest) = match ended {
@@ -383,37 +413,58 @@ async fn run(gateway: Gateway, mut order: Order, mut exit: Exit, streamed: bool)
     }
 }
 
-/// Why a turn did not begin.
-struct Refused {
-    error: Error,
+/// How a turn ended that did not begin.
+struct Stopped {
+    ended: Ended,
     /// Its opening is, or may yet become, part of the record, and so must its end.
     recorded: bool,
 }
 
+impl Stopped {
+    fn failed(error: Error, recorded: bool) -> Self {
+        Self { ended: Ended::Failed(error), recorded }
+    }
+}
+
 /// Records the turn and places its jobs, side by side.
-async fn begin(gateway: &Gateway, order: &Order, streamed: bool) -> Result<Vec<JobStream>, Refused> {
-    let refused = |error| Refused { error, recorded: false };
+async fn begin(gateway: &Gateway, order: &Order, exit: &mut Exit, streamed: bool) -> Result<Vec<JobStream>, Stopped> {
     if order.resumed {
         record_begin(gateway, order, streamed).await?;
         let going_on = (0..order.choices).map(|choice| go_on(gateway, order, choice));
         let placed: Result<_, NoPlace> = future::join_all(going_on).await.into_iter().collect();
-        return placed.map_err(|no_place| Refused { error: no_place.into(), recorded: true });
+        return placed.map_err(|no_place| Stopped::failed(no_place.into(), true));
     }
     let submit = |choice| Box::pin(gateway.agents.submit(job(gateway, order, choice, 0)));
-    let mut jobs: Vec<_> = (0..order.choices).map(submit).map(future::maybe_done).collect();
     // Placing is decided at once; a job that goes nowhere needs no record.
-    for job in &mut jobs {
-        let _ = poll_fn(|cx| Poll::Ready(job.poll_unpin(cx))).await;
-        if let MaybeDone::Done(Err(_)) = job {
-            let Some(Err(no_place)) = Pin::new(job).take_output() else { unreachable!("it was just seen") };
-            return Err(refused(no_place.into()));
+    let mut jobs = 'placed: loop {
+        let mut jobs: Vec<_> = (0..order.choices).map(submit).map(future::maybe_done).collect();
+        for job in &mut jobs {
+            let _ = poll_fn(|cx| Poll::Ready(job.poll_unpin(cx))).await;
+            if let MaybeDone::Done(Err(_)) = job {
+                let Some(Err(no_place)) = Pin::new(job).take_output() else { unreachable!("it was just seen") };
+                let waits = order.pass.as_ref().is_some_and(Pass::may_wait);
+                if !(waits && matches!(no_place, NoPlace::AllFull { .. })) {
+                    return Err(Stopped::failed(no_place.into(), false));
+                }
+                drop(jobs);
+                // Another controller was faster. This one keeps its place in front of who came later.
+                tokio::select! {
+                    () = tokio::time::sleep(LOOK_AGAIN) => continue 'placed,
+                    () = exit.gone() => return Err(Stopped { ended: Ended::Gone, recorded: false }),
+                    () = gateway.kill.cancelled() => return Err(Stopped::failed(Error::Stopping, false)),
+                }
+            }
         }
+        break jobs;
+    };
+    if let Some(pass) = &order.pass {
+        pass.placed();
     }
     let (opened, _) = tokio::join!(record_begin(gateway, order, streamed), future::join_all(&mut jobs));
     opened?;
     let placed = jobs.iter_mut().map(|job| Pin::new(job).take_output().expect("all jobs were waited for"));
     let placed: Result<_, NoPlace> = placed.collect();
-    placed.map_err(|no_place| Refused { error: no_place.into(), recorded: true })
+    placed.map_err(|no_place| Stopped::failed(no_place.into(), true))
 }
 
 /// Reads on what an agent keeps of a choice; if none does, it is computed again from its beginning.
@@ -437,13 +488,13 @@ fn job(gateway: &Gateway, order: &Order, choice: u32, attempt: u32) -> Job {
         cache_salt: gateway.pepper.cache_salt(&order.caller.tenant),
         // What a client has of a stream goes on exactly where the same computes it.
         numerics: order.cursor.numerics,
+        class: order.arrival.urgency.class,
     }
 }
 
-async fn record_begin(gateway: &Gateway, order: &Order, stream: bool) -> Result<(), Refused> {
+async fn record_begin(gateway: &Gateway, order: &Order, stream: bool) -> Result<(), Stopped> {
     if gateway.leadership.borrow().leader.is_none() {
-        let error = Error::Unavailable { reason: "no leader is known".into() };
-        return Err(Refused { error, recorded: false });
+        return Err(Stopped::failed(Error::Unavailable { reason: "no leader is known".into() }, false));
     }
     let opening = Opening {
         turn: order.arrival.turn,
@@ -467,10 +518,10 @@ async fn record_begin(gateway: &Gateway, order: &Order, stream: bool) -> Result<
             gateway.metrics.commit_seconds.observe(begun.elapsed());
             Ok(())
         }
-        Ok(Reply::Refused(Refusal::UnknownTurn(_))) => Err(Refused { error: Error::UnknownStream, recorded: false }),
-        Ok(Reply::Refused(refusal)) => Err(Refused { error: refusal.into(), recorded: false }),
+        Ok(Reply::Refused(Refusal::UnknownTurn(_))) => Err(Stopped::failed(Error::UnknownStream, false)),
+        Ok(Reply::Refused(refusal)) => Err(Stopped::failed(refusal.into(), false)),
         // It may still be committed after we have stopped waiting.
-        Err(unavailable) => Err(Refused { error: Error::Unavailable { reason: unavailable.reason }, recorded: true }),
+        Err(unavailable) => Err(Stopped::failed(Error::Unavailable { reason: unavailable.reason }, true)),
     }
 }
 

@@ -17,7 +17,7 @@ use super::chat::{self as line, Order};
 use super::cursor::Cursor;
 use super::error::Error;
 use super::front::{Arrival, REQUEST_ID, Streamed};
-use super::{auth, intake};
+use super::{auth, intake, urgency};
 use parameters::Parameters;
 use sse::{Events, Kind};
 
@@ -107,6 +107,8 @@ async fn answer(
     body: &mut Body,
 ) -> Result<Response<Body>, Error> {
     let caller = auth::authenticate(headers, &gateway.pepper, &gateway.config())?;
+    let (class, deadline_ms) = (caller.project.class, caller.project.deadline_ms);
+    let arrival = Arrival { urgency: urgency::read(headers, class, deadline_ms, arrival.at)?, ..arrival };
     let (body, _charge) = intake::read(body, &gateway.limits, &gateway.memory).await?;
     let parameters = Parameters::parse(&body)?;
     let include_usage = parameters.include_usage();

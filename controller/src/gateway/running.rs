@@ -25,6 +25,8 @@ pub enum Stage {
     Answering,
     /// Ended; its end is being recorded.
     Closing,
+    /// Waits for its turn; not recorded yet.
+    Queued,
 }
 
 /// A running turn as it is listed.
@@ -100,7 +102,7 @@ impl Entry {
     fn snapshot(&self) -> Running {
         let place = self.place.lock().expect("no panic while a place is held").clone();
         let (agent, worker) = place.unzip();
-        let stages = [Stage::Opening, Stage::Waiting, Stage::Answering, Stage::Closing];
+        let stages = [Stage::Opening, Stage::Waiting, Stage::Answering, Stage::Closing, Stage::Queued];
         let Begun { turn, key, deployment, stream, prompt_tokens, started_ms } = self.begun.clone();
         Running {
             turn,

@@ -1,5 +1,6 @@
 //! Stories of single requests, told by the bytes that a client sees and by the record that stays.
 
+mod queued;
 mod world;
 
 use izar_common::chat::{Finish, Usage};

@@ -8,6 +8,7 @@ mod ceiling;
 mod client;
 mod cpu;
 mod load;
+mod overload;
 mod parser;
 mod report;
 mod schedule;
@@ -47,6 +48,8 @@ const OPEN_CONNECTIONS: usize = 256;
 pub enum Command {
     /// Drive an OpenAI endpoint: closed loop (--concurrency) or open loop (--rate)
     Api(Box<Options>),
+    /// Ask for more than an endpoint can do, with deadlines and several keys, and see what it makes of it
+    Overload(Box<overload::Options>),
     /// Measure the engine alone, on this machine: rates, time to first token, memory
     #[command(disable_help_flag = true)]
     Engine(agent::Options),
@@ -128,6 +131,7 @@ pub struct Options {
 pub fn run(command: Command, as_json: bool) -> anyhow::Result<()> {
     let options = match command {
         Command::Api(options) => options,
+        Command::Overload(options) => return overload::run(&options, as_json),
         Command::Engine(options) => return agent::run("engine", options, as_json),
         Command::Quality(options) => return agent::run("quality", options, as_json),
         Command::Greedy(options) => return agent::run("greedy", options, as_json),

@@ -217,6 +217,9 @@ fn told(what: &What) -> String {
         What::Attached { choice, agent, worker } => {
             format!("answer {choice} read from what agent {agent} keeps of {worker}")
         }
+        What::Waited { class, ahead, waited_ms } => {
+            format!("waited {waited_ms} ms for a place, class {class}, {ahead} ahead of it")
+        }
         What::FirstToken => "first token".into(),
         What::Lost { choice, worker, reason } => {
             format!("answer {choice} lost {worker} and goes on elsewhere: {reason}")

@@ -107,6 +107,9 @@ impl Gauges {
                 let first = gateway.metrics.first_token_seconds.with(&[order.served.deployment.as_str()]);
                 first.observe(now - order.arrival.at);
                 (self.begun, self.just_begun) = (true, true);
+                if let Some(pass) = &order.pass {
+                    pass.first_token(now.into_std());
+                }
             }
             if branch.tokens > 0 {
                 self.between.observe(now - branch.last);
@@ -287,6 +290,9 @@ impl<'a> Pump<'a> {
             branch.failed.push(stream.worker.clone());
         }
         gateway.metrics.placed_again.add(1);
+        if let Some(pass) = &order.pass {
+            pass.disturbed();
+        }
         let mut job = job(gateway, order, branch.choice, attempt);
         job.delivered = branch.turn.delivered().to_vec();
         // What nothing has come of yet may begin anywhere.

@@ -82,12 +82,16 @@ impl Client {
         Ok(())
     }
 
-    /// Sends the request and reads its answer. Cancelling it drops the connection.
+    /// Sends the next request and reads its answer. Cancelling it drops the connection.
     pub async fn exchange(&mut self, sample: &mut Sample) -> Result<(), Failure> {
+        let requests = self.requests.clone();
+        self.ask(requests.next(), sample).await
+    }
+
+    /// The same with a request of the caller's.
+    pub async fn ask(&mut self, request: &[u8], sample: &mut Sample) -> Result<(), Failure> {
         // A kept connection may have been closed since; then a new one gets the request, once.
         let kept = self.connection.is_some();
-        let requests = self.requests.clone();
-        let request = requests.next();
         match self.attempt(request, sample).await {
             Err(Failure::Cut) if kept && self.parser.is_fresh() => {
                 self.reconnects += 1;
