@@ -30,6 +30,8 @@ mod refusals;
 mod sampling;
 #[path = "stories/secrets.rs"]
 mod secrets;
+#[path = "stories/shared_prefixes.rs"]
+mod shared_prefixes;
 #[path = "stories/strangers.rs"]
 mod strangers;
 #[path = "stories/streams_resumed.rs"]

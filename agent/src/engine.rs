@@ -15,6 +15,7 @@ use std::time::Instant;
 
 use izar_common::chat::{Class, Job, JobEvent};
 use izar_common::health::Load;
+use izar_common::prefix::Sketch;
 
 use batch::Batcher;
 use executor::{Executor, Outcome};
@@ -46,6 +47,10 @@ pub trait Engine {
     fn due(&self) -> Option<Instant>;
     fn state(&self) -> &State;
     fn load(&self) -> Load;
+    /// Counts the changes of what its cache holds for later prompts; 0 for ever if it has none.
+    fn held(&self) -> u64;
+    /// A note of what its cache holds for later prompts.
+    fn sketch(&self) -> Sketch;
     /// Steps that were computed so far: they tell a long prompt from an engine that hangs.
     fn steps(&self) -> u64;
 }
@@ -143,6 +148,12 @@ impl Engine for Lm {
     }
     fn load(&self) -> Load {
         self.batcher.as_ref().map_or(Load::default(), Batcher::load)
+    }
+    fn held(&self) -> u64 {
+        self.batcher.as_ref().map_or(0, Batcher::held)
+    }
+    fn sketch(&self) -> Sketch {
+        self.batcher.as_ref().map_or(Sketch::default(), Batcher::sketch)
     }
     fn steps(&self) -> u64 {
         self.steps

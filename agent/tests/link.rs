@@ -83,7 +83,7 @@ impl Session {
     async fn report_until(&mut self, what: &str, test: impl Fn(&Report) -> bool) -> Report {
         let reading = async {
             loop {
-                let Up::Report(report) = self.rx.expect::<Up>().await.unwrap();
+                let Up::Report(report) = self.rx.expect::<Up>().await.unwrap() else { continue };
                 if test(&report) {
                     return report;
                 }

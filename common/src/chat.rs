@@ -183,6 +183,9 @@ pub enum Finish {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Usage {
     pub prompt_tokens: u32,
+    /// Those of them that were not computed, because the worker's cache held them. Known once a worker has ended an answer
+    /// itself: 0 for one that was cut off at a stop string or that a client left.
+    pub cached_tokens: u32,
     pub completion_tokens: u32,
 }
 

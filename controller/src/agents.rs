@@ -93,7 +93,7 @@ impl Agents {
         session::serve(self, connection).await;
     }
 
-    /// Sends a job to the least loaded worker that can do it, or says why none can.
+    /// Sends a job to the worker that has the least to do for it, or says why none can.
     ///
     /// Dropping the future or the stream cancels the job.
     pub async fn submit(&self, job: Job) -> Result<JobStream, NoPlace> {

@@ -163,6 +163,8 @@ pub struct Metrics {
     pub between_tokens_seconds: Family<Histogram>,
     /// Tokens by kind (`prompt`, `completion`) and deployment.
     pub tokens: Family<Counter>,
+    /// Prompt tokens that workers found in their caches, by deployment.
+    pub cached_prompt_tokens: Family<Counter>,
     /// Turns by how they ended.
     pub turns: Family<Counter>,
     /// Jobs that were placed again after a worker or an agent failed.
@@ -192,6 +194,7 @@ impl Default for Metrics {
             first_token_seconds: Family::new(&["deployment"], || Histogram::new(LONG)),
             between_tokens_seconds: Family::new(&["deployment"], || Histogram::new(SHORT)),
             tokens: Family::new(&["kind", "deployment"], Counter::default),
+            cached_prompt_tokens: Family::new(&["deployment"], Counter::default),
             turns: Family::new(&["outcome"], Counter::default),
             placed_again: Counter::default(),
             inexact_moves: Counter::default(),
@@ -255,6 +258,11 @@ impl Metrics {
             &self.between_tokens_seconds,
         );
         page.counters("izar_tokens_total", "Tokens of prompts and of answers.", &self.tokens);
+        page.counters(
+            "izar_prompt_tokens_cached_total",
+            "Prompt tokens that workers found in their caches.",
+            &self.cached_prompt_tokens,
+        );
         page.counters("izar_turns_total", "Turns by how they ended.", &self.turns);
         page.counters("izar_refused_total", "Connections and requests refused, by reason.", &self.refused);
         page.histograms(

@@ -45,14 +45,7 @@ mod tests {
     fn check(said: &str, replicas: u32, free: u32) {
         let (config, fleet) = (config("m 2", "m.0@a1 m.1@a2"), fleet(said, 1000));
         let deployment = "m".parse().unwrap();
-        let ask = Ask {
-            deployment: &deployment,
-            revision: Hash([1; 32]),
-            numerics: None,
-            avoid: &[],
-            now_ms: 1000,
-            rotation: 0,
-        };
+        let ask = Ask::any(&deployment, Hash([1; 32]), 1000);
         let (reserve, urgent) = (replicas * URGENT_PLACES, replicas * URGENT_PLACES);
         assert_eq!(room(&fleet, &config, &ask), Room { replicas, free, reserve, urgent }, "{said}");
     }
@@ -69,14 +62,7 @@ mod tests {
     fn what_others_have_sent_takes_room_once_it_is_seen_twice() {
         let (config, mut fleet) = (config("m 1", "m.0@a1"), fleet("a1 m.0 ready 3 1 0", 1000));
         let (agent, deployment) = ("a1".parse().unwrap(), "m".parse().unwrap());
-        let ask = Ask {
-            deployment: &deployment,
-            revision: Hash([1; 32]),
-            numerics: None,
-            avoid: &[],
-            now_ms: 1000,
-            rotation: 0,
-        };
+        let ask = Ask::any(&deployment, Hash([1; 32]), 1000);
         // Once may be ours that have just ended.
         assert_eq!(room(&fleet, &config, &ask).free, 5);
         let report = fleet.agents[&agent].report.clone().unwrap();

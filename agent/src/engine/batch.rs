@@ -14,6 +14,7 @@ use std::collections::VecDeque;
 
 use izar_common::chat::{Class, Job, JobEvent};
 use izar_common::health::Load;
+use izar_common::prefix::Sketch;
 
 use super::blocks::{Block, Blocks};
 use super::pace::{self, Pace};
@@ -31,9 +32,11 @@ pub const WAITING_LIMIT: usize = 512;
 /// second of two prompts begins when the first is computed.
 pub const URGENT_PLACES: usize = 4;
 
-/// Steps of urgent sequences alone, after which one step takes everybody: so long others pause at most. An urgent answer
-/// of eight tokens takes eight, so one that comes alone, or with a few others, is never held up by it.
+/// Steps of urgent sequences alone, or seconds of them, after which one step takes everybody: so long others pause at
+/// most. An urgent answer of eight tokens takes eight steps, a fifth of a second at most where it is to be in time, so one
+/// that comes alone, or with a few others, is never held up by it; and who reads along takes a second for a hiccup.
 pub const PAUSE_STEPS: u32 = 32;
+pub const PAUSE_SECONDS: f64 = 1.0;
 
 /// Prompt tokens of a step that takes everybody after such a pause. It is not given up, so that others cannot starve, and
 /// an urgent job that comes meanwhile waits for its end.
@@ -70,8 +73,8 @@ pub struct Batcher {
     under_way: (usize, usize),
     /// The step under way computes urgent sequences alone.
     urgent_only: bool,
-    /// Such steps since others were last computed.
-    paused: u32,
+    /// Such steps since others were last computed, and the seconds that they took.
+    paused: (u32, f64),
     /// Running sequences in the step under way, and how much was computed before it.
     stepping: Vec<(SequenceId, usize)>,
     opened: Vec<(SequenceId, Drawer)>,
@@ -93,7 +96,7 @@ impl Batcher {
             pace: Pace::default(),
             under_way: (0, 0),
             urgent_only: false,
-            paused: 0,
+            paused: (0, 0.0),
             stepping: Vec::new(),
             opened: Vec::new(),
             closed: Vec::new(),
@@ -144,7 +147,7 @@ impl Batcher {
     /// Plans the next step, if there is anything to do. Its results go to [`Batcher::finish`], or its end without any to
     /// [`Batcher::give_up`], before the next plan.
     pub fn plan(&mut self) -> Option<Step> {
-        let held = self.paused >= PAUSE_STEPS;
+        let held = self.is_held();
         self.urgent_only = self.has_urgent() && !held;
         self.make_room();
         let mut copied = Vec::new();
@@ -188,7 +191,12 @@ impl Batcher {
     }
     /// Whether an urgent job is worth the loss of the step under way.
     pub fn may_give_up(&self) -> bool {
-        !self.urgent_only && self.paused < PAUSE_STEPS
+        !self.urgent_only && !self.is_held()
+    }
+    /// Whether others have paused for so long that the next step takes everybody.
+    fn is_held(&self) -> bool {
+        let (steps, seconds) = self.paused;
+        steps >= PAUSE_STEPS || seconds >= PAUSE_SECONDS
     }
     /// Gives every answer of the next step a block for its next token, the oldest first; those that [`Self::displace`]
     /// finds give theirs up for it.
@@ -263,7 +271,8 @@ impl Batcher {
         let (answers, prompt) = self.under_way;
         self.pace.learn(answers, prompt, seconds);
         let others = self.running.len() + self.waiting.len() > self.stepping.len();
-        self.paused = if self.urgent_only && others { self.paused + 1 } else { 0 };
+        let (steps, before) = self.paused;
+        self.paused = if self.urgent_only && others { (steps + 1, before + seconds) } else { (0, 0.0) };
         self.blocks.give_back(&std::mem::take(&mut self.copying));
         for (id, from) in std::mem::take(&mut self.stepping) {
             if let Some(sequence) = self.running.iter_mut().find(|s| s.id == id) {
@@ -297,6 +306,14 @@ impl Batcher {
         let failed = |s: Sequence| (s.job, JobEvent::Failed { reason: reason.to_owned(), retryable: true });
         let waiting = self.waiting.drain(..).map(|(sequence, _)| sequence);
         self.running.drain(..).chain(waiting).map(failed).collect()
+    }
+    /// Counts the changes of what the cache holds for later prompts.
+    pub fn held(&self) -> u64 {
+        self.blocks.changes()
+    }
+    /// A note of what the cache holds for later prompts.
+    pub fn sketch(&self) -> Sketch {
+        self.blocks.sketch()
     }
     pub fn load(&self) -> Load {
         Load {
@@ -362,7 +379,10 @@ mod tests {
         let step = b.plan().unwrap();
         assert_eq!((chunks(&step), jobs(&b)), (vec![(0, 2, Wants::Last); 2], (2, 1)));
         let events = answer(&mut b, &step, 9);
-        let done = JobEvent::Done { finish: Finish::Length, usage: Usage { prompt_tokens: 2, completion_tokens: 1 } };
+        let done = JobEvent::Done {
+            finish: Finish::Length,
+            usage: Usage { prompt_tokens: 2, cached_tokens: 0, completion_tokens: 1 },
+        };
         assert_eq!(events.iter().filter(|(_, e)| *e == done).count(), 2);
         let next = b.plan().unwrap();
         assert_eq!((next.closed, next.draws.len(), jobs(&b)), (vec![SequenceId(0), SequenceId(1)], 1, (1, 0)));
@@ -425,6 +445,22 @@ mod tests {
         other.cache_salt = [7; 16];
         b.submit(4, other);
         assert_eq!(run(&mut b)[0], [(0, 50, Wants::Last)], "another tenant finds nothing");
+    }
+
+    #[test]
+    fn an_answer_says_how_much_of_its_prompt_came_from_the_cache() {
+        let mut b = batcher(4);
+        let mut cached = |prompt: &[Token], delivered: &[Token]| {
+            b.submit(0, job(prompt, delivered, 1 + delivered.len() as u32));
+            let step = b.plan().unwrap();
+            let last = answer(&mut b, &step, 9).pop();
+            let Some((_, JobEvent::Done { usage, .. })) = last else { panic!("{last:?}") };
+            (usage.prompt_tokens, usage.cached_tokens)
+        };
+        let prompt: Vec<Token> = (10..60).collect();
+        assert_eq!(cached(&prompt, &[]), (50, 0));
+        assert_eq!(cached(&prompt, &[]), (50, 48));
+        assert_eq!(cached(&prompt[..37], &[5; 4]), (37, 37), "what was delivered is no prompt");
     }
 
     #[test]
@@ -587,6 +623,22 @@ mod tests {
     }
 
     #[test]
+    fn others_pause_for_a_second_at_most_where_steps_are_long() {
+        let mut b = batcher(2);
+        b.submit(0, of_class(Class::Batch, &[3], 50));
+        let step = b.plan().unwrap();
+        answer(&mut b, &step, 9);
+        b.submit(1, of_class(Class::Urgent, &[1], 50));
+        let mut sizes = Vec::new();
+        for _ in 0..6 {
+            let step = b.plan().unwrap();
+            b.finish(step.draws.iter().map(|id| (*id, Ok(drawn(9)))).collect(), 0.5 * PAUSE_SECONDS);
+            sizes.push(step.draws.len());
+        }
+        assert_eq!(sizes, [1, 1, 2, 1, 1, 2]);
+    }
+
+    #[test]
     fn an_urgent_job_takes_blocks_from_the_youngest_of_the_least_urgent() {
         let mut b = with_blocks(4, 12);
         b.submit(0, of_class(Class::Batch, &[1; 60], 3));
@@ -605,7 +657,8 @@ mod tests {
     #[test]
     fn a_flood_of_less_urgent_jobs_keeps_no_urgent_one_out() {
         let mut b = batcher(1);
-        let mut flood = |class| (0..).map(|i| b.submit(i, of_class(class, &[1], 1))).take_while(Option::is_none).count();
+        let mut flood =
+            |class| (0..).map(|i| b.submit(i, of_class(class, &[1], 1))).take_while(Option::is_none).count();
         let (batch, interactive) = (flood(Class::Batch), flood(Class::Interactive));
         assert_eq!((batch, interactive), (WAITING_LIMIT, WAITING_LIMIT));
         assert_eq!(b.submit(9999, of_class(Class::Urgent, &[1], 1)), None);
@@ -619,7 +672,7 @@ mod tests {
         run(&mut b);
         // One that goes on in a copy of a block, and a new one.
         b.submit(1, job(&prompt[..37], &[], 3));
-        b.submit(2, job(&[7; 40], &[], 3));
+        b.submit(2, job(&[7; 20], &[], 3));
         let step = b.plan().unwrap();
         assert!(b.may_give_up() && step.batch.copied.len() == 1);
         b.give_up();

@@ -4,8 +4,9 @@
 //! given again: output never becomes prompt.
 
 use izar_common::chat::{Class, Finish, Job, JobEvent, Logprobs, Sampling, TOP_LOGPROBS, Token, Usage};
+use izar_common::prefix::{Name, Namer};
 
-use super::blocks::{Block, Blocks, Name, Namer, Title};
+use super::blocks::{Block, Blocks, Title};
 use crate::ops::TOKENS;
 
 /// Names an answer between planner and executor; never used again after its end.
@@ -32,6 +33,8 @@ pub struct Sequence {
     /// Prompt, then answer.
     tokens: Vec<Token>,
     prompt: usize,
+    /// Tokens of the prompt that the cache held when it first joined.
+    cached: Option<usize>,
     /// Tokens that the cache holds, counting those of a step that is under way.
     computed: usize,
     namer: Namer,
@@ -101,6 +104,7 @@ impl Sequence {
             class: job.class,
             tokens,
             prompt,
+            cached: None,
             computed: 0,
             namer: Namer::new(job.cache_salt),
             names: Vec::new(),
@@ -170,6 +174,7 @@ impl Sequence {
             copied.push((block, self.blocks[shared]));
             self.computed += count;
         }
+        self.cached.get_or_insert(self.computed.min(self.prompt));
         true
     }
     /// Makes sure that there is a block for the next token.
@@ -237,8 +242,9 @@ impl Sequence {
         self.answer().len() >= self.max_tokens || self.tokens.len() >= limits.context
     }
     fn done(&self, finish: Finish) -> JobEvent {
-        let usage = Usage { prompt_tokens: self.prompt as u32, completion_tokens: self.answer().len() as u32 };
-        JobEvent::Done { finish, usage }
+        let (prompt_tokens, completion_tokens) = (self.prompt as u32, self.answer().len() as u32);
+        let cached_tokens = self.cached.unwrap_or(0) as u32;
+        JobEvent::Done { finish, usage: Usage { prompt_tokens, cached_tokens, completion_tokens } }
     }
 }
 
@@ -270,7 +276,7 @@ pub mod tests {
         Sequence::new(5, SequenceId(0), job)
     }
     fn done(finish: Finish, prompt_tokens: u32, completion_tokens: u32) -> JobEvent {
-        JobEvent::Done { finish, usage: Usage { prompt_tokens, completion_tokens } }
+        JobEvent::Done { finish, usage: Usage { prompt_tokens, cached_tokens: 0, completion_tokens } }
     }
     fn tokens(position: u32, token: Token) -> JobEvent {
         JobEvent::Tokens { position, tokens: vec![token], logprobs: Vec::new() }

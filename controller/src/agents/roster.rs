@@ -11,6 +11,8 @@ use izar_common::chat::Job;
 use izar_common::clock::wall_ms;
 use izar_common::health::{Report, WorkerReport};
 use izar_common::id::{DeploymentId, Hash, NodeId, TurnId, WorkerId};
+use izar_common::manifest::Kind;
+use izar_common::prefix::{BLOCK, Name, Namer, Sketch};
 use izar_common::quic::{self, Connection};
 use izar_common::wire::agent::{Resume, Resumed, Submit};
 use izar_common::wire::handshake::Open;
@@ -18,9 +20,10 @@ use tokio::sync::{Notify, watch};
 
 use super::job::{Counted, JobStream};
 use crate::fleet::Fleet;
+use crate::prefixes::Prefixes;
 use crate::queue::Room;
 use crate::room;
-use crate::scheduler::{self, Ask, NoPlace};
+use crate::scheduler::{self, Ask, NoPlace, PREFIX_BLOCKS, Place};
 use crate::state::{Config, Deployment};
 
 /// How long agents are asked whether they keep an answer: a client waits, and it can be computed again.
@@ -43,12 +46,14 @@ pub struct Roster {
 
 struct Soft {
     fleet: Fleet,
+    prefixes: Prefixes,
     sessions: HashMap<NodeId, Connection>,
 }
 
 impl Roster {
     pub fn new(config: watch::Receiver<Arc<Config>>) -> Self {
-        let soft = Soft { fleet: Fleet::new(wall_ms()), sessions: HashMap::new() };
+        let (fleet, prefixes) = (Fleet::new(wall_ms()), Prefixes::default());
+        let soft = Soft { fleet, prefixes, sessions: HashMap::new() };
         Self { config, soft: Mutex::new(soft), asks: AtomicU64::new(0), freed: Notify::new(), moved: Notify::new() }
     }
 
@@ -67,6 +72,7 @@ impl Roster {
         if !soft.fleet.connect(agent, wall_ms()) {
             return false;
         }
+        soft.prefixes.forget(agent);
         if let Some(old) = soft.sessions.insert(agent.clone(), connection.clone()) {
             old.close("replaced by a newer session of the same agent");
         }
@@ -84,6 +90,7 @@ impl Roster {
         }
         soft.sessions.remove(agent);
         soft.fleet.disconnect(agent);
+        soft.prefixes.forget(agent);
         drop(soft);
         self.moved.notify_one();
         true
@@ -98,6 +105,7 @@ impl Roster {
         let states = |workers: &[WorkerReport]| workers.iter().map(|w| (w.worker.clone(), w.state)).collect::<Vec<_>>();
         let before = soft.fleet.agents.get(agent).and_then(|view| Some(states(&view.report.as_ref()?.workers)));
         let moved = before.is_none_or(|before| before != states(&report.workers));
+        soft.prefixes.report(agent, &report);
         soft.fleet.report(agent, report, wall_ms());
         drop(soft);
         self.freed.notify_one();
@@ -109,6 +117,14 @@ impl Roster {
     /// The revision of a deployment that new requests are for.
     pub fn revision(&self, config: &Config, deployment: &Deployment) -> Hash {
         scheduler::revision(&self.soft().fleet, config, deployment)
+    }
+
+    /// Takes what a worker holds for later prompts, unless a newer session has replaced this one.
+    pub fn sketch(&self, agent: &NodeId, connection: &Connection, worker: &WorkerId, sketch: Sketch) {
+        let mut soft = self.soft();
+        if soft.sessions.get(agent).map(Connection::stable_id) == Some(connection.stable_id()) {
+            soft.prefixes.sketch(agent, worker, sketch);
+        }
     }
 
     /// Jobs of this controller on an agent.
@@ -124,28 +140,32 @@ impl Roster {
     /// How many jobs the workers of a deployment have room for.
     pub fn room(&self, deployment: &DeploymentId, revision: Hash) -> Room {
         let config = self.config.borrow().clone();
-        let ask = Ask { deployment, revision, numerics: None, avoid: &[], now_ms: wall_ms(), rotation: 0 };
+        let ask = Ask::any(deployment, revision, wall_ms());
         room::room(&self.soft().fleet, &config, &ask)
     }
 
     /// Chooses a worker and counts the job for it.
     fn place(self: &Arc<Self>, job: &Job, avoid: &[WorkerId]) -> Result<(Counted, Connection), NoPlace> {
         let config = self.config.borrow().clone();
+        let names = names(job, &config);
         let ask = Ask {
             deployment: &job.deployment,
             revision: job.revision,
             numerics: job.numerics,
             avoid,
+            class: job.class,
+            tokens: u32::try_from(job.prompt.len() + job.delivered.len()).unwrap_or(u32::MAX),
+            names: &names,
             now_ms: wall_ms(),
             rotation: self.asks.fetch_add(1, Ordering::Relaxed),
         };
         let mut soft = self.soft();
-        let place = scheduler::place(&soft.fleet, &config, &ask)?;
+        let place = scheduler::place(&soft.fleet, &soft.prefixes, &config, &ask)?;
         let connection = soft.sessions.get(&place.agent).expect("a connected agent has a session").clone();
         soft.fleet.begin(&place.agent, &place.worker);
-        let counted =
-            Counted { roster: self.clone(), agent: place.agent, worker: place.worker, numerics: place.numerics };
-        Ok((counted, connection))
+        soft.prefixes.sent(&place.worker, &names, ask.now_ms);
+        let Place { agent, worker, numerics, why } = place;
+        Ok((Counted { roster: self.clone(), agent, worker, numerics, why: Some(why) }, connection))
     }
 
     /// Finds the agent that keeps the answer of a job which another controller began, and reads it from its beginning.
@@ -184,7 +204,7 @@ impl Roster {
         let numerics = report.and_then(|report| report.numerics);
         soft.fleet.begin(&agent, &worker);
         drop(soft);
-        Some(JobStream::running(Counted { roster: self.clone(), agent, worker, numerics }, tx, rx))
+        Some(JobStream::running(Counted { roster: self.clone(), agent, worker, numerics, why: None }, tx, rx))
     }
 
     /// Sends a job to the best worker; `avoid` names workers that have just failed it.
@@ -214,4 +234,15 @@ impl Roster {
         }
         Ok(stream)
     }
+}
+
+/// Names what a worker may have of a job in its cache: the beginning of all that is known, in full blocks. The echo model
+/// keeps nothing.
+fn names(job: &Job, config: &Config) -> Vec<Name> {
+    let kind = config.models.get(&job.revision).map(|model| &model.manifest.kind);
+    if matches!(kind, None | Some(Kind::Echo { .. })) {
+        return Vec::new();
+    }
+    let known = job.prompt.iter().chain(&job.delivered).copied().take(PREFIX_BLOCKS * BLOCK);
+    Namer::new(job.cache_salt).names(&known.collect::<Vec<_>>(), PREFIX_BLOCKS)
 }

@@ -96,7 +96,7 @@ async fn session(inner: &Inner, agent: &NodeId, connection: &Connection, tx: Sen
     }
 }
 
-/// Takes reports until the stream ends; only the newest is kept.
+/// Takes reports, and what workers hold, until the stream ends; only the newest is kept.
 async fn read_reports(
     inner: &Inner,
     agent: &NodeId,
@@ -104,9 +104,12 @@ async fn read_reports(
     mut rx: Receiver,
     heard: &AtomicU64,
 ) -> Result<(), wire::Error> {
-    while let Some(Up::Report(report)) = rx.next().await? {
+    while let Some(up) = rx.next().await? {
         heard.fetch_add(1, Relaxed);
-        inner.roster.report(agent, connection, report);
+        match up {
+            Up::Report(report) => inner.roster.report(agent, connection, report),
+            Up::Sketch { worker, sketch } => inner.roster.sketch(agent, connection, &worker, sketch),
+        }
     }
     Ok(())
 }

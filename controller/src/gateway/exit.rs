@@ -256,7 +256,7 @@ mod tests {
     use izar_common::id::{DeploymentId, TurnId};
 
     const CURSOR: &str = "00000000000000000000000000000001-0000000000000002-0000000000000003-0";
-    const USAGE: Usage = Usage { prompt_tokens: 1, completion_tokens: 1 };
+    const USAGE: Usage = Usage { prompt_tokens: 1, cached_tokens: 0, completion_tokens: 1 };
 
     fn stream() -> (Exit, oneshot::Receiver<Result<(), Error>>, OutletBody) {
         choices(1)

@@ -64,14 +64,21 @@ impl Head {
 #[derive(Debug, Clone, Copy, Serialize)]
 struct UsageOut {
     prompt_tokens: u32,
+    prompt_tokens_details: PromptTokens,
     completion_tokens: u32,
     total_tokens: u32,
 }
 
+#[derive(Debug, Clone, Copy, Serialize)]
+struct PromptTokens {
+    cached_tokens: u32,
+}
+
 impl From<Usage> for UsageOut {
     fn from(usage: Usage) -> Self {
-        let Usage { prompt_tokens, completion_tokens } = usage;
-        Self { prompt_tokens, completion_tokens, total_tokens: prompt_tokens + completion_tokens }
+        let Usage { prompt_tokens, cached_tokens, completion_tokens } = usage;
+        let total_tokens = prompt_tokens + completion_tokens;
+        Self { prompt_tokens, prompt_tokens_details: PromptTokens { cached_tokens }, completion_tokens, total_tokens }
     }
 }
 

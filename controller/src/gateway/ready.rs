@@ -4,6 +4,7 @@ use serde::Serialize;
 
 use crate::catalog::Catalog;
 use crate::fleet::Fleet;
+use crate::prefixes::Prefixes;
 use crate::raft::Leadership;
 use crate::scheduler;
 use crate::state::Config;
@@ -39,9 +40,9 @@ pub fn readiness(
             reasons.push(format!("{}: its tokenizer is not here yet", deployment.id));
             continue;
         }
-        let ask =
-            scheduler::Ask { deployment: &deployment.id, revision, numerics: None, avoid: &[], now_ms, rotation: 0 };
-        match scheduler::place(fleet, config, &ask) {
+        let ask = scheduler::Ask::any(&deployment.id, revision, now_ms);
+        // What caches hold makes no worker more or less ready.
+        match scheduler::place(fleet, &Prefixes::default(), config, &ask) {
             // Full is busy, not broken.
             Ok(_) | Err(scheduler::NoPlace::AllFull { .. }) => deployments.push(deployment.id.to_string()),
             Err(no_place) => reasons.push(no_place.to_string()),

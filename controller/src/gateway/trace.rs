@@ -9,6 +9,8 @@ use izar_common::chat::Class;
 use izar_common::id::{KeyId, NodeId, TurnId, WorkerId};
 use serde::{Deserialize, Serialize};
 
+use crate::scheduler::Why;
+
 /// Requests that have ended or were refused and are still explained: half a minute of full load, days of a quiet
 /// office. The oldest gives way.
 pub const ENDED: usize = 10_000;
@@ -58,6 +60,7 @@ pub enum What {
         choice: u32,
         agent: NodeId,
         worker: WorkerId,
+        why: Box<Why>,
     },
     /// What an agent keeps of it is read.
     Attached {

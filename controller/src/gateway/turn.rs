@@ -143,6 +143,8 @@ pub struct Turn {
     detokenizer: Detokenizer,
     stops: StopMatcher,
     usage: Usage,
+    /// Prompt tokens that its worker did not compute, once it has said so.
+    cached: Option<u32>,
     /// The tokens that have come.
     delivered: Vec<Token>,
     attempt: u32,
@@ -161,7 +163,8 @@ impl Turn {
             detokenizer: text.decoder(),
             stops: StopMatcher::new(form.stops.clone()),
             text,
-            usage: Usage { prompt_tokens: form.prompt_tokens, completion_tokens: 0 },
+            usage: Usage { prompt_tokens: form.prompt_tokens, cached_tokens: 0, completion_tokens: 0 },
+            cached: None,
             form,
             delivered: Vec::new(),
             attempt: 0,
@@ -175,6 +178,11 @@ impl Turn {
     /// What was used so far.
     pub fn usage(&self) -> Usage {
         self.usage
+    }
+
+    /// Prompt tokens that came from a cache, once the worker has ended the answer itself.
+    pub fn cached(&self) -> Option<u32> {
+        self.cached
     }
 
     /// The tokens that have come: what the next placement goes on after.
@@ -251,6 +259,7 @@ impl Turn {
     fn done(&mut self, finish: Finish, usage: Usage) -> Step {
         // The worker also counts an end-of-text token, which it need not send.
         self.usage.completion_tokens = self.usage.completion_tokens.max(usage.completion_tokens);
+        self.cached = Some(usage.cached_tokens.min(self.form.prompt_tokens));
         let released = self.stops.push(&self.detokenizer.finish());
         let mut shown = Shown::default();
         self.show(&mut shown, released.text);
@@ -292,7 +301,10 @@ mod tests {
     }
 
     fn done(tokens: u32) -> JobEvent {
-        JobEvent::Done { finish: Finish::Length, usage: Usage { prompt_tokens: 7, completion_tokens: tokens } }
+        JobEvent::Done {
+            finish: Finish::Length,
+            usage: Usage { prompt_tokens: 7, cached_tokens: 0, completion_tokens: tokens },
+        }
     }
 
     fn shown(text: &str) -> Step {
@@ -316,7 +328,7 @@ mod tests {
         assert_eq!(turn.on(bytes(0, b"he")), shown("h|e"));
         assert_eq!(turn.on(bytes(2, b"y")), shown("y"));
         assert_eq!(turn.on(done(3)), ended("", Some(End::Finished(Finish::Length))));
-        assert_eq!(turn.usage(), Usage { prompt_tokens: 7, completion_tokens: 3 });
+        assert_eq!(turn.usage(), Usage { prompt_tokens: 7, cached_tokens: 0, completion_tokens: 3 });
     }
 
     #[test]

@@ -213,7 +213,9 @@ fn human_story(explained: &view::Explained) -> String {
 fn told(what: &What) -> String {
     match what {
         What::Resumed => "a client came back for the rest of its stream".into(),
-        What::Placed { choice, agent, worker } => format!("answer {choice} placed on {worker} of agent {agent}"),
+        What::Placed { choice, agent, worker, why } => {
+            format!("answer {choice} placed on {worker} of agent {agent}: {why}")
+        }
         What::Attached { choice, agent, worker } => {
             format!("answer {choice} read from what agent {agent} keeps of {worker}")
         }

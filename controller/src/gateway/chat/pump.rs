@@ -192,7 +192,7 @@ impl<'a> Pump<'a> {
             scored: order.sampling.logprobs.is_some(),
         };
         let branch = |(choice, stream): (u32, JobStream)| {
-            listed.placed(choice, &stream.agent, &stream.worker);
+            listed.placed(choice, &stream.agent, &stream.worker, stream.why.as_ref());
             let (turn, last) = (Turn::new(order.served.text.clone(), form.clone()), Instant::now());
             let numerics = stream.numerics;
             let source = Source::Worker(Box::new(stream));
@@ -224,10 +224,12 @@ impl<'a> Pump<'a> {
         Poll::Pending
     }
 
-    /// Of all choices; the prompt counts once.
+    /// Of all choices; the prompt counts once, and of it what every choice found in a cache: the first computes it for the
+    /// others.
     fn usage(&self) -> Usage {
+        let cached_tokens = self.branches.iter().filter_map(|branch| branch.turn.cached()).min().unwrap_or(0);
         let completion_tokens = self.branches.iter().map(|branch| branch.turn.usage().completion_tokens).sum();
-        Usage { prompt_tokens: self.order.prompt.len() as u32, completion_tokens }
+        Usage { prompt_tokens: self.order.prompt.len() as u32, cached_tokens, completion_tokens }
     }
 
     /// When to look after the client and the workers next, whatever comes meanwhile.
@@ -276,6 +278,9 @@ impl<'a> Pump<'a> {
             self.finish = finish;
         }
         if !self.branches.iter().any(Branch::runs) {
+            let deployment = self.order.served.deployment.as_str();
+            let cached = u64::from(self.usage().cached_tokens);
+            self.gateway.metrics.cached_prompt_tokens.with(&[deployment]).add(cached);
             return Some(Ended::Finished { choice, finish, recorded: self.finish, inexact: self.inexact });
         }
         exit.ended(choice, finish).err().map(|_| Ended::Gone)
@@ -307,7 +312,7 @@ impl<'a> Pump<'a> {
             Err(no_place) => return Some(Ended::Failed(no_place.into())),
         };
         let branch = &mut self.branches[at];
-        self.listed.placed(branch.choice, &stream.agent, &stream.worker);
+        self.listed.placed(branch.choice, &stream.agent, &stream.worker, stream.why.as_ref());
         if branch.tokens > 0 && branch.numerics != stream.numerics {
             self.inexact = true;
             self.gateway.metrics.inexact_moves.add(1);

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use super::parser::Parser;
+use super::parser::{Parser, PromptTokens};
 use crate::http::{Endpoint, Io};
 
 /// Bytes taken from a connection at once: a TLS record.
@@ -39,6 +39,7 @@ pub struct Sample {
     /// When each token came.
     pub tokens_at: Vec<Instant>,
     pub tokens: u32,
+    pub prompt: PromptTokens,
     pub status: u16,
     /// A stream that was not cut, without an error in it.
     pub whole: bool,
@@ -124,6 +125,7 @@ impl Client {
             }
         }
         (sample.tokens, sample.status, sample.whole) = (self.parser.tokens, self.parser.status, self.parser.is_whole());
+        sample.prompt = self.parser.prompt;
         if !self.parser.closes {
             self.connection = Some(connection);
         }

@@ -39,6 +39,13 @@ enum At {
     Done,
 }
 
+/// Tokens of a prompt, and those of them that came from a cache; 0 where an answer does not say.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct PromptTokens {
+    pub all: u32,
+    pub cached: u32,
+}
+
 /// One response. `reset` makes it ready for the next, without giving memory back.
 #[derive(Debug)]
 pub struct Parser {
@@ -51,6 +58,8 @@ pub struct Parser {
     /// The server will close the connection.
     pub closes: bool,
     pub tokens: u32,
+    /// What the answer says of its prompt.
+    pub prompt: PromptTokens,
     /// The stream carried an error instead of an answer.
     pub failed: bool,
     /// The stream ended as it should.
@@ -68,6 +77,7 @@ impl Default for Parser {
             stream: false,
             closes: false,
             tokens: 0,
+            prompt: PromptTokens::default(),
             failed: false,
             ended: false,
         }
@@ -80,7 +90,7 @@ impl Parser {
         self.head.clear();
         self.body.clear();
         self.scanner.clear();
-        (self.status, self.tokens) = (0, 0);
+        (self.status, self.tokens, self.prompt) = (0, 0, PromptTokens::default());
         (self.stream, self.closes, self.failed, self.ended) = (false, false, false, false);
     }
 
@@ -182,7 +192,7 @@ impl Parser {
             self.body.extend_from_slice(&bytes[..bytes.len().min(room)]);
             return Ok(());
         }
-        let Self { scanner, tokens, failed, ended, .. } = self;
+        let Self { scanner, tokens, prompt, failed, ended, .. } = self;
         let scanned = scanner.push(bytes, |event| {
             if event == b"[DONE]" {
                 *ended = true;
@@ -190,6 +200,8 @@ impl Parser {
                 *tokens += 1;
             } else if event.starts_with(b"{\"error\"") {
                 *failed = true;
+            } else if let Some(usage) = after_key(event, b"\"usage\":").filter(|usage| usage.starts_with(b"{")) {
+                *prompt = PromptTokens::read(usage);
             }
         });
         scanned.map_err(|_| Malformed)
@@ -197,7 +209,8 @@ impl Parser {
 
     fn complete(&mut self) -> At {
         if !self.stream {
-            self.tokens = completion_tokens(&self.body);
+            self.tokens = number(&self.body, b"\"completion_tokens\":");
+            self.prompt = PromptTokens::read(&self.body);
         }
         At::Done
     }
@@ -231,9 +244,16 @@ fn has_text(event: &[u8]) -> bool {
     value.is_some_and(|v| v.first() == Some(&b'"') && v.get(1) != Some(&b'"'))
 }
 
-/// `usage.completion_tokens` of an answer that is no stream; 0 if it has none.
-fn completion_tokens(body: &[u8]) -> u32 {
-    let digits = after_key(body, b"\"completion_tokens\":").unwrap_or_default();
+impl PromptTokens {
+    /// Reads OpenAI's `usage`.
+    fn read(usage: &[u8]) -> Self {
+        Self { all: number(usage, b"\"prompt_tokens\":"), cached: number(usage, b"\"cached_tokens\":") }
+    }
+}
+
+/// The number after a key; 0 if there is none.
+fn number(json: &[u8], quoted_key_and_colon: &[u8]) -> u32 {
+    let digits = after_key(json, quoted_key_and_colon).unwrap_or_default();
     digits
         .iter()
         .take_while(|b| b.is_ascii_digit())
@@ -284,6 +304,22 @@ mod tests {
         check(PLAIN, (200, 16, true));
         check(&streamed(), (200, 2, true));
         check("HTTP/1.1 429 Too Many Requests\r\ncontent-length: 0\r\n\r\n", (429, 0, true));
+    }
+
+    #[test]
+    fn what_an_answer_says_of_its_prompt_is_read() {
+        let usage =
+            r#""usage":{"prompt_tokens":40,"prompt_tokens_details":{"cached_tokens":32},"completion_tokens":2}"#;
+        let whole = format!("{{\"choices\":[],{usage}}}");
+        let whole = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{whole}", whole.len());
+        let (last, with_usage) = ("\"finish_reason\":\"stop\"}]}", format!("data: {{\"choices\":[],{usage}}}\n\n"));
+        let end = format!("\n\n\r\n{:x}\r\n{with_usage}\r\n", with_usage.len());
+        let streamed = streamed().replacen(&format!("{last}\n\n\r\n"), &format!("{last}{end}"), 1);
+        for response in [whole, streamed] {
+            let mut parser = Parser::default();
+            assert!(parser.push(response.as_bytes()).unwrap());
+            assert_eq!((parser.tokens, parser.prompt), (2, PromptTokens { all: 40, cached: 32 }), "{response}");
+        }
     }
 
     #[test]

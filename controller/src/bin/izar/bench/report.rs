@@ -18,6 +18,9 @@ pub struct About {
     pub endpoints: Vec<String>,
     pub model: String,
     pub prompt_tokens: usize,
+    /// Beginnings that requests share, and their length.
+    pub prefixes: Option<usize>,
+    pub prefix_tokens: Option<usize>,
     pub max_tokens: u32,
     pub stream: bool,
     pub connections: usize,
@@ -42,6 +45,9 @@ pub struct Report {
     pub requests_per_s: f64,
     pub tokens: u64,
     pub tokens_per_s: f64,
+    /// Tokens of all prompts as the server counts them, if it says so, and the share of them that came from caches.
+    pub prompt_tokens_total: u64,
+    pub cached_share: Option<f64>,
     pub latency_ms: Option<Percentiles>,
     /// Latency less `subtract_ms`.
     pub added_ms: Option<Percentiles>,
@@ -64,6 +70,8 @@ impl Report {
         Self {
             requests_per_s: stats.requests as f64 / seconds,
             tokens_per_s: stats.tokens as f64 / seconds,
+            prompt_tokens_total: stats.prompt_tokens,
+            cached_share: (stats.prompt_tokens > 0).then(|| stats.cached_tokens as f64 / stats.prompt_tokens as f64),
             added_ms: latency.zip(about.subtract_ms).map(|(latency, ms)| latency.less(ms)),
             latency_ms: latency,
             ttft_ms: stats.ttft.percentiles().filter(|_| about.stream),
@@ -89,7 +97,11 @@ impl Report {
         };
         let what = if about.stream { "streamed" } else { "unstreamed" };
         let mut out = format!(
-            "{how}, {what}, {} in, {} out, {} at {}; {:.1} s after {} s of warm-up\n\n",
+            "{how}, {what}, {}{} in, {} out, {} at {}; {:.1} s after {} s of warm-up\n\n",
+            about
+                .prefixes
+                .zip(about.prefix_tokens)
+                .map_or(String::new(), |(n, each)| format!("{each} shared ({n} kinds) + ")),
             about.prompt_tokens,
             about.max_tokens,
             about.model,
@@ -105,6 +117,9 @@ impl Report {
             row("errors", errors, errors as f64 / self.seconds),
         ];
         out += &show::table(&["", "COUNT", "PER SECOND"], &rows);
+        if let Some(share) = self.cached_share {
+            out += &format!("prompts: {} tokens, {:.1} % from caches\n", self.prompt_tokens_total, 100.0 * share);
+        }
         for (what, count) in &self.errors {
             out += &format!("  {count} x {what}\n");
         }
@@ -169,13 +184,16 @@ mod tests {
 
     #[test]
     fn a_report_tells_rates_times_and_what_the_generator_cost() {
-        let mut stats = Stats { requests: 100, tokens: 1600, ..Stats::default() };
+        let mut stats =
+            Stats { requests: 100, tokens: 1600, prompt_tokens: 3200, cached_tokens: 2400, ..Stats::default() };
         stats.latency.record(Duration::from_millis(6));
         stats.errors.insert("429".into(), 2);
         let about = About {
             endpoints: vec!["https://h:1".into()],
             model: "echo".into(),
             prompt_tokens: 32,
+            prefixes: Some(2),
+            prefix_tokens: Some(16),
             max_tokens: 16,
             stream: false,
             connections: 4,
@@ -191,7 +209,7 @@ mod tests {
         assert_eq!((report.requests_per_s, report.tokens_per_s), (50.0, 800.0));
         assert!((report.added_ms.unwrap().p50 - 1.0).abs() < 0.01);
         let text = report.text();
-        for part in ["2 x 429", "c1", "1.50", "may be the limit", "latency less worker"] {
+        for part in ["2 x 429", "c1", "1.50", "may be the limit", "latency less worker", "3200 tokens, 75.0 % from"] {
             assert!(text.contains(part), "{text}");
         }
         assert_eq!(serde_json::to_value(&report).unwrap()["model"], "echo");

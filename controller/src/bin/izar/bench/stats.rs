@@ -75,6 +75,9 @@ pub struct Stats {
     /// Whole answers with status 200.
     pub requests: u64,
     pub tokens: u64,
+    /// Tokens of prompts, and those of them that came from caches.
+    pub prompt_tokens: u64,
+    pub cached_tokens: u64,
     /// From sending to the end of the answer.
     pub latency: Times,
     /// From sending to the first token.
@@ -98,6 +101,8 @@ impl Stats {
         }
         self.requests += 1;
         self.tokens += u64::from(sample.tokens);
+        self.prompt_tokens += u64::from(sample.prompt.all);
+        self.cached_tokens += u64::from(sample.prompt.cached);
         self.latency.record(ended - sent);
         if let Some(first) = sample.tokens_at.first().filter(|_| sample.tokens_at.len() > 1 || sample.tokens == 1) {
             self.ttft.record(*first - sent);
@@ -121,6 +126,8 @@ impl Stats {
     pub fn add(&mut self, other: &Self) {
         self.requests += other.requests;
         self.tokens += other.tokens;
+        self.prompt_tokens += other.prompt_tokens;
+        self.cached_tokens += other.cached_tokens;
         self.reconnects += other.reconnects;
         self.latency.add(&other.latency);
         self.ttft.add(&other.ttft);
@@ -134,6 +141,7 @@ impl Stats {
 
 #[cfg(test)]
 mod tests {
+    use super::super::parser::PromptTokens;
     use super::*;
 
     #[test]
@@ -156,7 +164,8 @@ mod tests {
         let at = |ms| start + Duration::from_millis(ms);
         let mut stats = Stats::default();
         let tokens_at = vec![at(5), at(6), at(8)];
-        let mut sample = Sample { tokens_at, tokens: 3, status: 200, whole: true };
+        let prompt = PromptTokens { all: 10, cached: 4 };
+        let mut sample = Sample { tokens_at, tokens: 3, prompt, status: 200, whole: true };
         stats.answer(&sample, start, at(9), None);
         sample.whole = false;
         stats.answer(&sample, start, at(9), None);
@@ -165,7 +174,7 @@ mod tests {
         stats.failure(Failure::Timeout);
         let mut sum = stats.clone();
         sum.add(&stats);
-        assert_eq!((sum.requests, sum.tokens), (2, 6));
+        assert_eq!((sum.requests, sum.tokens, sum.prompt_tokens, sum.cached_tokens), (2, 6, 20, 8));
         assert_eq!(sum.ttft.percentiles().unwrap().p50.round(), 5.0);
         assert_eq!(sum.between.percentiles().unwrap().max.round(), 2.0);
         let errors: Vec<_> = sum.errors.iter().map(|(what, n)| (what.as_str(), *n)).collect();
