@@ -244,6 +244,9 @@ impl Stream {
 }
 
 #[cfg(test)]
+mod cuts;
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use crate::gateway::openai::Head;

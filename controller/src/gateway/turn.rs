@@ -278,6 +278,9 @@ impl Turn {
 }
 
 #[cfg(test)]
+mod schedules;
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use izar_common::text::Bundle;
