@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use hdrhistogram::Histogram;
 use serde::Serialize;
 
-use super::client::{Failure, Sample};
+use super::client::{Failure, Sample, Targets};
 
 /// The largest time kept: longer ones count as this.
 const LONGEST_US: u64 = 3_600_000_000;
@@ -85,6 +85,28 @@ pub struct Stats {
     /// Status or kind of failure.
     pub errors: BTreeMap<String, u64>,
     pub reconnects: u64,
+    /// Answers that broke off and were read on: which request, and the fingerprint of what came.
+    pub resumed: Vec<(usize, u64)>,
+    /// From the break to the next token.
+    pub pauses: Times,
+    pub read_on: ReadOn,
+}
+
+/// What became of answers that broke off and were read on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+pub struct ReadOn {
+    /// They are what they are in one go.
+    pub exact: u64,
+    /// Something was lost, doubled or changed.
+    pub different: u64,
+    /// Nobody got the answer in one go.
+    pub unknown: u64,
+}
+
+impl ReadOn {
+    pub fn sum(self) -> u64 {
+        self.exact + self.different + self.unknown
+    }
 }
 
 impl Stats {
@@ -98,6 +120,10 @@ impl Stats {
         }
         self.requests += 1;
         self.tokens += u64::from(sample.tokens);
+        if !sample.pauses.is_empty() {
+            self.resumed.push((sample.request, sample.digest));
+            sample.pauses.iter().for_each(|pause| self.pauses.record(*pause));
+        }
         self.latency.record(ended - sent);
         if let Some(first) = sample.tokens_at.first().filter(|_| sample.tokens_at.len() > 1 || sample.tokens == 1) {
             self.ttft.record(*first - sent);
@@ -114,6 +140,17 @@ impl Stats {
         self.error(failure.name().to_owned());
     }
 
+    /// Compares the answers that were read on with those that came in one go.
+    pub fn compare(&mut self, targets: &Targets) {
+        for (request, digest) in self.resumed.drain(..) {
+            match targets.is_exact(request, digest) {
+                Some(true) => self.read_on.exact += 1,
+                Some(false) => self.read_on.different += 1,
+                None => self.read_on.unknown += 1,
+            }
+        }
+    }
+
     fn error(&mut self, what: String) {
         *self.errors.entry(what).or_default() += 1;
     }
@@ -122,6 +159,8 @@ impl Stats {
         self.requests += other.requests;
         self.tokens += other.tokens;
         self.reconnects += other.reconnects;
+        self.resumed.extend(&other.resumed);
+        self.pauses.add(&other.pauses);
         self.latency.add(&other.latency);
         self.ttft.add(&other.ttft);
         self.between.add(&other.between);
@@ -156,7 +195,7 @@ mod tests {
         let at = |ms| start + Duration::from_millis(ms);
         let mut stats = Stats::default();
         let tokens_at = vec![at(5), at(6), at(8)];
-        let mut sample = Sample { tokens_at, tokens: 3, status: 200, whole: true };
+        let mut sample = Sample { tokens_at, tokens: 3, status: 200, whole: true, ..Sample::default() };
         stats.answer(&sample, start, at(9), None);
         sample.whole = false;
         stats.answer(&sample, start, at(9), None);
