@@ -231,6 +231,9 @@ impl Inbox {
 }
 
 #[cfg(test)]
+mod interleavings;
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use izar_common::chat::{Class, Finish, Sampling, Usage};

@@ -218,6 +218,11 @@ impl Turn {
         let mut logprobs = logprobs.into_iter();
         let mut shown = Shown::default();
         for &token in tokens {
+            // The worker ends at `max_tokens` by itself; one that does not is not trusted to.
+            if self.usage.completion_tokens >= self.form.max_tokens {
+                let end = self.finish(&mut shown, Finish::Length);
+                return Step { shown, end: Some(End::Finished(end)) };
+            }
             self.usage.completion_tokens += 1;
             self.delivered.push(token);
             self.fruitless = 0;
@@ -231,11 +236,6 @@ impl Turn {
             if released.stopped {
                 return Step { shown, end: Some(End::Finished(Finish::Stop)) };
             }
-        }
-        // The worker ends at `max_tokens` by itself; one that does not is not trusted to.
-        if self.usage.completion_tokens > self.form.max_tokens {
-            shown.push(self.stops.finish(), self.pending.drain(..));
-            return Step { shown, end: Some(End::Finished(Finish::Length)) };
         }
         Step { shown, end: None }
     }
@@ -260,14 +260,20 @@ impl Turn {
         // The worker also counts an end-of-text token, which it need not send.
         self.usage.completion_tokens = self.usage.completion_tokens.max(usage.completion_tokens);
         self.cached = Some(usage.cached_tokens.min(self.form.prompt_tokens));
-        let released = self.stops.push(&self.detokenizer.finish());
         let mut shown = Shown::default();
-        self.show(&mut shown, released.text);
+        let end = self.finish(&mut shown, finish);
+        Step { shown, end: Some(End::Finished(end)) }
+    }
+
+    /// Shows what was held back; says how the answer ended after all.
+    fn finish(&mut self, shown: &mut Shown, finish: Finish) -> Finish {
+        let released = self.stops.push(&self.detokenizer.finish());
+        self.show(shown, released.text);
         if released.stopped {
-            return Step { shown, end: Some(End::Finished(Finish::Stop)) };
+            return Finish::Stop;
         }
         shown.push(self.stops.finish(), self.pending.drain(..));
-        Step { shown, end: Some(End::Finished(finish)) }
+        finish
     }
 
     fn fail(&mut self, reason: String, retryable: bool) -> End {
@@ -279,6 +285,9 @@ impl Turn {
         End::Again { reason, attempt: self.attempt }
     }
 }
+
+#[cfg(test)]
+mod schedules;
 
 #[cfg(test)]
 mod tests {

@@ -26,7 +26,7 @@ use serde_json::{Value, json};
 use crate::http::Endpoint;
 use crate::ready::Ready;
 use crate::show;
-use client::Requests;
+use client::{Requests, Targets};
 use load::{Load, Loop, Until};
 use report::{About, Report};
 use schedule::Arrivals;
@@ -69,8 +69,9 @@ pub enum Command {
 
 #[derive(Debug, Args)]
 pub struct Options {
-    /// The API, https://host:port or http://host:port; several are used in turn [default: the ready file's]
-    #[arg(long = "endpoint", value_name = "URL")]
+    /// The API, https://host:port or http://host:port; several (also separated by commas) are used in turn, and a stream
+    /// that breaks off at one is read on at the next [default: the ready file's, its others for reading on]
+    #[arg(long = "endpoint", value_name = "URL", value_delimiter = ',')]
     endpoints: Vec<String>,
     /// The CA's file, for https [default: the ready file's]
     #[arg(long)]
@@ -186,7 +187,8 @@ impl Options {
         self.concurrency.unwrap_or(default)
     }
 
-    fn load(&self, endpoints: Vec<Endpoint>, model: &str, key: &str) -> Load {
+    /// `spread`: so many of the endpoints are used in turn.
+    fn load(&self, endpoints: Vec<Endpoint>, spread: usize, model: &str, key: &str) -> Load {
         let until = match self.requests {
             Some(requests) => Until::Requests(requests),
             None => Until::Elapsed(Duration::from_secs_f64(self.duration.unwrap_or(10.0))),
@@ -195,10 +197,13 @@ impl Options {
             Some(rate) => Loop::Open { rate, arrivals: self.arrivals, seed: self.seed },
             None => Loop::Closed,
         };
-        let requests = endpoints.iter().map(|e| Requests::new(self.requests(e, model, key)).into()).collect();
+        let target = |endpoint: Endpoint| {
+            let requests = Requests::new(self.requests(&endpoint, model, key));
+            (endpoint, requests)
+        };
         Load {
-            endpoints,
-            requests,
+            targets: Targets::new(endpoints.into_iter().map(target).collect()).into(),
+            spread,
             connections: self.connections(),
             threads: self.threads.min(self.connections()),
             how,
@@ -287,9 +292,9 @@ fn prompt(model: &str, tokens: usize, random: Option<&mut StdRng>) -> String {
 
 fn measure(options: &Options) -> anyhow::Result<Report> {
     let ready = options.ready_file.as_deref().map(Ready::read).transpose()?;
-    let urls = match (&ready, options.endpoints.is_empty()) {
-        (Some(ready), true) => vec![ready.endpoint.clone()],
-        _ => options.endpoints.clone(),
+    let (urls, spread) = match (&ready, options.endpoints.is_empty()) {
+        (Some(ready), true) => (ready.endpoints(), 1),
+        _ => (options.endpoints.clone(), options.endpoints.len()),
     };
     ensure!(!urls.is_empty(), "no endpoint: give --endpoint or --ready-file");
     let ca = options.ca.clone().or_else(|| ready.as_ref().map(|r| r.ca.clone()));
@@ -308,15 +313,15 @@ fn measure(options: &Options) -> anyhow::Result<Report> {
     if let (Some(ready), true) = (&ready, watched.is_empty()) {
         watched = ready.processes.iter().map(|p| cpu::Watched { name: p.id.clone(), pid: p.pid }).collect();
     }
-    let measured = load::run(options.load(endpoints, &model, &key), &watched)?;
-    Ok(Report::new(options.about(urls, model), measured))
+    let measured = load::run(options.load(endpoints, spread, &model, &key), &watched)?;
+    Ok(Report::new(options.about(urls[..spread].to_vec(), model), measured))
 }
 
 fn ceiling(options: &Options) -> anyhow::Result<Report> {
     let server = ceiling::Server::start(options.max_tokens, options.stream)?;
     let url = server.url();
     let endpoint = Endpoint::new(&url, Some(server.ca()))?;
-    let measured = load::run(options.load(vec![endpoint], "echo", "none"), &[])?;
+    let measured = load::run(options.load(vec![endpoint], 1, "echo", "none"), &[])?;
     Ok(Report::new(options.about(vec![url], "canned".to_owned()), measured))
 }
 

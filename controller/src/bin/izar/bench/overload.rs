@@ -16,7 +16,7 @@ use rand::{Rng, SeedableRng};
 use serde::Serialize;
 use serde_json::json;
 
-use super::client::{Client, Requests, Sample};
+use super::client::{Client, Requests, Sample, Targets};
 use super::load::{self, Load, Loop, Until};
 use super::schedule::{Arrivals, Schedule};
 use super::stats::{Percentiles, Times};
@@ -185,6 +185,11 @@ struct Target {
 }
 
 impl Target {
+    /// For a client that is given its requests one by one.
+    fn alone(&self) -> Arc<Targets> {
+        Targets::new(vec![(self.endpoint.clone(), Requests::new(vec![Vec::new()]))]).into()
+    }
+
     fn key(&self, kind: Kind) -> &str {
         match kind {
             Kind::Interactive(tenant) | Kind::Batch(tenant) => &self.keys[tenant].0,
@@ -295,8 +300,8 @@ fn capacity(options: &Options, target: &Target) -> anyhow::Result<f64> {
     let requests = (0..2_000).map(|_| target.request(&patient(draw.next()))).collect();
     let measured = load::run(
         Load {
-            endpoints: vec![target.endpoint.clone()],
-            requests: vec![Requests::new(requests).into()],
+            targets: Targets::new(vec![(target.endpoint.clone(), Requests::new(requests))]).into(),
+            spread: 1,
             connections: options.concurrency,
             threads: 1,
             how: Loop::Closed,
@@ -366,7 +371,7 @@ async fn send(target: &Target, pool: &Mutex<Vec<Client>>, plan: Plan) -> Seen {
     let mut client = match kept {
         Some(client) => client,
         None => {
-            let mut client = Client::new(target.endpoint.clone(), Requests::new(vec![Vec::new()]).into());
+            let mut client = Client::new(target.alone(), 0);
             if client.connect().await.is_err() {
                 return Seen { plan, status: None, took: Duration::ZERO, tokens: 0 };
             }

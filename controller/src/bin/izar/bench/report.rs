@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::cpu::Used;
 use super::load::Measured;
-use super::stats::Percentiles;
+use super::stats::{Percentiles, ReadOn};
 use crate::show;
 
 /// Share of its threads' time above which the generator itself may be the limit.
@@ -56,6 +56,9 @@ pub struct Report {
     pub from_schedule_ms: Option<Percentiles>,
     pub errors: BTreeMap<String, u64>,
     pub reconnects: u64,
+    /// Streams that broke off and were read on.
+    pub read_on: ReadOn,
+    pub pause_ms: Option<Percentiles>,
     pub cpu: Vec<Used>,
     pub generator_cpu_s: f64,
     /// What one core of the generator could send at this cost: its ceiling.
@@ -84,6 +87,8 @@ impl Report {
             tokens: stats.tokens,
             errors: stats.errors,
             reconnects: stats.reconnects,
+            read_on: stats.read_on,
+            pause_ms: stats.pauses.percentiles(),
             cpu,
             generator_cpu_s,
         }
@@ -123,6 +128,14 @@ impl Report {
         for (what, count) in &self.errors {
             out += &format!("  {count} x {what}\n");
         }
+        if self.read_on.sum() > 0 {
+            let ReadOn { exact, different, unknown } = self.read_on;
+            out += &format!(
+                "{} streams broke off and were read on: {exact} exact, {different} different",
+                self.read_on.sum()
+            );
+            out += &if unknown > 0 { format!(", {unknown} without one to compare\n") } else { "\n".to_owned() };
+        }
         out += "\n";
         out += &self.times();
         out += "\n";
@@ -137,6 +150,7 @@ impl Report {
             ("first token", self.ttft_ms),
             ("between tokens", self.between_tokens_ms),
             ("from schedule", self.from_schedule_ms),
+            ("until read on", self.pause_ms),
         ];
         let rows: Vec<Vec<String>> = kinds
             .iter()
@@ -188,6 +202,7 @@ mod tests {
             Stats { requests: 100, tokens: 1600, prompt_tokens: 3200, cached_tokens: 2400, ..Stats::default() };
         stats.latency.record(Duration::from_millis(6));
         stats.errors.insert("429".into(), 2);
+        stats.read_on.exact = 3;
         let about = About {
             endpoints: vec!["https://h:1".into()],
             model: "echo".into(),
@@ -209,7 +224,8 @@ mod tests {
         assert_eq!((report.requests_per_s, report.tokens_per_s), (50.0, 800.0));
         assert!((report.added_ms.unwrap().p50 - 1.0).abs() < 0.01);
         let text = report.text();
-        for part in ["2 x 429", "c1", "1.50", "may be the limit", "latency less worker", "3200 tokens, 75.0 % from"] {
+        let parts = ["2 x 429", "c1", "1.50", "may be the limit", "latency less worker", "3200 tokens, 75.0 % from"];
+        for part in parts.into_iter().chain(["3 exact, 0 different"]) {
             assert!(text.contains(part), "{text}");
         }
         assert_eq!(serde_json::to_value(&report).unwrap()["model"], "echo");

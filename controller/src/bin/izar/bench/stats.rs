@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use hdrhistogram::Histogram;
 use serde::Serialize;
 
-use super::client::{Failure, Sample};
+use super::client::{Failure, Sample, Targets};
 
 /// The largest time kept: longer ones count as this.
 const LONGEST_US: u64 = 3_600_000_000;
@@ -88,6 +88,28 @@ pub struct Stats {
     /// Status or kind of failure.
     pub errors: BTreeMap<String, u64>,
     pub reconnects: u64,
+    /// Answers that broke off and were read on: which request, and the fingerprint of what came.
+    pub resumed: Vec<(usize, u64)>,
+    /// From the break to the next token.
+    pub pauses: Times,
+    pub read_on: ReadOn,
+}
+
+/// What became of answers that broke off and were read on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+pub struct ReadOn {
+    /// They are what they are in one go.
+    pub exact: u64,
+    /// Something was lost, doubled or changed.
+    pub different: u64,
+    /// Nobody got the answer in one go.
+    pub unknown: u64,
+}
+
+impl ReadOn {
+    pub fn sum(self) -> u64 {
+        self.exact + self.different + self.unknown
+    }
 }
 
 impl Stats {
@@ -103,6 +125,10 @@ impl Stats {
         self.tokens += u64::from(sample.tokens);
         self.prompt_tokens += u64::from(sample.prompt.all);
         self.cached_tokens += u64::from(sample.prompt.cached);
+        if !sample.pauses.is_empty() {
+            self.resumed.push((sample.request, sample.digest));
+            sample.pauses.iter().for_each(|pause| self.pauses.record(*pause));
+        }
         self.latency.record(ended - sent);
         if let Some(first) = sample.tokens_at.first().filter(|_| sample.tokens_at.len() > 1 || sample.tokens == 1) {
             self.ttft.record(*first - sent);
@@ -119,6 +145,17 @@ impl Stats {
         self.error(failure.name().to_owned());
     }
 
+    /// Compares the answers that were read on with those that came in one go.
+    pub fn compare(&mut self, targets: &Targets) {
+        for (request, digest) in self.resumed.drain(..) {
+            match targets.is_exact(request, digest) {
+                Some(true) => self.read_on.exact += 1,
+                Some(false) => self.read_on.different += 1,
+                None => self.read_on.unknown += 1,
+            }
+        }
+    }
+
     fn error(&mut self, what: String) {
         *self.errors.entry(what).or_default() += 1;
     }
@@ -129,6 +166,8 @@ impl Stats {
         self.prompt_tokens += other.prompt_tokens;
         self.cached_tokens += other.cached_tokens;
         self.reconnects += other.reconnects;
+        self.resumed.extend(&other.resumed);
+        self.pauses.add(&other.pauses);
         self.latency.add(&other.latency);
         self.ttft.add(&other.ttft);
         self.between.add(&other.between);
@@ -165,7 +204,7 @@ mod tests {
         let mut stats = Stats::default();
         let tokens_at = vec![at(5), at(6), at(8)];
         let prompt = PromptTokens { all: 10, cached: 4 };
-        let mut sample = Sample { tokens_at, tokens: 3, prompt, status: 200, whole: true };
+        let mut sample = Sample { tokens_at, tokens: 3, prompt, status: 200, whole: true, ..Sample::default() };
         stats.answer(&sample, start, at(9), None);
         sample.whole = false;
         stats.answer(&sample, start, at(9), None);
