@@ -110,11 +110,11 @@ impl Sent {
 mod tests {
     use super::*;
     use crate::agents::fixture::fleet;
+    use izar_common::prefix::{BLOCK, Namer};
 
     fn names(prompt: u8, count: u32) -> Vec<Name> {
-        (0..count)
-            .map(|block| *[[prompt; 12].as_slice(), &block.to_le_bytes()].concat().first_chunk().unwrap())
-            .collect()
+        let tokens: Vec<u32> = (0..count * BLOCK as u32).collect();
+        Namer::new([prompt; 16]).names(&tokens, usize::MAX)
     }
     fn a1() -> NodeId {
         "a1".parse().unwrap()

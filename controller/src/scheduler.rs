@@ -459,7 +459,7 @@ mod tests {
             for rotation in 0..1000 {
                 let (first, second) = draw_two(rotation, count);
                 assert!(first != second || count == 1);
-                (seen[first], seen[second]) = (seen[first] + 1, seen[second] + 1);
+                [first, second].into_iter().for_each(|drawn| seen[drawn] += 1);
             }
             assert!(seen.iter().all(|n| *n > 1000 / count), "{seen:?}");
         }
