@@ -172,6 +172,7 @@ fn job(prompt: Vec<Token>, delivered: &[Token], seed: u64, max_tokens: u32) -> J
         sampling: Sampling { temperature: 1.0, seed, max_tokens, ignore_eos: true, ..Sampling::default() },
         cache_salt: [(seed % 2) as u8; 16],
         numerics: None,
+        capsule: Vec::new(),
     }
 }
 

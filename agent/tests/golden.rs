@@ -206,6 +206,7 @@ fn job(case: &Case, delivered: usize) -> Job {
         },
         cache_salt: [0; 16],
         numerics: None,
+        capsule: Vec::new(),
     }
 }
 

@@ -115,6 +115,7 @@ impl Session {
             sampling,
             cache_salt: [0; 16],
             numerics: None,
+            capsule: Vec::new(),
         };
         let (mut tx, rx) = self.connection.open_bi(Open::Job).await.unwrap();
         tx.send(&Submit { worker: worker.parse().unwrap(), job }).await.unwrap();

@@ -55,6 +55,7 @@ fn job(manifest: &Manifest, max_tokens: u32) -> Job {
         sampling,
         cache_salt: [0; 16],
         numerics: None,
+        capsule: Vec::new(),
     }
 }
 

@@ -116,7 +116,13 @@ pub struct Job {
     /// What computed the delivered tokens; `None` for a new answer. A worker with another id goes on all the same: what
     /// was delivered stays, the rest is a valid answer and not the very one.
     pub numerics: Option<NumericsId>,
+    /// The request of a streamed answer, sealed by the controller for another one to go on with; at most
+    /// [`CAPSULE_BYTES`]. Agents keep it beside the answer and cannot open it. Empty if there is none.
+    pub capsule: Vec<u8>,
 }
+
+/// Longest capsule: a request of about 16,000 tokens of English. Agents keep some hundred jobs' in their bounded memory.
+pub const CAPSULE_BYTES: usize = 64 << 10;
 
 /// Why an answer ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

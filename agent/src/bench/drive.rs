@@ -73,6 +73,7 @@ impl Drive {
             sampling,
             cache_salt: [0; 16],
             numerics: None,
+            capsule: Vec::new(),
         };
         self.engine.submit(Instant::now(), self.jobs, job);
         self.jobs

@@ -253,6 +253,7 @@ pub mod tests {
             sampling: Sampling { temperature: 0.0, seed: 9, max_tokens, ..Sampling::default() },
             cache_salt: [0; 16],
             numerics: None,
+            capsule: Vec::new(),
         }
     }
     fn limits() -> Limits {

@@ -249,6 +249,7 @@ mod tests {
             sampling,
             cache_salt: [0; 16],
             numerics: None,
+            capsule: Vec::new(),
         }
     }
 

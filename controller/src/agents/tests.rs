@@ -87,6 +87,7 @@ fn job() -> Job {
         sampling,
         cache_salt: [0; 16],
         numerics: None,
+        capsule: Vec::new(),
     }
 }
 

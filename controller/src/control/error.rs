@@ -64,6 +64,8 @@ impl From<Refusal> for Error {
             Refusal::KeyExists(_)
             | Refusal::KeyRevoked(_)
             | Refusal::TurnExists(_)
+            | Refusal::Repeats(_)
+            | Refusal::OtherRequest(_)
             | Refusal::OutdatedPlan
             | Refusal::Full { .. } => Self::Conflict(text),
         }

@@ -121,6 +121,11 @@ impl List {
         Listed { entry, list: self.clone() }
     }
 
+    /// Begins an entry that is not listed: for who reads along with a turn that is.
+    pub fn unlisted(begun: Begun) -> Listed {
+        List::default().begin(begun)
+    }
+
     /// Returns what runs now, oldest first.
     pub fn snapshot(&self) -> Vec<Running> {
         let entries: Vec<_> = self.0.lock().expect("no panic while the list is held").values().cloned().collect();
