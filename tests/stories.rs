@@ -8,6 +8,8 @@
 mod answers;
 #[path = "stories/asked_twice.rs"]
 mod asked_twice;
+#[path = "stories/controllers_drained.rs"]
+mod controllers_drained;
 #[path = "stories/controllers_killed.rs"]
 mod controllers_killed;
 #[path = "stories/conventions.rs"]
@@ -20,8 +22,8 @@ mod golden_rows;
 mod idle;
 #[path = "stories/openai_client.rs"]
 mod openai_client;
-#[path = "stories/controllers_drained.rs"]
-mod controllers_drained;
+#[path = "stories/planned_work.rs"]
+mod planned_work;
 #[path = "stories/real_model.rs"]
 mod real_model;
 #[path = "stories/refusals.rs"]

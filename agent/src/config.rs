@@ -1,5 +1,6 @@
 //! The agent's configuration: one TOML file, read once, checked whole before anything is opened.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
@@ -10,6 +11,10 @@ use serde::Deserialize;
 
 /// Controllers in the file at most: a site has up to five, and some may be on their way out.
 const CONTROLLERS: usize = 16;
+
+/// Labels, and bytes of each of their words: they stand in every report.
+const LABELS: usize = 32;
+const LABEL_BYTES: usize = 63;
 
 /// Everything an agent is told by its file; what to run it learns from the controllers.
 #[derive(Debug, Clone, Deserialize)]
@@ -25,6 +30,9 @@ pub struct Config {
     pub tls: tls::Files,
     /// The QUIC addresses of every controller of the site. 1 to 16.
     pub controllers: Vec<SocketAddr>,
+    /// What deployments may ask for of the server, as in `rack = "r7"`. At most 32, of at most 63 bytes each.
+    #[serde(default)]
+    pub labels: BTreeMap<String, String>,
     #[serde(default)]
     pub engine: Engine,
     #[serde(default)]
@@ -98,6 +106,13 @@ impl Config {
         for (i, address) in self.controllers.iter().enumerate() {
             ensure!(!self.controllers[..i].contains(address), "controllers: {address} stands twice");
             ensure!(address.port() != 0, "controllers: {address} has no port");
+        }
+        ensure!(self.labels.len() <= LABELS, "labels: {} are more than {LABELS}", self.labels.len());
+        for (key, value) in &self.labels {
+            for word in [key, value] {
+                let fits = !word.is_empty() && word.len() <= LABEL_BYTES && !word.contains(|c: char| c.is_control());
+                ensure!(fits, "labels: `{key} = {value:?}` is empty, longer than {LABEL_BYTES} bytes or not printable");
+            }
         }
         ensure!(self.engine.threads <= 1024, "engine.threads: {} is more than 1024", self.engine.threads);
         Ok(())

@@ -31,7 +31,7 @@ impl Daemon {
         let lock = claim(&config.data_dir)?;
         let store = blob::Store::open(config.data_dir.join("blobs"))?;
         let endpoint = Arc::new(quic::Endpoint::bind(config.bind(), &node_tls)?);
-        let facts = Facts::of_this_machine();
+        let facts = Facts::of_this_machine(config.labels.clone());
         let options = Options {
             exe: std::env::current_exe().context("find the own executable")?,
             threads: config.engine.threads,

@@ -3,6 +3,7 @@
 //! A session that is lost is dialled again with growing waits. Controllers are equals here: each gets the same
 //! reports, and of all assignments the newest counts, whoever sent it.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -45,6 +46,9 @@ const REPORT_GAP: Duration = Duration::from_millis(50);
 const TRIPWIRE_FIRST: Duration = Duration::from_secs(1);
 const TRIPWIRE_MOST: Duration = Duration::from_secs(30);
 
+/// Where NVIDIA's driver has a folder for each card.
+const GPUS: &str = "/proc/driver/nvidia/gpus";
+
 /// What a report says of the server and the process; it does not change while they run.
 #[derive(Debug, Clone)]
 pub struct Facts {
@@ -52,10 +56,12 @@ pub struct Facts {
     pub version: String,
     pub cores: u32,
     pub memory_bytes: u64,
+    pub gpus: u32,
+    pub labels: BTreeMap<String, String>,
 }
 
 impl Facts {
-    pub fn of_this_machine() -> Self {
+    pub fn of_this_machine(labels: BTreeMap<String, String>) -> Self {
         Self {
             pid: std::process::id(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -64,6 +70,8 @@ impl Facts {
                 .ok()
                 .and_then(|text| total_memory(&text))
                 .unwrap_or(0),
+            gpus: std::fs::read_dir(GPUS).map_or(0, |gpus| gpus.count() as u32),
+            labels,
         }
     }
 }
@@ -182,9 +190,9 @@ async fn send_reports(parts: &Parts, mut tx: Sender) -> std::io::Result<()> {
 }
 
 fn report(parts: &Parts) -> Report {
-    let Facts { pid, version, cores, memory_bytes } = parts.facts.clone();
+    let Facts { pid, version, cores, memory_bytes, gpus, labels } = parts.facts.clone();
     let generation = parts.workers.generation();
-    Report { generation, pid, version, cores, memory_bytes, workers: parts.workers.report() }
+    Report { generation, pid, version, cores, memory_bytes, gpus, labels, workers: parts.workers.report() }
 }
 
 async fn take_orders(parts: &Parts, connection: &Connection, mut rx: Receiver) -> Result<(), wire::Error> {

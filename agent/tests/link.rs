@@ -55,7 +55,7 @@ impl Agent {
         let options = Options { exe, threads: 1, cpus: Vec::new(), cores: 1, log_level: None };
         let sources = Sources::default();
         let workers = Workers::start(options, store, sources.clone());
-        let facts = Facts::of_this_machine();
+        let facts = Facts::of_this_machine(Default::default());
         let link = Link::start(endpoint.clone(), controllers, workers.clone(), sources, facts);
         Self { link, workers, endpoint }
     }

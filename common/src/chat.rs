@@ -96,6 +96,19 @@ pub enum Grammar {
     Regex(String),
 }
 
+/// How soon an answer is wanted. The order is the order in which jobs go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Class {
+    /// At once or not at all: short answers that a payment waits for.
+    Urgent,
+    /// A person waits.
+    #[default]
+    Interactive,
+    /// Whenever there is room.
+    Batch,
+}
+
 /// What a worker needs to begin or to continue an answer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Job {

@@ -1,5 +1,7 @@
 //! What an agent says of itself: its workers, their load, its processors. An opinion, never replicated.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 use crate::id::{DeploymentId, Hash, NumericsId, WorkerId};
@@ -71,5 +73,9 @@ pub struct Report {
     pub version: String,
     pub cores: u32,
     pub memory_bytes: u64,
+    /// GPUs of the server.
+    pub gpus: u32,
+    /// What the agent's file says of it.
+    pub labels: BTreeMap<String, String>,
     pub workers: Vec<WorkerReport>,
 }

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use izar_common::blob::Store;
 use izar_common::chat::Job;
-use izar_common::id::{SiteId, TurnId, WorkerId};
+use izar_common::id::{Hash, SiteId, TurnId, WorkerId};
 use izar_common::quic::Connection;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
@@ -16,6 +16,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::fleet::Fleet;
 use crate::raft::Raft;
+use crate::state::{Config, Deployment};
 
 mod assignment;
 #[cfg(test)]
@@ -116,6 +117,11 @@ impl Agents {
     /// How many agents seemed dead so far; each that was not is a false alarm.
     pub fn given_up(&self) -> u64 {
         self.inner.given_up.load(Relaxed)
+    }
+
+    /// The revision of a deployment that new requests are for.
+    pub fn revision(&self, config: &Config, deployment: &Deployment) -> Hash {
+        self.inner.roster.revision(config, deployment)
     }
 
     /// A copy of what agents last said.

@@ -171,6 +171,11 @@ impl Config {
         Ok(())
     }
 
+    /// The other controllers, and where they are reached.
+    pub fn others(&self) -> Vec<(NodeId, SocketAddr)> {
+        self.members.iter().filter(|m| m.node != self.node).map(|m| (m.node.clone(), m.address)).collect()
+    }
+
     /// What the Raft driver needs of it.
     pub fn raft_options(&self) -> raft::Options {
         raft::Options {

@@ -6,20 +6,23 @@
 
 mod drain;
 mod error;
+pub mod explain;
 mod listings;
 mod orders;
 pub mod peer;
 pub mod view;
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use axum::Router;
 use axum::http::{Method, Uri};
-use axum::routing::{get, post};
+use axum::routing::{get, post, put};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
+use izar_common::id::NodeId;
 use izar_common::seal::Pepper;
 use izar_common::{blob, quic};
 use tokio::net::UnixStream;
@@ -56,6 +59,8 @@ pub struct Parts {
     /// Where the API is served.
     pub api: view::Api,
     pub members: Vec<view::Member>,
+    /// The other controllers, and where they are reached.
+    pub others: Vec<(NodeId, SocketAddr)>,
 }
 
 /// The operators' side of a controller.
@@ -140,8 +145,15 @@ impl Control {
             .route("/v1/models", get(listings::models).post(orders::import))
             .route("/v1/deployments", get(listings::deployments).post(orders::deploy))
             .route("/v1/deployments/{name}", axum::routing::delete(orders::undeploy))
+            .route("/v1/aliases/{name}", put(orders::set_alias).delete(orders::remove_alias))
             .route("/v1/agents", get(listings::agents))
+            .route("/v1/agents/{name}/standing", put(orders::set_standing))
+            .route("/v1/tenants", get(listings::tenants))
+            .route("/v1/tenants/{name}", put(orders::put_tenant))
+            .route("/v1/projects", get(listings::projects))
+            .route("/v1/projects/{name}", put(orders::put_project))
             .route("/v1/requests", get(listings::requests))
+            .route("/v1/requests/{id}", get(explain::explain))
             .route("/v1/turns", get(listings::turns))
             .route("/v1/drain", post(drain::drain))
             .route("/v1/undrain", post(drain::undrain))

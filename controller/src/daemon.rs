@@ -75,11 +75,8 @@ impl Daemon {
         let agents = Agents::start(raft.clone(), store.clone(), config.site.clone());
         let shutdown = CancellationToken::new();
         let (links, links_end) = (TaskTracker::new(), CancellationToken::new());
-        let peers =
-            config.members.iter().filter(|m| m.node != config.node).map(|m| (m.node.clone(), m.address)).collect();
-        let catalog = Catalog::start(raft.config(), store.clone(), endpoint.clone(), peers, &links, links_end.clone());
-        links.spawn(accept(endpoint.clone(), driver.clone(), agents.clone(), store.clone(), links_end.clone()));
-
+        let others = config.others();
+        let catalog = Catalog::start(raft.config(), store.clone(), endpoint.clone(), others, &links, links_end.clone());
         match TcpListener::bind(endpoint.local_addr()).await {
             Ok(listener) => agents.serve_tripwires(listener),
             // Agents' deaths are told by their silence then.
@@ -88,6 +85,8 @@ impl Daemon {
 
         let gateway =
             Gateway::new(raft.clone(), agents.clone(), catalog.clone(), pepper.clone(), config.limits.clone());
+        let peers = Peers { driver: driver.clone(), store: store.clone(), gateway: gateway.clone() };
+        links.spawn(accept(endpoint.clone(), agents.clone(), peers, links_end.clone()));
         let https = listen(config.api.listen, "api.listen").await?;
         let plain = match config.api.plaintext_listen {
             Some(address) => Some(listen(address, "api.plaintext_listen").await?),
@@ -111,6 +110,7 @@ impl Daemon {
                 plaintext_endpoint: endpoints.plaintext.map(|address| format!("http://{address}")),
             },
             members: members(&config),
+            others: config.others(),
         });
         let serving = TaskTracker::new();
         let admin = control::bind(&config.admin.socket, config.admin.group.as_deref())?;
@@ -173,13 +173,7 @@ async fn listen(address: SocketAddr, key: &str) -> anyhow::Result<TcpListener> {
 }
 
 /// Takes connections of peers and agents until the end.
-async fn accept(
-    endpoint: Arc<quic::Endpoint>,
-    driver: Arc<raft::Driver>,
-    agents: Agents,
-    store: blob::Store,
-    end: CancellationToken,
-) {
+async fn accept(endpoint: Arc<quic::Endpoint>, agents: Agents, peers: Peers, end: CancellationToken) {
     let connections = TaskTracker::new();
     while let Some(Some(connection)) = end.run_until_cancelled(endpoint.accept()).await {
         match connection.peer().role {
@@ -188,7 +182,7 @@ async fn accept(
                 connections.spawn(async move { agents.serve(connection).await });
             }
             Role::Controller => {
-                connections.spawn(serve_peer(connection, driver.clone(), store.clone(), connections.clone()));
+                connections.spawn(peers.clone().serve(connection, connections.clone()));
             }
         }
     }
@@ -196,29 +190,42 @@ async fn accept(
     connections.wait().await;
 }
 
-/// Serves another controller's streams: Raft's go to the driver, files come from the store.
-async fn serve_peer(connection: quic::Connection, driver: Arc<raft::Driver>, store: blob::Store, tasks: TaskTracker) {
-    let peer = connection.peer().node.clone();
-    loop {
-        tokio::select! {
-            stream = connection.accept_uni() => {
-                let Ok((open, receiver)) = stream else { return };
-                let (driver, peer, connection) = (driver.clone(), peer.clone(), connection.clone());
-                tasks.spawn(async move {
-                    if let Some(error) = driver.on_stream(peer, open, receiver).await {
-                        connection.refuse_frame(&error);
-                    }
-                });
-            }
-            stream = connection.accept_bi() => {
-                let Ok((open, sender, receiver)) = stream else { return };
-                debug_assert_eq!(open, Open::Blob, "roles allow a peer no other stream");
-                let store = store.clone();
-                tasks.spawn(async move {
-                    if let Err(error) = blob::serve(&store, sender, receiver).await {
-                        log::debug!(error:%; "a peer's file request ended early");
-                    }
-                });
+/// What other controllers ask for.
+#[derive(Clone)]
+struct Peers {
+    driver: Arc<raft::Driver>,
+    store: blob::Store,
+    gateway: Gateway,
+}
+
+impl Peers {
+    /// Serves another controller's streams: Raft's go to the driver, files come from the store.
+    async fn serve(self, connection: quic::Connection, tasks: TaskTracker) {
+        let peer = connection.peer().node.clone();
+        loop {
+            tokio::select! {
+                stream = connection.accept_uni() => {
+                    let Ok((open, receiver)) = stream else { return };
+                    let (driver, peer, connection) = (self.driver.clone(), peer.clone(), connection.clone());
+                    tasks.spawn(async move {
+                        if let Some(error) = driver.on_stream(peer, open, receiver).await {
+                            connection.refuse_frame(&error);
+                        }
+                    });
+                }
+                stream = connection.accept_bi() => {
+                    let Ok((open, sender, receiver)) = stream else { return };
+                    let peers = self.clone();
+                    tasks.spawn(async move {
+                        let served = match open {
+                            Open::Explain => control::explain::serve(&peers.gateway, sender, receiver).await,
+                            _ => blob::serve(&peers.store, sender, receiver).await.map_err(Into::into),
+                        };
+                        if let Err(error) = served {
+                            log::debug!(error:%; "a peer's request ended early");
+                        }
+                    });
+                }
             }
         }
     }

@@ -15,6 +15,7 @@ use axum::http::{HeaderValue, Method, Response, StatusCode, Uri, header};
 use axum::routing::get;
 use izar_common::clock::wall_ms;
 use izar_common::health::WorkerReport;
+use izar_common::id::TurnId;
 use izar_common::seal::{MasterKey, Pepper};
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
@@ -30,6 +31,7 @@ use crate::raft::{Leadership, Raft};
 use crate::state::Config;
 use front::Front;
 use listener::{Acceptor, Listener};
+use memory::Memory;
 use permits::Permits;
 use ready::Readiness;
 
@@ -43,6 +45,7 @@ mod front;
 mod intake;
 pub mod limits;
 mod listener;
+mod memory;
 mod models;
 mod once;
 pub mod openai;
@@ -50,6 +53,7 @@ mod outlet;
 mod permits;
 mod ready;
 pub mod running;
+pub mod trace;
 pub mod turn;
 
 pub use limits::Limits;
@@ -77,6 +81,8 @@ pub struct Inner {
     metrics: Arc<Metrics>,
     /// Requests of each key.
     permits: Permits,
+    /// What requests hold in memory.
+    memory: Arc<Memory>,
     /// Turns of all keys.
     places: Arc<Semaphore>,
     /// Long prompts that are tokenized at once: one for each processor.
@@ -101,6 +107,10 @@ impl Gateway {
     pub fn new(raft: Raft, agents: Agents, catalog: Catalog, pepper: Arc<Pepper>, limits: Limits) -> Self {
         let metrics = Arc::new(Metrics::default());
         measure(&metrics, &raft, &agents);
+        let memory = Memory::new(limits.memory_bytes);
+        let measured = memory.clone();
+        let help = "Bytes that requests hold: bodies, turns, answers that wait for their clients.";
+        metrics.number("izar_requests_memory_bytes", help, Kind::Gauge, move || measured.used() as f64);
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         Self(Arc::new(Inner {
             config: raft.config(),
@@ -112,6 +122,7 @@ impl Gateway {
             pepper,
             metrics,
             permits: Permits::default(),
+            memory: memory.clone(),
             places: Arc::new(Semaphore::new(limits.turns.min(Semaphore::MAX_PERMITS))),
             encoders: Semaphore::new(cores),
             limits: Arc::new(limits),
@@ -125,6 +136,11 @@ impl Gateway {
     /// What runs here now, oldest first.
     pub fn running(&self) -> Vec<Running> {
         self.list.snapshot()
+    }
+
+    /// What happened to a request here, if it runs or was among the last to end.
+    pub fn explain(&self, turn: TurnId) -> Option<trace::Trace> {
+        self.list.explain(turn)
     }
 
     /// All metrics of this controller, for other parts to add theirs.

@@ -1,17 +1,23 @@
 //! What runs where: desired deployments and the agents at hand -> a plan. Run by the leader alone; the plan is a
 //! command, so that assignments derive from replicated state.
 //!
-//! Pure. Rules: what is placed stays where it is; what is missing goes to an agent that has none of this deployment
-//! yet, then to the one with the fewest workers, then by name; surplus goes from the highest number down; an agent
-//! that stays away loses its workers if another can take them. Planning again on the result changes nothing.
+//! Pure. Rules: a worker goes to an agent that its deployment's constraints allow and that has room, first to one that
+//! has none of this deployment, then to the one with the fewest workers, then by name. What is right stays. What is not
+//! (another revision or other options, a draining agent, a second replica where another agent has none) is replaced
+//! before it goes: a new worker first, and only when it is ready the old one retires, which means that it ends what it
+//! has begun. So a deployment never has fewer ready workers than it had or wants, unless nobody has room for both. An
+//! agent that stays away loses its workers if another can take them. Planning again on the result changes nothing.
 
 use std::collections::BTreeMap;
+use std::fmt;
 
 use izar_common::health::WorkerState;
 use izar_common::id::{DeploymentId, NodeId, WorkerId};
+use izar_common::manifest::Kind;
+use izar_common::wire::agent::Device;
 
 use crate::fleet::{AgentView, Fleet};
-use crate::state::{Config, Deployment, Placement, Plan, REPLICA_LIMIT};
+use crate::state::{Config, Deployment, Placement, Plan, REPLICA_LIMIT, Standing};
 
 /// How long an agent may be away before others get its workers. Longer than a restart of the server's daemon, for
 /// moving a model costs its loading time.
@@ -23,6 +29,16 @@ pub const NEW_LEADER_MS: u64 = 10_000;
 /// Workers on one agent at most. An assignment travels whole and must fit a frame; a server has fewer accelerators.
 pub const WORKERS_PER_AGENT: usize = 64;
 
+/// How long a worker stays after it began to retire, idle or not: every controller learns of it meanwhile.
+pub const RETIRE_MS: u64 = 1_000;
+
+/// How long it may take over what it has begun. A worker that others can stand in for need not take so long: its jobs
+/// go on elsewhere, and a draining agent has a time of its own.
+pub const RETIRE_LIMIT_MS: u64 = 900_000;
+
+/// Share of an agent's memory that its workers may have, in percent: the rest is the system's and the agent's own.
+const MEMORY_SHARE: u64 = 90;
+
 /// The times that a plan depends on, Unix milliseconds.
 #[derive(Debug, Clone, Copy)]
 pub struct Times {
@@ -33,17 +49,39 @@ pub struct Times {
 
 /// Returns the plan that should replace the current one, or `None` if that one is right.
 pub fn plan(config: &Config, fleet: &Fleet, times: Times) -> Option<Plan> {
-    let mut workers = kept(config);
-    let here: Vec<&NodeId> = fleet.agents.iter().filter(|(_, view)| view.connected).map(|(id, _)| id).collect();
+    let mut draft = Draft { config, fleet, times, workers: config.plan.workers.clone() };
+    draft.retire_undeployed();
+    draft.remove_retired();
     for deployment in config.deployments.values() {
-        leave_lost(&mut workers, deployment, fleet, &here, times);
-        place_missing(&mut workers, deployment, &here);
-        spread(&mut workers, deployment, fleet, &here);
+        draft.leave_lost(deployment);
+        draft.retire_surplus(deployment);
+        draft.place_missing(deployment);
+        draft.spread(deployment);
+        draft.renew(deployment);
     }
+    let workers = draft.workers;
     if workers == config.plan.workers { None } else { Some(Plan { version: config.plan.version + 1, workers }) }
 }
 
-type Workers = BTreeMap<WorkerId, Placement>;
+/// Says why a deployment has fewer workers than it wants; `None` if it has as many.
+pub fn unmet(config: &Config, fleet: &Fleet, deployment: &Deployment) -> Option<String> {
+    let times = Times { now_ms: 0, leader_since_ms: 0 };
+    let draft = Draft { config, fleet, times, workers: config.plan.workers.clone() };
+    let missing = (deployment.replicas as usize).saturating_sub(draft.right(deployment).len());
+    if missing == 0 || draft.best(deployment).is_some() {
+        return None;
+    }
+    let mut reasons: Vec<String> = Vec::new();
+    for agent in draft.here() {
+        if let Err(misfit) = draft.fits(agent, deployment) {
+            reasons.push(format!("{agent}: {misfit}"));
+        }
+    }
+    if reasons.is_empty() {
+        reasons.push("no agent is connected".into());
+    }
+    Some(format!("{missing} without a place: {}", reasons.join("; ")))
+}
 
 /// A worker's number within its deployment.
 fn number(deployment: &DeploymentId, worker: &WorkerId) -> Option<u32> {
@@ -56,93 +94,320 @@ fn worker_id(deployment: &DeploymentId, number: u32) -> Option<WorkerId> {
     WorkerId::new(&format!("{deployment}.{number}")).ok()
 }
 
-/// Whether every worker that a deployment may ever have gets an id.
+/// Whether every worker that a deployment may ever have gets an id: while they are renewed, it has twice as many.
 pub fn can_be_named(deployment: &DeploymentId) -> bool {
-    worker_id(deployment, REPLICA_LIMIT - 1).is_some()
+    worker_id(deployment, 2 * REPLICA_LIMIT - 1).is_some()
 }
 
-/// What stays of the current plan: of each deployment the lowest numbers, as many as are wanted.
-fn kept(config: &Config) -> Workers {
-    let mut kept = Workers::new();
-    for deployment in config.deployments.values() {
-        let mut own: Vec<_> = config
-            .plan
-            .workers
-            .iter()
-            .filter(|(_, placement)| placement.deployment == deployment.id)
-            .filter_map(|(id, placement)| Some((number(&deployment.id, id)?, id, placement)))
-            .collect();
-        own.sort_by_key(|(number, ..)| *number);
-        own.truncate(deployment.replicas as usize);
-        kept.extend(own.into_iter().map(|(_, id, placement)| (id.clone(), placement.clone())));
+/// Why a worker cannot go to an agent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Misfit {
+    Standing(Standing),
+    Label { key: String, value: String },
+    Gpus { free: u32, needed: u32 },
+    Memory { free: u64, needed: u64 },
+    Occupied,
+    Full,
+}
+
+impl fmt::Display for Misfit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mib = |bytes: u64| bytes >> 20;
+        match self {
+            Misfit::Standing(Standing::Cordoned) => f.write_str("is cordoned"),
+            Misfit::Standing(Standing::Draining { .. }) => f.write_str("is being drained"),
+            Misfit::Label { key, value } => write!(f, "has no label {key}={value}"),
+            Misfit::Gpus { free, needed } => write!(f, "has {free} free GPUs of {needed} needed"),
+            Misfit::Memory { free, needed } => {
+                write!(f, "has {} MiB of free memory of {} MiB needed", mib(*free), mib(*needed))
+            }
+            Misfit::Occupied => f.write_str("has one already"),
+            Misfit::Full => write!(f, "has {WORKERS_PER_AGENT} workers already"),
+        }
     }
-    kept
 }
 
-fn is_lost(agent: &NodeId, fleet: &Fleet, times: Times) -> bool {
+/// A plan in the making.
+struct Draft<'a> {
+    config: &'a Config,
+    fleet: &'a Fleet,
+    times: Times,
+    workers: BTreeMap<WorkerId, Placement>,
+}
+
+impl<'a> Draft<'a> {
+    /// What nobody wants any more ends what it has begun.
+    fn retire_undeployed(&mut self) {
+        for placement in self.workers.values_mut() {
+            if !self.config.deployments.contains_key(&placement.deployment) {
+                placement.retiring_ms.get_or_insert(self.times.now_ms);
+            }
+        }
+    }
+
+    /// Lets go of workers that have ended what they had begun, or have taken too long over it.
+    fn remove_retired(&mut self) {
+        let (config, fleet, times) = (self.config, self.fleet, self.times);
+        let others = self.workers.clone();
+        self.workers.retain(|id, placement| {
+            let Some(since_ms) = placement.retiring_ms else { return true };
+            let Some(view) = fleet.agents.get(&placement.agent).filter(|view| view.connected) else {
+                return !is_lost(fleet, times, &placement.agent);
+            };
+            // Does another one give the same answers? Then jobs may move there, and soon, if an operator drains.
+            let ready = |(other, place): (&WorkerId, &Placement)| {
+                place.retiring_ms.is_none()
+                    && place.deployment == placement.deployment
+                    && (place.revision, &place.engine) == (placement.revision, &placement.engine)
+                    && fleet.agents.get(&place.agent).is_some_and(|view| is_ready(view, other))
+            };
+            let limit_ms = match config.standings.get(&placement.agent) {
+                Some(Standing::Draining { within_ms }) if others.iter().any(ready) => *within_ms,
+                _ => RETIRE_LIMIT_MS,
+            };
+            let age_ms = times.now_ms.saturating_sub(since_ms);
+            age_ms < RETIRE_MS || (age_ms < limit_ms.max(RETIRE_MS) && !is_idle(view, id))
+        });
+    }
+
+    /// A deployment's workers that do not retire.
+    fn own(&self, deployment: &Deployment) -> impl Iterator<Item = (&WorkerId, &Placement)> {
+        let id = deployment.id.clone();
+        self.workers.iter().filter(move |(_, place)| place.deployment == id && place.retiring_ms.is_none())
+    }
+
+    /// Those of them that are what is wanted, where it may be, by number.
+    fn right(&self, deployment: &Deployment) -> Vec<WorkerId> {
+        let right = |(_, place): &(&WorkerId, &Placement)| {
+            is_twin(place, deployment)
+                && !matches!(self.config.standings.get(&place.agent), Some(Standing::Draining { .. }))
+                && self.allows(&place.agent, deployment).is_ok()
+        };
+        let mut right: Vec<_> = self.own(deployment).filter(right).map(|(id, _)| id.clone()).collect();
+        right.sort_by_key(|id| number(&deployment.id, id));
+        right
+    }
+
+    fn ready(&self, id: &WorkerId) -> bool {
+        let view = self.workers.get(id).and_then(|place| self.fleet.agents.get(&place.agent));
+        view.is_some_and(|view| is_ready(view, id))
+    }
+
+    /// Moves a deployment's workers away from lost agents, as far as others have room.
+    fn leave_lost(&mut self, deployment: &Deployment) {
+        let lost = |(_, place): &(&WorkerId, &Placement)| is_lost(self.fleet, self.times, &place.agent);
+        let lost: Vec<WorkerId> = self.own(deployment).filter(lost).map(|(id, _)| id.clone()).collect();
+        for id in lost {
+            if let Some(agent) = self.best(deployment) {
+                self.put(id, deployment, agent);
+            }
+        }
+    }
+
+    /// Retires what is more than is wanted: first what is not ready, then what shares an agent, then the highest numbers.
+    fn retire_surplus(&mut self, deployment: &Deployment) {
+        loop {
+            let right = self.right(deployment);
+            let shares = |id: &WorkerId| {
+                let agent = &self.workers[id].agent;
+                right.iter().filter(|other| self.workers[*other].agent == *agent).count() > 1
+            };
+            // One that came for the sake of another agent is waited for: then one of those that share goes.
+            let awaited = |id: &WorkerId| !self.ready(id) && !shares(id) && right.iter().any(shares);
+            let surplus = right.len().saturating_sub(deployment.replicas as usize);
+            if surplus == 0 || (surplus == 1 && right.iter().any(awaited)) {
+                return;
+            }
+            let rank = |(number, id): &(usize, &WorkerId)| (self.ready(id), !shares(id), std::cmp::Reverse(*number));
+            let Some(id) = right.iter().enumerate().min_by_key(rank).map(|(_, id)| id.clone()) else { return };
+            self.retire(&id);
+        }
+    }
+
+    /// Gives the lowest free numbers to replicas that have no worker yet. While old ones still serve, new ones come in
+    /// small steps, so that a change takes little more room than a deployment has anyway.
+    fn place_missing(&mut self, deployment: &Deployment) {
+        let right = self.right(deployment);
+        let mut missing = (deployment.replicas as usize).saturating_sub(right.len());
+        let old = self.own(deployment).filter(|(id, _)| !right.contains(id)).filter(|(id, _)| self.ready(id)).count();
+        if old > 0 {
+            let coming = right.iter().filter(|id| !self.ready(id)).count();
+            let step = (deployment.replicas as usize / 4).max(1);
+            // What has gone for good is replaced at once; only what is renewed waits.
+            let gone = (deployment.replicas as usize).saturating_sub(right.len() + old);
+            missing = missing.min(step.saturating_sub(coming).max(gone));
+        }
+        for _ in 0..missing {
+            let Some(agent) = self.best(deployment) else { return };
+            let Some(id) = self.free_id(deployment) else { return };
+            self.put(id, deployment, agent);
+        }
+    }
+
+    /// Replicas that came up before the second agent did would share one agent's fate for ever: one that does not serve
+    /// moves at once; of those that serve, when all do, one gets a companion on an agent that has none, and then retires.
+    fn spread(&mut self, deployment: &Deployment) {
+        loop {
+            let right = self.right(deployment);
+            let on = |agent: &NodeId| right.iter().filter(|id| self.workers[*id].agent == *agent).count();
+            let doubled: Vec<&WorkerId> = right.iter().filter(|id| on(&self.workers[*id].agent) > 1).collect();
+            let Some(to) = self.best(deployment).filter(|agent| on(agent) == 0) else { return };
+            if let Some(id) = doubled.iter().rev().find(|id| !self.ready(id)) {
+                let id = (*id).clone();
+                self.put(id, deployment, to);
+                continue;
+            }
+            let settled = right.len() == deployment.replicas as usize && right.iter().all(|id| self.ready(id));
+            if !doubled.is_empty() && settled {
+                let Some(id) = self.free_id(deployment) else { return };
+                // It is one too many until it is ready; then the highest number of the doubled ones is surplus.
+                self.put(id, deployment, to);
+            }
+            return;
+        }
+    }
+
+    /// Retires old workers as new ones get ready, so that as many are ready as are wanted.
+    fn renew(&mut self, deployment: &Deployment) {
+        let right = self.right(deployment);
+        let wanted = deployment.replicas as usize;
+        let own: Vec<WorkerId> = self.own(deployment).map(|(id, _)| id.clone()).collect();
+        let mut old: Vec<&WorkerId> = own.iter().filter(|id| !right.contains(id)).collect();
+        old.sort_by_key(|id| self.ready(id));
+        let mut ready = own.iter().filter(|id| self.ready(id)).count();
+        let replaced = right.len() >= wanted;
+        for id in old {
+            let serves = self.ready(id);
+            let stands_in_the_way = !replaced && self.stands_in_the_way(deployment, id, &right);
+            if (!serves && replaced) || (serves && ready > wanted) || stands_in_the_way {
+                self.retire(id);
+                ready -= usize::from(serves);
+                if stands_in_the_way {
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Whether a worker of an older kind takes the room that its successor needs, and nothing else is on its way: then
+    /// it must go first.
+    fn stands_in_the_way(&self, deployment: &Deployment, id: &WorkerId, right: &[WorkerId]) -> bool {
+        let place = &self.workers[id];
+        let outdated = place.revision != deployment.revision || place.engine != deployment.engine;
+        let retiring = self.workers.values().any(|p| p.deployment == deployment.id && p.retiring_ms.is_some());
+        if !outdated || retiring || self.best(deployment).is_some() || right.iter().any(|id| !self.ready(id)) {
+            return false;
+        }
+        let mut without = Draft { workers: self.workers.clone(), ..*self };
+        without.workers.remove(id);
+        without.fits(&place.agent, deployment).is_ok()
+    }
+
+    fn put(&mut self, id: WorkerId, deployment: &Deployment, agent: NodeId) {
+        let Deployment { id: of, revision, engine, .. } = deployment.clone();
+        self.workers.insert(id, Placement { deployment: of, agent, revision, engine, retiring_ms: None });
+    }
+
+    fn retire(&mut self, id: &WorkerId) {
+        if let Some(place) = self.workers.get_mut(id) {
+            place.retiring_ms.get_or_insert(self.times.now_ms);
+        }
+    }
+
+    fn free_id(&self, deployment: &Deployment) -> Option<WorkerId> {
+        let mut ids = (0..2 * REPLICA_LIMIT).map_while(|number| worker_id(&deployment.id, number));
+        ids.find(|id| !self.workers.contains_key(id))
+    }
+
+    /// Agents that a worker can go to: what they have is known.
+    fn here(&self) -> impl Iterator<Item = &'a NodeId> {
+        let known = |(_, view): &(&NodeId, &AgentView)| view.connected && view.report.is_some();
+        self.fleet.agents.iter().filter(known).map(|(id, _)| id)
+    }
+
+    /// The agent that should get the next worker of a deployment; `None` if none has room.
+    fn best(&self, deployment: &Deployment) -> Option<NodeId> {
+        let rank = |agent: &NodeId| {
+            let here = || self.workers.values().filter(|place| place.agent == *agent);
+            (here().filter(|place| is_twin(place, deployment)).count(), here().count())
+        };
+        // The first of equals wins, and agents come by name.
+        let fitting = self.here().filter(|agent| self.fits(agent, deployment).is_ok());
+        fitting.min_by_key(|agent| rank(agent)).cloned()
+    }
+
+    /// Whether an agent is one that a deployment's workers may be on.
+    fn allows(&self, agent: &NodeId, deployment: &Deployment) -> Result<(), Misfit> {
+        // Of an agent that is away nobody knows that it is not.
+        let Some(report) = self.fleet.agents.get(agent).and_then(|view| view.report.as_ref()) else { return Ok(()) };
+        match deployment.constraints.labels.iter().find(|(key, value)| report.labels.get(*key) != Some(value)) {
+            Some((key, value)) => Err(Misfit::Label { key: key.clone(), value: value.clone() }),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether one more worker of a deployment can go to an agent.
+    fn fits(&self, agent: &NodeId, deployment: &Deployment) -> Result<(), Misfit> {
+        if let Some(standing) = self.config.standings.get(agent) {
+            return Err(Misfit::Standing(*standing));
+        }
+        self.allows(agent, deployment)?;
+        let here = || self.workers.values().filter(|place| place.agent == *agent);
+        if here().count() >= WORKERS_PER_AGENT {
+            return Err(Misfit::Full);
+        }
+        if deployment.constraints.apart && here().any(|place| is_twin(place, deployment)) {
+            return Err(Misfit::Occupied);
+        }
+        let report = self.fleet.agents.get(agent).and_then(|view| view.report.as_ref());
+        let (memory, gpus) = report.map_or((0, 0), |report| (report.memory_bytes, report.gpus));
+        let taken: Vec<(u64, u32)> = here().map(|place| self.needs(place)).collect();
+        let candidate = Placement {
+            deployment: deployment.id.clone(),
+            agent: agent.clone(),
+            revision: deployment.revision,
+            engine: deployment.engine.clone(),
+            retiring_ms: None,
+        };
+        let (needed_bytes, needed_gpus) = self.needs(&candidate);
+        let free_gpus = gpus.saturating_sub(taken.iter().map(|(_, gpus)| gpus).sum());
+        if needed_gpus > free_gpus {
+            return Err(Misfit::Gpus { free: free_gpus, needed: needed_gpus });
+        }
+        let free_bytes = (memory / 100 * MEMORY_SHARE).saturating_sub(taken.iter().map(|(bytes, _)| bytes).sum());
+        if needed_bytes > free_bytes {
+            return Err(Misfit::Memory { free: free_bytes, needed: needed_bytes });
+        }
+        Ok(())
+    }
+
+    /// Memory, in bytes, and GPUs that a worker takes on its agent.
+    fn needs(&self, place: &Placement) -> (u64, u32) {
+        let constraints = self.config.deployments.get(&place.deployment).map(|deployment| &deployment.constraints);
+        let (stated, gpus) = constraints.map_or((0, 0), |constraints| (constraints.memory_bytes, constraints.gpus));
+        let estimated = || match self.config.models.get(&place.revision).map(|model| &model.manifest) {
+            Some(manifest) if place.engine.device == Device::Cpu && !matches!(manifest.kind, Kind::Echo { .. }) => {
+                manifest.files.iter().map(|file| file.bytes).sum::<u64>() + place.engine.cache_budget()
+            }
+            _ => 0,
+        };
+        (if stated > 0 { stated } else { estimated() }, gpus)
+    }
+}
+
+/// Whether a worker is what a deployment wants, and stays.
+fn is_twin(place: &Placement, deployment: &Deployment) -> bool {
+    place.deployment == deployment.id
+        && place.retiring_ms.is_none()
+        && (place.revision, &place.engine) == (deployment.revision, &deployment.engine)
+}
+
+fn is_lost(fleet: &Fleet, times: Times, agent: &NodeId) -> bool {
     let view = fleet.agents.get(agent);
     let seen_ms = view.map_or(fleet.since_ms, |view| view.last_report_ms.max(fleet.since_ms));
     !view.is_some_and(|view| view.connected)
         && times.now_ms.saturating_sub(seen_ms) >= LOST_MS
         && times.now_ms.saturating_sub(times.leader_since_ms) >= NEW_LEADER_MS
-}
-
-/// Moves a deployment's workers away from lost agents, as far as others have room.
-fn leave_lost(workers: &mut Workers, deployment: &Deployment, fleet: &Fleet, here: &[&NodeId], times: Times) {
-    let lost: Vec<WorkerId> = workers
-        .iter()
-        .filter(|(_, placement)| placement.deployment == deployment.id && is_lost(&placement.agent, fleet, times))
-        .map(|(id, _)| id.clone())
-        .collect();
-    for id in lost {
-        if let Some(agent) = best(workers, &deployment.id, here) {
-            workers.insert(id, Placement { deployment: deployment.id.clone(), agent });
-        }
-    }
-}
-
-/// Gives the lowest free numbers to replicas that have no worker yet.
-fn place_missing(workers: &mut Workers, deployment: &Deployment, here: &[&NodeId]) {
-    let mut missing = deployment.replicas as usize - count(workers, |p| p.deployment == deployment.id);
-    let mut free = 0;
-    while missing > 0 {
-        let Some(id) = worker_id(&deployment.id, free) else { return };
-        free += 1;
-        if workers.contains_key(&id) {
-            continue;
-        }
-        let Some(agent) = best(workers, &deployment.id, here) else { return };
-        workers.insert(id, Placement { deployment: deployment.id.clone(), agent });
-        missing -= 1;
-    }
-}
-
-/// Moves replicas off agents that have two, to agents that have none: those that came up before the second agent did
-/// would otherwise share their fate for ever. One that serves moves only while it is idle and all others are ready, so
-/// they move one after the other.
-fn spread(workers: &mut Workers, deployment: &Deployment, fleet: &Fleet, here: &[&NodeId]) {
-    while let Some((id, agent)) = next_move(workers, deployment, fleet, here) {
-        workers.insert(id, Placement { deployment: deployment.id.clone(), agent });
-    }
-}
-
-fn next_move(
-    workers: &Workers,
-    deployment: &Deployment,
-    fleet: &Fleet,
-    here: &[&NodeId],
-) -> Option<(WorkerId, NodeId)> {
-    let on = |agent: &NodeId| count(workers, |p| p.deployment == deployment.id && p.agent == *agent);
-    let to = best(workers, &deployment.id, here).filter(|agent| on(agent) == 0)?;
-    let own = || workers.iter().filter(|(_, placement)| placement.deployment == deployment.id);
-    let serves = |id: &WorkerId, p: &Placement| fleet.agents.get(&p.agent).is_some_and(|view| is_ready(view, id));
-    let may_move = |id: &WorkerId, placement: &Placement| {
-        let idle = fleet.agents.get(&placement.agent).is_some_and(|view| is_idle(view, id));
-        !serves(id, placement) || idle && own().all(|(id, placement)| serves(id, placement))
-    };
-    let doubled = own().filter(|(id, placement)| on(&placement.agent) > 1 && may_move(id, placement));
-    let (id, _) = doubled.max_by_key(|(id, _)| number(&deployment.id, id))?;
-    Some((id.clone(), to))
 }
 
 fn is_ready(view: &AgentView, id: &WorkerId) -> bool {
@@ -155,140 +420,5 @@ fn is_idle(view: &AgentView, id: &WorkerId) -> bool {
     !view.in_flight.contains_key(id) && reported.is_none_or(|worker| worker.load.jobs() == 0)
 }
 
-/// The agent that should get the next worker of a deployment; `None` if all are full.
-fn best(workers: &Workers, deployment: &DeploymentId, here: &[&NodeId]) -> Option<NodeId> {
-    let rank = |agent: &NodeId| {
-        let total = count(workers, |p| p.agent == *agent);
-        (count(workers, |p| p.agent == *agent && p.deployment == *deployment), total)
-    };
-    let room = here.iter().filter(|agent| count(workers, |p| p.agent == ***agent) < WORKERS_PER_AGENT);
-    // The first of equals wins, and agents come by name.
-    room.min_by_key(|agent| rank(agent)).map(|agent| (*agent).clone())
-}
-
-fn count(workers: &Workers, fits: impl Fn(&Placement) -> bool) -> usize {
-    workers.values().filter(|placement| fits(placement)).count()
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::agents::fixture::{config, fleet};
-
-    const NOW: u64 = 1_000_000;
-
-    fn words(plan: &Plan) -> String {
-        plan.workers.iter().map(|(id, p)| format!("{id}@{}", p.agent)).collect::<Vec<_>>().join(" ")
-    }
-
-    fn plan_at(wanted: &str, current: &str, fleet: &Fleet, times: Times) -> String {
-        let mut config = config(wanted, current);
-        let Some(next) = plan(&config, fleet, times) else { return "same".into() };
-        assert_eq!(next.version, config.plan.version + 1);
-        let text = words(&next);
-        config.plan = next;
-        if let Some(again) = plan(&config, fleet, times) {
-            panic!("{wanted} | {current}: {text} is not stable, then came {}", words(&again));
-        }
-        text
-    }
-
-    /// `agents`: names, `-name` for one that has been away for long, `~name` for one that just left.
-    fn agents(names: &str) -> Fleet {
-        let mut fleet = Fleet::new(0);
-        for name in names.split_whitespace() {
-            let id: NodeId = name.trim_start_matches(['-', '~']).parse().unwrap();
-            let seen = if name.starts_with('-') { NOW - LOST_MS } else { NOW - 1 };
-            fleet.connect(&id, seen);
-            if name.starts_with(['-', '~']) {
-                fleet.disconnect(&id);
-            }
-        }
-        fleet
-    }
-
-    fn check(wanted: &str, current: &str, names: &str, expected: &str) {
-        let times = Times { now_ms: NOW, leader_since_ms: 0 };
-        assert_eq!(plan_at(wanted, current, &agents(names), times), expected, "{wanted} | {current} | {names}");
-    }
-
-    #[test]
-    fn missing_replicas_go_to_distinct_agents_with_the_fewest_workers() {
-        check("m 1", "", "a1 a2", "m.0@a1");
-        check("m 2", "", "a1 a2", "m.0@a1 m.1@a2");
-        check("m 3", "", "a1 a2", "m.0@a1 m.1@a2 m.2@a1");
-        check("m 1, n 1", "m.0@a1", "a1 a2", "m.0@a1 n.0@a2");
-        check("m 2", "", "", "same");
-        check("m 2", "", "~a1", "same");
-        check("m 2", "m.1@a1", "a1 a2", "m.0@a2 m.1@a1");
-    }
-
-    #[test]
-    fn a_name_must_leave_room_for_the_numbers_of_its_workers() {
-        let fits = |length: usize| can_be_named(&DeploymentId::new(&"m".repeat(length)).unwrap());
-        assert_eq!((fits(59), fits(60)), (true, false));
-    }
-
-    #[test]
-    fn what_is_right_stays() {
-        check("m 2", "m.0@a1 m.1@a2", "a1 a2", "same");
-        check("m 2", "m.0@a1 m.1@a2", "a1 a2 a0 a3", "same");
-        check("m 2", "m.0@a1 m.1@a2", "a1 ~a2 a3", "same");
-        check("m 2", "m.0@a1 m.1@a1", "a1", "same");
-    }
-
-    #[test]
-    fn surplus_goes_from_the_highest_number_also_beyond_nine() {
-        check("m 1", "m.0@a1 m.1@a2", "a1 a2", "m.0@a1");
-        let eleven: Vec<_> = (0..11).map(|i| format!("m.{i}@a1")).collect();
-        check("m 10", &eleven.join(" "), "a1", &eleven[..10].join(" "));
-        check("", "m.0@a1", "a1", "");
-        check("m 0", "m.0@a1", "a1", "");
-    }
-
-    #[test]
-    fn a_lost_agent_loses_its_workers_only_if_another_can_take_them() {
-        check("m 2", "m.0@a1 m.1@a2", "a1 -a2 a3", "m.0@a1 m.1@a3");
-        check("m 2", "m.0@a1 m.1@a2", "a1 -a2", "m.0@a1 m.1@a1");
-        check("m 2", "m.0@a1 m.1@a2", "-a1 -a2", "same");
-        check("m 1", "m.0@never", "a1", "m.0@a1");
-    }
-
-    #[test]
-    fn nobody_is_lost_while_the_leader_or_the_controller_is_new() {
-        let times = Times { now_ms: NOW, leader_since_ms: NOW - NEW_LEADER_MS + 1 };
-        assert_eq!(plan_at("m 1", "m.0@a2", &agents("a1 -a2"), times), "same");
-        let mut fleet = agents("a1 -a2");
-        fleet.since_ms = NOW - LOST_MS + 1;
-        let times = Times { now_ms: NOW, leader_since_ms: 0 };
-        assert_eq!(plan_at("m 1", "m.0@a2", &fleet, times), "same");
-        assert_eq!(plan_at("m 1", "m.0@never", &fleet, times), "same");
-    }
-
-    #[test]
-    fn doubled_replicas_spread_at_once_while_they_do_not_serve() {
-        check("m 2", "m.0@a1 m.1@a1", "a1 a2", "m.0@a1 m.1@a2");
-        check("m 3", "m.0@a1 m.1@a1 m.2@a1", "a1 a2 a3", "m.0@a1 m.1@a3 m.2@a2");
-        check("m 3", "m.0@a1 m.1@a1 m.2@a2", "a1 a2", "same");
-    }
-
-    #[test]
-    fn doubled_replicas_that_serve_move_one_by_one_and_only_when_idle() {
-        let check = |m0: &str, m1: &str, m2: &str, expected: &str| {
-            let said = format!("a1 m.0 {m0}\na1 m.1 {m1}\na1 m.2 {m2}\na2 n.0 ready 0 0 0\na3 n.0 ready 0 0 0");
-            let times = Times { now_ms: NOW, leader_since_ms: 0 };
-            assert_eq!(plan_at("m 3", "m.0@a1 m.1@a1 m.2@a1", &fleet(&said, NOW), times), expected, "{said}");
-        };
-        let (idle, busy, asked) = ("ready 0 0 0", "ready 1 0 0", "ready 0 0 1");
-        check(idle, idle, idle, "m.0@a1 m.1@a1 m.2@a2");
-        check(idle, idle, busy, "m.0@a1 m.1@a2 m.2@a1");
-        check(busy, asked, busy, "same");
-        check(idle, "backoff 0 0 0", busy, "m.0@a1 m.1@a2 m.2@a1");
-    }
-
-    #[test]
-    fn an_agent_has_a_limit_of_workers() {
-        let text = plan_at("m 100", "", &agents("a1"), Times { now_ms: NOW, leader_since_ms: 0 });
-        assert_eq!(text.split(' ').count(), WORKERS_PER_AGENT);
-    }
-}
+mod tests;

@@ -10,7 +10,7 @@ use izar_common::health::{WorkerReport, WorkerState};
 use izar_common::id::{DeploymentId, Hash, NodeId, NumericsId, WorkerId};
 
 use crate::fleet::{AgentView, Fleet};
-use crate::state::Config;
+use crate::state::{Config, Deployment};
 
 /// Jobs on a worker at most, in batches: one runs, the others wait. More would wait longer than a client does, so
 /// the gateway refuses them at once (429) and the client may ask another site.
@@ -103,8 +103,8 @@ pub fn place(fleet: &Fleet, config: &Config, ask: &Ask<'_>) -> Result<Place, NoP
     }
     let mut best: Option<Rank> = None;
     let (mut ties, mut full) = (0, 0);
-    for (_, view, worker) in candidates(fleet, config, ask) {
-        let Some(rank) = rank(view, worker, ask) else {
+    for (agent, view, worker) in candidates(fleet, config, ask) {
+        let Some(rank) = rank(config, agent, view, worker, ask) else {
             full += 1;
             continue;
         };
@@ -121,13 +121,32 @@ pub fn place(fleet: &Fleet, config: &Config, ask: &Ask<'_>) -> Result<Place, NoP
         });
     };
     let mut equals = candidates(fleet, config, ask)
-        .filter(|(_, view, worker)| rank(view, worker, ask).is_some_and(|rank| rank == best));
+        .filter(|(agent, view, worker)| rank(config, agent, view, worker, ask).is_some_and(|rank| rank == best));
     let (agent, _, worker) =
         equals.nth((ask.rotation % ties) as usize).expect("the second look finds what the first one counted");
     Ok(Place { agent: agent.clone(), worker: worker.worker.clone(), numerics: worker.numerics })
 }
 
-/// Ready workers with the right revision that the plan still wants where they are.
+/// The revision of a deployment that new requests are for: the wanted one, or while none of its workers is ready, one
+/// that still serves.
+pub fn revision(fleet: &Fleet, config: &Config, deployment: &Deployment) -> Hash {
+    let own = config.plan.workers.iter().filter(|(_, place)| place.deployment == deployment.id);
+    let serving = own.filter(|(id, place)| {
+        let view = fleet.agents.get(&place.agent).filter(|view| view.connected);
+        let mut workers = view.into_iter().flat_map(|view| view.workers());
+        place.retiring_ms.is_none()
+            && workers.any(|w| w.worker == **id && w.state == WorkerState::Ready && w.revision == place.revision)
+    });
+    let mut revisions = serving.map(|(_, place)| place.revision);
+    let any = revisions.next().unwrap_or(deployment.revision);
+    if any == deployment.revision || revisions.any(|other| other == deployment.revision) {
+        return deployment.revision;
+    }
+    any
+}
+
+/// Ready workers with the right revision that the plan still wants where they are. Those that retire only go on with
+/// what others have begun, and only where the numerics are the same.
 fn candidates<'a>(
     fleet: &'a Fleet,
     config: &'a Config,
@@ -139,7 +158,11 @@ fn candidates<'a>(
             worker.state == WorkerState::Ready
                 && worker.deployment == *ask.deployment
                 && worker.revision == ask.revision
-                && config.plan.workers.get(&worker.worker).is_some_and(|placement| placement.agent == *agent)
+                && config.plan.workers.get(&worker.worker).is_some_and(|placement| {
+                    let stays =
+                        placement.retiring_ms.is_none() || (ask.numerics.is_some() && ask.numerics == worker.numerics);
+                    placement.agent == *agent && stays
+                })
         };
         view.workers().iter().filter(fits).map(move |worker| (agent, view, worker))
     })
@@ -150,7 +173,7 @@ fn candidates<'a>(
 struct Rank {
     /// It would go on with other tokens than those that were begun.
     inexact: bool,
-    /// It failed this job before, or its agent is late.
+    /// It failed this job before, its agent is late or shall get no new work, or it retires.
     doubtful: bool,
     jobs: u64,
     max_batch: u64,
@@ -170,7 +193,7 @@ impl PartialEq for Rank {
 }
 
 /// Ranks a worker, or `None` if it is full.
-fn rank(view: &AgentView, worker: &WorkerReport, ask: &Ask<'_>) -> Option<Rank> {
+fn rank(config: &Config, agent: &NodeId, view: &AgentView, worker: &WorkerReport, ask: &Ask<'_>) -> Option<Rank> {
     let reported = u64::from(worker.load.jobs());
     let ours = u64::from(view.in_flight.get(&worker.worker).copied().unwrap_or(0));
     // The report counts ours as well, only later: the larger number is the nearer one.
@@ -180,7 +203,10 @@ fn rank(view: &AgentView, worker: &WorkerReport, ask: &Ask<'_>) -> Option<Rank> 
     }
     let late = ask.now_ms.saturating_sub(view.last_report_ms) > LATE_MS;
     let inexact = ask.numerics.is_some() && ask.numerics != worker.numerics;
-    Some(Rank { inexact, doubtful: late || ask.avoid.contains(&worker.worker), jobs, max_batch })
+    let leaving = config.standings.contains_key(agent)
+        || config.plan.workers.get(&worker.worker).is_some_and(|placement| placement.retiring_ms.is_some());
+    let doubtful = late || leaving || ask.avoid.contains(&worker.worker);
+    Some(Rank { inexact, doubtful, jobs, max_batch })
 }
 
 /// Says in which states the replicas are, when none can take the job.
@@ -188,6 +214,7 @@ fn not_ready(fleet: &Fleet, config: &Config, ask: &Ask<'_>) -> NoPlace {
     let mut states = States::default();
     let wanted = config.deployments.get(ask.deployment).map_or(0, |deployment| deployment.replicas);
     let placed = config.plan.workers.iter().filter(|(_, placement)| placement.deployment == *ask.deployment);
+    let placed = placed.filter(|(_, placement)| placement.retiring_ms.is_none());
     let mut count = 0;
     for (id, placement) in placed {
         count += 1;
@@ -297,6 +324,40 @@ mod tests {
         let said = "a1 m.0 ready 9 0 0\na2 m.1 ready 0 0 0 other";
         assert_eq!(ask("m 2", "m.0@a1 m.1@a2", said, &["m.0"], 0), "m.0@a1");
         assert_eq!(ask("m 1", "m.1@a2", "a2 m.1 ready 0 0 0 other", &[], 0), "m.1@a2");
+    }
+
+    #[test]
+    fn a_worker_that_retires_only_goes_on_with_what_it_alone_can() {
+        let said = "a1 m.0 ready 0 0 0\na2 m.1 ready 9 0 0";
+        assert_eq!(ask("m 1", "m.0@a1! m.1@a2", said, &[], 0), "m.1@a2");
+        assert_eq!(ask("m 1", "m.0@a1!", said, &[], 0), "m.0@a1", "it has the numerics of the beginning");
+        let other = "a1 m.0 ready 0 0 0 other";
+        assert_eq!(ask("m 1", "m.0@a1!", other, &[], 0), "no replica of m is ready (1 without an agent)");
+    }
+
+    #[test]
+    fn new_requests_are_for_the_wanted_revision_once_a_worker_of_it_is_ready() {
+        let revision = |plan: &str, said: &str| {
+            let config = config("m 1", plan);
+            super::revision(&fleet(said, NOW), &config, &config.deployments["m"]).0[0]
+        };
+        let old = "a1 m.0 ready 0 0 0 x\na2 m.1";
+        assert_eq!(revision("m.0@a1-9 m.1@a2", &format!("{old} loading 0 0 0")), 9);
+        assert_eq!(revision("m.0@a1-9 m.1@a2", &format!("{old} ready 0 0 0")), 1);
+        assert_eq!(revision("m.1@a2", &format!("{old} loading 0 0 0")), 1);
+    }
+
+    #[test]
+    fn a_cordoned_agent_gets_a_job_only_if_no_other_can_take_it() {
+        let mut config = config("m 2", "m.0@a1 m.1@a2");
+        config.standings.insert("a1".parse().unwrap(), crate::state::Standing::Cordoned);
+        let place = |said: &str| {
+            let (deployment, revision) = ("m".parse().unwrap(), Hash([1; 32]));
+            let ask = Ask { deployment: &deployment, revision, numerics: None, avoid: &[], now_ms: NOW, rotation: 0 };
+            super::place(&fleet(said, NOW), &config, &ask).unwrap().worker.to_string()
+        };
+        assert_eq!(place("a1 m.0 ready 0 0 0\na2 m.1 ready 9 0 0"), "m.1");
+        assert_eq!(place("a1 m.0 ready 0 0 0\na2 m.1 loading 0 0 0"), "m.0");
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //!
 //! Pure: no clock, no randomness, no float, no I/O. `store` keeps its rows on disk; `raft` alone calls `apply`.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, RwLock};
 
 use izar_common::clock::Hlc;
@@ -20,7 +20,7 @@ pub mod turns;
 use command::{Batch, Command, Origin, Refusal, Reply};
 use dedupe::Origins;
 use izar_common::manifest::Manifest;
-pub use models::{Deployment, Model, Placement, Plan};
+pub use models::{Constraints, Deployment, Model, Placement, Plan, Standing};
 use rows::{Head, Row};
 pub use tenants::{Key, KeyStatus, Project, Tenant};
 use turns::{Opening, Outcome, Turn, Turns};
@@ -33,6 +33,13 @@ pub const MODEL_LIMIT: usize = 1_000;
 pub const DEPLOYMENT_LIMIT: usize = 1_000;
 /// Replicas of one deployment; with the deployments' limit it bounds a plan.
 pub const REPLICA_LIMIT: u32 = 1_000;
+/// Tenants, and projects, of a site.
+pub const TENANT_LIMIT: usize = 1_000;
+pub const PROJECT_LIMIT: usize = 10_000;
+/// Other names of deployments.
+pub const ALIAS_LIMIT: usize = 1_000;
+/// Agents of which an operator has said something.
+pub const STANDING_LIMIT: usize = 1_024;
 /// Workers of a plan: a plan is one command and must fit into an entry.
 pub const WORKER_LIMIT: usize = 5_000;
 
@@ -68,6 +75,10 @@ pub enum What {
     TurnClosed { turn: TurnId, outcome: Outcome },
     TurnResumed { turn: TurnId, origin: Origin },
     Audited(audit::Event),
+    TenantSet(Tenant),
+    ProjectSet(Project),
+    AliasSet { alias: DeploymentId, deployment: Option<DeploymentId> },
+    StandingSet { agent: NodeId, standing: Option<Standing> },
 }
 
 /// What a batch came to.
@@ -99,6 +110,8 @@ pub struct State {
     keys: BTreeMap<KeyId, Key>,
     models: BTreeMap<Hash, Model>,
     deployments: BTreeMap<DeploymentId, Deployment>,
+    aliases: BTreeMap<DeploymentId, DeploymentId>,
+    standings: BTreeMap<NodeId, Standing>,
     plan: Plan,
     turns: Turns,
     origins: Origins,
@@ -109,9 +122,8 @@ pub struct State {
 impl State {
     /// The state every site begins with: one tenant and one project, named `default`.
     pub fn new(site: SiteId) -> Self {
-        let tenant = Tenant { id: TenantId::new(tenants::DEFAULT).expect("a valid name") };
-        let project =
-            Project { id: ProjectId::new(tenants::DEFAULT).expect("a valid name"), tenant: tenant.id.clone() };
+        let tenant = Tenant::new(TenantId::new(tenants::DEFAULT).expect("a valid name"));
+        let project = Project::new(ProjectId::new(tenants::DEFAULT).expect("a valid name"), tenant.id.clone());
         Self {
             head: Head::new(site.clone()),
             site,
@@ -120,6 +132,8 @@ impl State {
             keys: BTreeMap::new(),
             models: BTreeMap::new(),
             deployments: BTreeMap::new(),
+            aliases: BTreeMap::new(),
+            standings: BTreeMap::new(),
             plan: Plan::default(),
             turns: Turns::default(),
             origins: Origins::default(),
@@ -190,6 +204,10 @@ impl State {
                 }
                 Ok(())
             }
+            Command::PutTenant(tenant) => self.put_tenant(step, tenant),
+            Command::PutProject(project) => self.put_project(step, project),
+            Command::SetAlias { alias, deployment } => self.set_alias(step, alias, deployment.as_ref()),
+            Command::SetStanding { agent, standing } => self.set_standing(step, agent, *standing),
             Command::CompactLog { through } => {
                 self.head.compacted = self.head.compacted.max((*through).min(step.index));
                 Ok(())
@@ -245,6 +263,9 @@ impl State {
         if deployment.replicas > REPLICA_LIMIT {
             return Err(Refusal::Full { what: "replicas of a deployment".into(), limit: u64::from(REPLICA_LIMIT) });
         }
+        if self.aliases.contains_key(&deployment.id) {
+            return Err(Refusal::IsAlias(deployment.id.clone()));
+        }
         match self.deployments.get(&deployment.id) {
             Some(same) if same == deployment => return Ok(()),
             Some(_) => {}
@@ -259,10 +280,94 @@ impl State {
     }
 
     fn undeploy(&mut self, step: &mut Step, id: &DeploymentId) -> Result<(), Refusal> {
+        if let Some((alias, _)) = self.aliases.iter().find(|(_, deployment)| *deployment == id) {
+            return Err(Refusal::HasAlias { alias: alias.clone(), deployment: id.clone() });
+        }
         self.deployments.remove(id).ok_or_else(|| Refusal::UnknownDeployment(id.clone()))?;
         step.touch(Row::Deployment(id.clone()));
         self.config(step, What::Undeployed(id.clone()));
         self.audit(step, audit::Event::Undeployed { deployment: id.clone() });
+        Ok(())
+    }
+
+    fn put_tenant(&mut self, step: &mut Step, tenant: &Tenant) -> Result<(), Refusal> {
+        match self.tenants.get(&tenant.id) {
+            Some(same) if same == tenant => return Ok(()),
+            Some(_) => {}
+            None => full(self.tenants.len(), TENANT_LIMIT, "tenants")?,
+        }
+        self.tenants.insert(tenant.id.clone(), tenant.clone());
+        step.touch(Row::Tenant(tenant.id.clone()));
+        self.config(step, What::TenantSet(tenant.clone()));
+        self.audit(step, audit::Event::TenantSet { tenant: tenant.clone() });
+        Ok(())
+    }
+
+    fn put_project(&mut self, step: &mut Step, project: &Project) -> Result<(), Refusal> {
+        if !self.tenants.contains_key(&project.tenant) {
+            return Err(Refusal::UnknownTenant(project.tenant.clone()));
+        }
+        match self.projects.get(&project.id) {
+            Some(same) if same == project => return Ok(()),
+            // What was asked under it is the first tenant's, and so are the keys.
+            Some(old) if old.tenant != project.tenant => {
+                return Err(Refusal::OtherTenant { project: old.id.clone(), tenant: old.tenant.clone() });
+            }
+            Some(_) => {}
+            None => full(self.projects.len(), PROJECT_LIMIT, "projects")?,
+        }
+        self.projects.insert(project.id.clone(), project.clone());
+        step.touch(Row::Project(project.id.clone()));
+        self.config(step, What::ProjectSet(project.clone()));
+        self.audit(step, audit::Event::ProjectSet { project: project.clone() });
+        Ok(())
+    }
+
+    fn set_alias(
+        &mut self,
+        step: &mut Step,
+        alias: &DeploymentId,
+        deployment: Option<&DeploymentId>,
+    ) -> Result<(), Refusal> {
+        if self.aliases.get(alias) == deployment {
+            // Taking away what is not there is a mistake in its name.
+            return deployment.map(|_| ()).ok_or_else(|| Refusal::UnknownAlias(alias.clone()));
+        }
+        match deployment {
+            None => drop(self.aliases.remove(alias)),
+            Some(_) if self.deployments.contains_key(alias) => return Err(Refusal::IsDeployment(alias.clone())),
+            Some(to) if !self.deployments.contains_key(to) => return Err(Refusal::UnknownDeployment(to.clone())),
+            Some(to) => {
+                if !self.aliases.contains_key(alias) {
+                    full(self.aliases.len(), ALIAS_LIMIT, "aliases")?;
+                }
+                self.aliases.insert(alias.clone(), to.clone());
+            }
+        }
+        let (alias, deployment) = (alias.clone(), deployment.cloned());
+        step.touch(Row::Alias(alias.clone()));
+        self.config(step, What::AliasSet { alias: alias.clone(), deployment: deployment.clone() });
+        self.audit(step, audit::Event::AliasSet { alias, deployment });
+        Ok(())
+    }
+
+    fn set_standing(&mut self, step: &mut Step, agent: &NodeId, standing: Option<Standing>) -> Result<(), Refusal> {
+        if self.standings.get(agent).copied() == standing {
+            return Ok(());
+        }
+        match standing {
+            None => drop(self.standings.remove(agent)),
+            Some(standing) => {
+                if !self.standings.contains_key(agent) {
+                    full(self.standings.len(), STANDING_LIMIT, "agents with a standing")?;
+                }
+                self.standings.insert(agent.clone(), standing);
+            }
+        }
+        let agent = agent.clone();
+        step.touch(Row::Standing(agent.clone()));
+        self.config(step, What::StandingSet { agent: agent.clone(), standing });
+        self.audit(step, audit::Event::StandingSet { agent, standing });
         Ok(())
     }
 
@@ -356,6 +461,14 @@ impl State {
         self.turns.orphans(node, u64::MAX).len()
     }
 
+    /// Deployments of which the plan has workers with another revision than the wanted one.
+    fn rolling(&self) -> BTreeSet<DeploymentId> {
+        let other = |place: &&Placement| {
+            self.deployments.get(&place.deployment).is_some_and(|wanted| wanted.revision != place.revision)
+        };
+        self.plan.workers.values().filter(other).map(|place| place.deployment.clone()).collect()
+    }
+
     /// Copies the configuration for those who follow it.
     pub fn config_snapshot(&self) -> Config {
         Config {
@@ -365,6 +478,9 @@ impl State {
             keys: self.keys.clone(),
             models: self.models.clone(),
             deployments: self.deployments.clone(),
+            aliases: self.aliases.clone(),
+            standings: self.standings.clone(),
+            rolling: self.rolling(),
             plan: self.plan.clone(),
             applied: self.head.config_index,
             incarnation: self.head.incarnation,
@@ -398,6 +514,10 @@ pub struct Config {
     pub keys: BTreeMap<KeyId, Key>,
     pub models: BTreeMap<Hash, Model>,
     pub deployments: BTreeMap<DeploymentId, Deployment>,
+    pub aliases: BTreeMap<DeploymentId, DeploymentId>,
+    pub standings: BTreeMap<NodeId, Standing>,
+    /// Deployments whose workers are on their way from one revision to another.
+    pub rolling: BTreeSet<DeploymentId>,
     pub plan: Plan,
     /// Index of the entry that made it so; with `incarnation` it orders assignments.
     pub applied: u64,

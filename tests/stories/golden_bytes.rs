@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Debug;
 use std::path::PathBuf;
 
-use izar_common::chat::{Finish, Grammar, Job, JobEvent, Logprobs, Sampling, Usage};
+use izar_common::chat::{Class, Finish, Grammar, Job, JobEvent, Logprobs, Sampling, Usage};
 use izar_common::clock::Hlc;
 use izar_common::health::{Generation, Load, Report, WorkerReport, WorkerState};
 use izar_common::id::{
@@ -20,12 +20,14 @@ use izar_common::wire::agent::{
     Submit, Up, WorkerSpec,
 };
 use izar_common::wire::handshake::{Hello, Open, Welcome};
-use izar_common::wire::peer::{BlobAnswer, BlobRequest, Proposal, RaftBatch, RaftEntry, RaftMessage};
+use izar_common::wire::peer::{
+    BlobAnswer, BlobRequest, ExplainAnswer, ExplainRequest, Proposal, RaftBatch, RaftEntry, RaftMessage,
+};
 use izar_common::wire::worker::{FromWorker, ToWorker};
 use izar_common::wire::{self, Wire};
 use izar_controller::state::command::{Batch, Command, Origin};
 use izar_controller::state::turns::{Once, Opening, Outcome};
-use izar_controller::state::{Deployment, Key, KeyStatus, Placement, Plan};
+use izar_controller::state::{Constraints, Deployment, Key, KeyStatus, Placement, Plan, Project, Standing, Tenant};
 use izar_tests::binaries::repository;
 
 fn folder() -> PathBuf {
@@ -182,6 +184,8 @@ fn no_message_is_without_golden_bytes() {
         "RaftBatch",
         "Proposal",
         "BlobRequest",
+        "ExplainRequest",
+        "ExplainAnswer",
         "BlobAnswer",
         "Batch",
         // On disk: rows of the state, the store's head, and Raft's log.
@@ -236,9 +240,10 @@ fn handshake(frames: &mut Frames) {
         Open::Propose => "propose",
         Open::Resume => "resume",
         Open::Recall => "recall",
+        Open::Explain => "explain",
     };
     let (jobs, peers) = ([Open::Job, Open::Resume, Open::Recall], [Open::RaftUrgent, Open::RaftBulk, Open::Propose]);
-    for message in [Open::Session, Open::Blob].into_iter().chain(jobs).chain(peers) {
+    for message in [Open::Session, Open::Blob, Open::Explain].into_iter().chain(jobs).chain(peers) {
         frames.check("open", open(&message), &message);
     }
 }
@@ -265,8 +270,16 @@ fn agent(frames: &mut Frames) {
     let generation = Generation { incarnation: 2, applied: 1 << 40 };
     for s in [WorkerState::Fetching, WorkerState::Loading, WorkerState::Ready, WorkerState::Backoff] {
         let version = "0.1.0".to_owned();
-        let report =
-            Report { generation, pid: 9, version, cores: 128, memory_bytes: 1 << 37, workers: vec![worker(s)] };
+        let report = Report {
+            generation,
+            pid: 9,
+            version,
+            cores: 128,
+            memory_bytes: 1 << 37,
+            gpus: 8,
+            labels: [("rack".to_owned(), "r7".to_owned())].into(),
+            workers: vec![worker(s)],
+        };
         let up = Up::Report(report);
         let Up::Report(_) = &up;
         frames.check("up", &format!("report-{}", state(s)), &up);
@@ -424,6 +437,10 @@ fn peer(frames: &mut Frames) {
     };
     frames.check("raft-batch", "plain", &RaftBatch(vec![RaftMessage::default(), message]));
     frames.check("proposal", "plain", &Proposal(vec![0, 1, 254, 255]));
+    frames.check("explain-request", "plain", &ExplainRequest { turn: job().turn });
+    for (variant, trace) in [("known", Some("{}".to_owned())), ("unknown", None)] {
+        frames.check("explain-answer", variant, &ExplainAnswer { trace });
+    }
     frames.check("blob-request", "plain", &BlobRequest { hash: hash(7), offset: 1 << 34 });
     let answer = |message: &BlobAnswer| match message {
         BlobAnswer::Found { .. } => "found",
@@ -447,6 +464,10 @@ fn commands(frames: &mut Frames) {
         Command::ResumeTurn { .. } => "resume-turn",
         Command::CloseOrphans { .. } => "close-orphans",
         Command::CompactLog { .. } => "compact-log",
+        Command::PutTenant(_) => "put-tenant",
+        Command::PutProject(_) => "put-project",
+        Command::SetAlias { .. } => "set-alias",
+        Command::SetStanding { .. } => "set-standing",
     };
     let origin = Origin { node: name::<NodeId>("c1"), incarnation: 3 };
     let turn = job().turn;
@@ -486,7 +507,13 @@ pub fn all_commands(origin: &Origin) -> Vec<Command> {
         created: Hlc(1 << 50),
         note: "für Tests".into(),
     };
-    let placement = Placement { deployment: name::<DeploymentId>("echo"), agent: name("a1") };
+    let placement = Placement {
+        deployment: name::<DeploymentId>("echo"),
+        agent: name("a1"),
+        revision: hash(11),
+        engine: engine(),
+        retiring_ms: Some(1 << 40),
+    };
     let plan = Plan { version: 4, workers: [(name("echo.0"), placement.clone()), (name("echo.1"), placement)].into() };
     let opening = Opening {
         turn: job().turn,
@@ -501,7 +528,13 @@ pub fn all_commands(origin: &Origin) -> Vec<Command> {
         origin: origin.clone(),
         once: Some(Once { name: hash(11), request: hash(12) }),
     };
-    let deployment = Deployment { id: name("echo"), revision: hash(10), replicas: 2, engine: engine() };
+    let labels = [("rack".to_owned(), "r7".to_owned())].into();
+    let constraints = Constraints { memory_bytes: 1 << 33, gpus: 1, labels, apart: true };
+    let deployment = Deployment { id: name("echo"), revision: hash(10), replicas: 2, engine: engine(), constraints };
+    let tenant = Tenant { id: name("bank"), weight: 3 };
+    let project =
+        Project { id: name("desk"), tenant: name("bank"), class: Class::Urgent, deadline_ms: 200, available: true };
+    let draining = Standing::Draining { within_ms: 30_000 };
     vec![
         Command::CreateKey(key.clone()),
         Command::RevokeKey(key.id),
@@ -513,5 +546,9 @@ pub fn all_commands(origin: &Origin) -> Vec<Command> {
         Command::ResumeTurn { turn: job().turn, key: name("key-1"), origin: origin.clone() },
         Command::CloseOrphans { node: origin.node.clone(), before_incarnation: 3 },
         Command::CompactLog { through: 1 << 36 },
+        Command::PutTenant(tenant),
+        Command::PutProject(project),
+        Command::SetAlias { alias: name("gpt-4o"), deployment: Some(name("echo")) },
+        Command::SetStanding { agent: name("a1"), standing: Some(draining) },
     ]
 }

@@ -9,6 +9,7 @@ use izar_common::id::SiteId;
 use izar_controller::state::State;
 use izar_controller::state::command::{Command, Origin, Reply};
 use izar_controller::state::rows::Row;
+use izar_controller::state::tenants::DEFAULT;
 use izar_controller::state::turns::Outcome;
 use izar_tests::binaries::repository;
 
@@ -17,14 +18,18 @@ use crate::golden_bytes::{all_commands, batch, hex, job, name, usage};
 fn file(row: &Row) -> PathBuf {
     let kind = match row {
         Row::Head => "head",
-        Row::Tenant(_) => "tenant",
-        Row::Project(_) => "project",
+        Row::Tenant(id) if id.as_str() == DEFAULT => "tenant",
+        Row::Tenant(_) => "tenant-set",
+        Row::Project(id) if id.as_str() == DEFAULT => "project",
+        Row::Project(_) => "project-set",
         Row::Key(_) => "key",
         Row::Model(_) => "model",
         Row::Deployment(_) => "deployment",
         Row::Plan => "plan",
         Row::Turn(_) => "turn",
         Row::Origin(_) => "origin",
+        Row::Alias(_) => "alias",
+        Row::Standing(_) => "standing",
     };
     repository().join(format!("tests/golden/rows/{kind}.bin"))
 }

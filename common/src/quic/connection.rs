@@ -234,9 +234,8 @@ fn allowed(opener: Role, other: Role, open: Open) -> Option<Direction> {
     use Role::{Agent, Controller};
     match (opener, other, open) {
         (Agent, Controller, Open::Session | Open::Blob) => Some(Direction::Both),
-        (Controller, Agent, Open::Job | Open::Resume | Open::Recall) | (Controller, Controller, Open::Blob) => {
-            Some(Direction::Both)
-        }
+        (Controller, Agent, Open::Job | Open::Resume | Open::Recall)
+        | (Controller, Controller, Open::Blob | Open::Explain) => Some(Direction::Both),
         (Controller, Controller, Open::RaftUrgent | Open::RaftBulk | Open::Propose) => Some(Direction::One),
         _ => None,
     }
@@ -249,7 +248,16 @@ mod tests {
     #[test]
     fn only_controllers_speak_raft_and_only_they_give_jobs() {
         use Role::{Agent, Controller};
-        let all = [Open::Session, Open::Job, Open::Blob, Open::RaftUrgent, Open::RaftBulk, Open::Propose, Open::Resume];
+        let all = [
+            Open::Session,
+            Open::Job,
+            Open::Blob,
+            Open::RaftUrgent,
+            Open::RaftBulk,
+            Open::Propose,
+            Open::Resume,
+            Open::Explain,
+        ];
         let may = |opener, other| -> Vec<Open> {
             all.into_iter().filter(|open| allowed(opener, other, *open).is_some()).collect()
         };

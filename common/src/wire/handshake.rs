@@ -52,6 +52,8 @@ pub enum Open {
     Propose,
     /// Controller to agent, bidirectional: what a job gave that another controller began (`wire::agent`).
     Resume,
+    /// Controller to controller, bidirectional: what happened to a request there (`wire::peer`).
+    Explain,
     /// Controller to agent, bidirectional: the request of a turn that another controller began (`wire::agent`).
     Recall,
 }

@@ -5,7 +5,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::Wire;
-use crate::id::Hash;
+use crate::id::{Hash, TurnId};
 
 /// Bytes as one piece: the same frame as a sequence of bytes has, without a call for each.
 mod raw {
@@ -104,6 +104,27 @@ pub enum BlobAnswer {
 impl Wire for BlobAnswer {
     const TYPE: u16 = 51;
     const LIMIT: usize = 64;
+}
+
+/// Asks what happened to a request.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExplainRequest {
+    pub turn: TurnId,
+}
+impl Wire for ExplainRequest {
+    const TYPE: u16 = 52;
+    const LIMIT: usize = 64;
+}
+
+/// The answer: the story as JSON, which is for people; `None` if it is not known there.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExplainAnswer {
+    pub trace: Option<String>,
+}
+impl Wire for ExplainAnswer {
+    const TYPE: u16 = 53;
+    /// 65 events of at most 700 bytes each.
+    const LIMIT: usize = 1 << 16;
 }
 
 #[cfg(test)]

@@ -18,14 +18,13 @@ pub fn assignment(config: &Config, agent: &NodeId) -> Assignment {
     let mut files = 0;
     let placed = config.plan.workers.iter().filter(|(_, placement)| placement.agent == *agent);
     let specs = placed.filter_map(|(worker, placement)| {
-        let deployment = config.deployments.get(&placement.deployment)?;
-        let model = config.models.get(&deployment.revision)?;
+        let model = config.models.get(&placement.revision)?;
         Some(WorkerSpec {
             worker: worker.clone(),
             deployment: placement.deployment.clone(),
-            revision: deployment.revision,
+            revision: placement.revision,
             manifest: model.manifest.clone(),
-            engine: deployment.engine.clone(),
+            engine: placement.engine.clone(),
         })
     });
     let workers = specs.take(WORKERS_PER_AGENT).take_while(|spec| {
@@ -42,7 +41,7 @@ mod tests {
     use crate::agents::fixture::config;
 
     fn check(agent: &str, expected: &str) {
-        let config = config("m 2, n 1", "m.0@a1 m.1@a2 n.0@a2 gone.0@a2");
+        let config = config("m 2, n 1", "m.0@a1 m.1@a2 n.0@a2 gone.0@a3!");
         let assignment = assignment(&config, &agent.parse().unwrap());
         let names: Vec<_> = assignment.workers.iter().map(|spec| spec.worker.as_str()).collect();
         assert_eq!(names.join(" "), expected);
@@ -50,9 +49,10 @@ mod tests {
     }
 
     #[test]
-    fn an_agent_gets_its_own_workers_and_nothing_that_is_not_deployed() {
+    fn an_agent_gets_its_own_workers_until_the_plan_lets_them_go() {
         check("a1", "m.0");
         check("a2", "m.1 n.0");
-        check("a3", "");
+        check("a3", "gone.0");
+        check("a4", "");
     }
 }

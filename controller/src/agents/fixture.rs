@@ -7,10 +7,10 @@ use izar_common::manifest::{File, Kind, Manifest};
 use izar_common::wire::agent::EngineOptions;
 
 use crate::fleet::Fleet;
-use crate::state::{Config, Deployment, Model, Placement};
+use crate::state::{Config, Constraints, Deployment, Model, Placement};
 
-/// `wanted`: `deployment replicas`, separated by commas; `plan`: `worker@agent`, separated by spaces. Every deployment
-/// has revision 0101…
+/// `wanted`: `deployment replicas`, separated by commas; `plan`: `worker@agent`, separated by spaces, with `!` behind it
+/// if it retires and `-9` if it has revision 0909…; every deployment has revision 0101…
 pub fn config(wanted: &str, plan: &str) -> Config {
     let mut config = Config { applied: 7, incarnation: 3, ..Config::default() };
     let revision = Hash([1; 32]);
@@ -29,13 +29,18 @@ pub fn config(wanted: &str, plan: &str) -> Config {
         let (id, replicas) = part.trim().split_once(' ').unwrap();
         let id: DeploymentId = id.parse().unwrap();
         let engine = EngineOptions { max_batch: 4, ..EngineOptions::default() };
-        let deployment = Deployment { id: id.clone(), revision, replicas: replicas.parse().unwrap(), engine };
+        let (replicas, constraints) = (replicas.parse().unwrap(), Constraints::default());
+        let deployment = Deployment { id: id.clone(), revision, replicas, engine, constraints };
         config.deployments.insert(id, deployment);
     }
     for part in plan.split_whitespace() {
         let (worker, agent) = part.split_once('@').unwrap();
         let deployment = worker.rsplit_once('.').unwrap().0.parse().unwrap();
-        let placement = Placement { deployment, agent: agent.parse().unwrap() };
+        let retiring_ms = agent.ends_with('!').then_some(0);
+        let revision = if agent.ends_with("-9") { Hash([9; 32]) } else { revision };
+        let agent = agent.trim_end_matches('!').trim_end_matches("-9").parse().unwrap();
+        let engine = EngineOptions { max_batch: 4, ..EngineOptions::default() };
+        let placement = Placement { deployment, agent, revision, engine, retiring_ms };
         config.plan.workers.insert(worker.parse().unwrap(), placement);
     }
     config
@@ -85,6 +90,8 @@ pub fn empty_report() -> Report {
         version: "0".into(),
         cores: 1,
         memory_bytes: 1,
+        gpus: 0,
+        labels: Default::default(),
         workers: Vec::new(),
     }
 }

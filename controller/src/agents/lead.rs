@@ -10,8 +10,9 @@ use super::Inner;
 use crate::planner::{self, Times};
 use crate::state::command::{Command, Refusal, Reply};
 
-/// How often the leader looks although nothing has told it to: agents are lost by the passing of time.
-const LOOK_EVERY: Duration = Duration::from_secs(2);
+/// How often the leader looks although nothing has told it to: agents are lost, and workers retire, by the passing of
+/// time.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// A controller that cannot be reached for so long has lost its turns: their clients have gone on elsewhere by then, or
 /// have given up. One that comes back sooner closes them itself.

@@ -9,8 +9,8 @@ use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use izar_common::chat::Job;
 use izar_common::clock::wall_ms;
-use izar_common::health::Report;
-use izar_common::id::{NodeId, TurnId, WorkerId};
+use izar_common::health::{Report, WorkerReport};
+use izar_common::id::{Hash, NodeId, TurnId, WorkerId};
 use izar_common::quic::{self, Connection};
 use izar_common::wire::agent::{Recall, Recalled, Resume, Resumed, Submit};
 use izar_common::wire::handshake::Open;
@@ -19,7 +19,7 @@ use tokio::sync::{Notify, watch};
 use super::job::{Counted, JobStream};
 use crate::fleet::Fleet;
 use crate::scheduler::{self, Ask, NoPlace};
-use crate::state::Config;
+use crate::state::{Config, Deployment};
 
 /// How long agents are asked whether they keep an answer: a client waits, and it can be computed again.
 const ATTACH_LIMIT: Duration = Duration::from_millis(500);
@@ -33,7 +33,7 @@ pub struct Roster {
     config: watch::Receiver<Arc<Config>>,
     soft: Mutex<Soft>,
     asks: AtomicU64,
-    /// Told when an agent comes or goes.
+    /// Told when an agent comes or goes, or a worker of it does.
     pub moved: Notify,
 }
 
@@ -88,9 +88,22 @@ impl Roster {
     /// Takes a report of a session, unless a newer session has replaced it.
     pub fn report(&self, agent: &NodeId, connection: &Connection, report: Report) {
         let mut soft = self.soft();
-        if soft.sessions.get(agent).map(Connection::stable_id) == Some(connection.stable_id()) {
-            soft.fleet.report(agent, report, wall_ms());
+        if soft.sessions.get(agent).map(Connection::stable_id) != Some(connection.stable_id()) {
+            return;
         }
+        let states = |workers: &[WorkerReport]| workers.iter().map(|w| (w.worker.clone(), w.state)).collect::<Vec<_>>();
+        let before = soft.fleet.agents.get(agent).and_then(|view| Some(states(&view.report.as_ref()?.workers)));
+        let moved = before.is_none_or(|before| before != states(&report.workers));
+        soft.fleet.report(agent, report, wall_ms());
+        drop(soft);
+        if moved {
+            self.moved.notify_one();
+        }
+    }
+
+    /// The revision of a deployment that new requests are for.
+    pub fn revision(&self, config: &Config, deployment: &Deployment) -> Hash {
+        scheduler::revision(&self.soft().fleet, config, deployment)
     }
 
     /// Jobs of this controller on an agent.

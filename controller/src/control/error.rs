@@ -60,12 +60,18 @@ impl From<Refusal> for Error {
             | Refusal::UnknownProject(_)
             | Refusal::UnknownModel(_)
             | Refusal::UnknownDeployment(_)
+            | Refusal::UnknownTenant(_)
+            | Refusal::UnknownAlias(_)
             | Refusal::UnknownTurn(_) => Self::NotFound(text),
             Refusal::KeyExists(_)
             | Refusal::KeyRevoked(_)
             | Refusal::TurnExists(_)
             | Refusal::Repeats(_)
             | Refusal::OtherRequest(_)
+            | Refusal::OtherTenant { .. }
+            | Refusal::IsDeployment(_)
+            | Refusal::IsAlias(_)
+            | Refusal::HasAlias { .. }
             | Refusal::OutdatedPlan
             | Refusal::Full { .. } => Self::Conflict(text),
         }

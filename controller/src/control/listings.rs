@@ -120,8 +120,18 @@ pub async fn deployments(Extract(control): Shared, asked: Asked<Reading>) -> Res
 
 /// What agents say is soft state of this controller: there is nothing to catch up with.
 pub async fn agents(Extract(control): Shared) -> Json<view::Agents> {
-    let fleet = control.parts.agents.fleet();
-    Json(view::Agents { agents: fleet.agents.iter().map(|(id, agent)| view::agent(id, agent)).collect() })
+    let (config, fleet) = (control.parts.raft.config().borrow().clone(), control.parts.agents.fleet());
+    Json(view::Agents { agents: fleet.agents.iter().map(|(id, agent)| view::agent(id, agent, &config)).collect() })
+}
+
+pub async fn tenants(Extract(control): Shared, asked: Asked<Reading>) -> Result<Json<view::Tenants>, Error> {
+    let config = control.config(query(asked)?.stale).await?;
+    Ok(Json(view::Tenants { tenants: config.tenants.values().cloned().collect() }))
+}
+
+pub async fn projects(Extract(control): Shared, asked: Asked<Reading>) -> Result<Json<view::Projects>, Error> {
+    let config = control.config(query(asked)?.stale).await?;
+    Ok(Json(view::Projects { projects: config.projects.values().cloned().collect() }))
 }
 
 pub async fn requests(Extract(control): Shared) -> Json<view::Requests> {

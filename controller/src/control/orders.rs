@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use axum::Json;
 use axum::body::Body;
 use axum::extract::{Path, State as Extract};
-use izar_common::id::{DeploymentId, Hash, KeyId, NAME_LIMIT, ProjectId};
+use izar_common::chat::Class;
+use izar_common::id::{DeploymentId, Hash, KeyId, NAME_LIMIT, NodeId, ProjectId, TenantId};
 use izar_common::manifest::Manifest;
 use izar_common::wire::agent::{Activations, CacheType, Device, EngineOptions, Kernels, Quant};
 use rand::Rng;
@@ -14,11 +15,11 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use super::error::Error;
-use super::view::{self, CreatedKey, DeploymentView, KeyView, ModelView};
+use super::view::{self, AgentDetail, CreatedKey, DeploymentView, KeyView, ModelView};
 use super::{Control, Shared};
 use crate::state::command::{Command, Reply};
-use crate::state::tenants::DEFAULT;
-use crate::state::{Config, Deployment, Key, KeyStatus, Model, REPLICA_LIMIT};
+use crate::state::tenants::{DEADLINE_LIMIT_MS, DEFAULT, WEIGHT_LIMIT};
+use crate::state::{Config, Constraints, Deployment, Key, KeyStatus, Model, Project, REPLICA_LIMIT, Standing, Tenant};
 use crate::{import, planner};
 
 /// An order is a few fields; a path has at most 4 KiB.
@@ -37,6 +38,13 @@ const MAX_BATCH: u32 = 4096;
 /// Memory for keys and values: below this no sequence fits, beyond it the number was meant in another unit.
 const MIN_CACHE: u64 = 1 << 20;
 const MAX_CACHE: u64 = 1 << 44;
+
+/// GPUs of one worker, and labels that its agent must have.
+const MAX_GPUS: u32 = 64;
+const MAX_LABELS: usize = 32;
+
+/// The longest that jobs on a draining agent may be waited for: a day.
+const MAX_DRAIN_MS: u64 = 86_400_000;
 
 /// An echo that takes longer than this for a token is a typing error.
 const MAX_ECHO_US: u64 = 60_000_000;
@@ -89,6 +97,37 @@ struct Deploy {
     kernels: Option<Kernels>,
     cache_type: Option<CacheType>,
     cache_bytes: Option<u64>,
+    #[serde(default)]
+    constraints: Constraints,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SetAlias {
+    deployment: DeploymentId,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SetStanding {
+    /// `null`: like any other agent.
+    standing: Option<Standing>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct PutTenant {
+    weight: Option<u32>,
+}
+
+/// What is not said stays as it is; of a new project it is the default.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct PutProject {
+    tenant: Option<TenantId>,
+    class: Option<Class>,
+    deadline_ms: Option<u32>,
+    available: Option<bool>,
 }
 
 async fn read<T: DeserializeOwned>(body: Body) -> Result<T, Error> {
@@ -255,7 +294,7 @@ pub async fn deploy(Extract(control): Shared, body: Body) -> Result<Json<Deploym
 fn check_name(name: &str) -> Result<DeploymentId, Error> {
     let id = DeploymentId::new(name).map_err(|e| Error::Invalid(format!("name: {e}")))?;
     if !planner::can_be_named(&id) {
-        let most = NAME_LIMIT - format!(".{}", REPLICA_LIMIT - 1).len();
+        let most = NAME_LIMIT - format!(".{}", 2 * REPLICA_LIMIT - 1).len();
         let reason =
             format!("name: `{id}` has {} characters; {most} leave room for the numbers of workers", name.len());
         return Err(Error::Invalid(reason));
@@ -295,8 +334,27 @@ fn check_deployment(order: &Deploy, config: &Config) -> Result<Deployment, Error
         let reason = format!("kernels: {} run on a CPU, not on {}: say auto", engine.kernels, engine.device);
         return Err(Error::Invalid(reason));
     }
-    let replicas = in_range("replicas", order.replicas.unwrap_or(1), 1, REPLICA_LIMIT)?;
-    Ok(Deployment { id, revision: model.revision, replicas, engine })
+    let replicas = in_range("replicas", order.replicas.unwrap_or(1), 0, REPLICA_LIMIT)?;
+    let constraints = check_constraints(&order.constraints)?;
+    Ok(Deployment { id, revision: model.revision, replicas, engine, constraints })
+}
+
+fn check_constraints(constraints: &Constraints) -> Result<Constraints, Error> {
+    let Constraints { memory_bytes, gpus, labels, .. } = constraints;
+    if *memory_bytes > MAX_CACHE {
+        return Err(Error::Invalid(format!("constraints.memory_bytes: {memory_bytes} is more than {MAX_CACHE}")));
+    }
+    in_range("constraints.gpus", *gpus, 0, MAX_GPUS)?;
+    if labels.len() > MAX_LABELS {
+        return Err(Error::Invalid(format!("constraints.labels: {} are more than {MAX_LABELS}", labels.len())));
+    }
+    let long = |word: &&String| word.is_empty() || word.len() > NAME_LIMIT || word.contains(char::is_control);
+    match labels.iter().flat_map(|(key, value)| [key, value]).find(long) {
+        Some(word) => Err(Error::Invalid(format!(
+            "constraints.labels: {word:?} is empty, longer than {NAME_LIMIT} bytes or not printable"
+        ))),
+        None => Ok(constraints.clone()),
+    }
 }
 
 /// Finds a model by its name (the newest revision of it) or by the beginning of a revision.
@@ -327,6 +385,93 @@ pub async fn undeploy(Extract(control): Shared, Path(name): Path<String>) -> Res
     control.order(Command::Undeploy(id.clone())).await?;
     log::info!(deployment:% = id; "deployment is no longer wanted");
     Ok(Json(json!({ "undeployed": id })))
+}
+
+pub async fn set_alias(Extract(control): Shared, Path(name): Path<String>, body: Body) -> Result<Json<Value>, Error> {
+    let (alias, order) = (check_name(&name)?, read::<SetAlias>(body).await?);
+    let deployment = Some(order.deployment.clone());
+    control.order(Command::SetAlias { alias: alias.clone(), deployment }).await?;
+    log::info!(alias:%, deployment:% = order.deployment; "alias is set");
+    Ok(Json(json!({ "alias": alias, "deployment": order.deployment })))
+}
+
+pub async fn remove_alias(Extract(control): Shared, Path(name): Path<String>) -> Result<Json<Value>, Error> {
+    let alias = DeploymentId::new(&name).map_err(|e| Error::Invalid(format!("name: {e}")))?;
+    control.order(Command::SetAlias { alias: alias.clone(), deployment: None }).await?;
+    log::info!(alias:%; "alias is taken away");
+    Ok(Json(json!({ "alias": alias, "deployment": null })))
+}
+
+pub async fn set_standing(
+    Extract(control): Shared,
+    Path(name): Path<String>,
+    body: Body,
+) -> Result<Json<AgentDetail>, Error> {
+    let agent = NodeId::new(&name).map_err(|e| Error::Invalid(format!("name: {e}")))?;
+    let SetStanding { standing } = read(body).await?;
+    if let Some(Standing::Draining { within_ms }) = standing
+        && within_ms > MAX_DRAIN_MS
+    {
+        return Err(Error::Invalid(format!("standing.draining.within_ms: {within_ms} is more than {MAX_DRAIN_MS}")));
+    }
+    let config = control.current().await?;
+    let known = control.parts.agents.fleet().agents.contains_key(&agent)
+        || config.standings.contains_key(&agent)
+        || config.plan.workers.values().any(|place| place.agent == agent);
+    if !known {
+        return Err(Error::NotFound(format!("there is no agent {agent}; see: izar agents list")));
+    }
+    control.order(Command::SetStanding { agent: agent.clone(), standing }).await?;
+    log::info!(agent:%, standing:?; "an agent's standing is set");
+    let (config, fleet) = (control.parts.raft.config().borrow().clone(), control.parts.agents.fleet());
+    let view = fleet.agents.get(&agent).cloned().unwrap_or_default();
+    Ok(Json(view::agent(&agent, &view, &config)))
+}
+
+pub async fn put_tenant(Extract(control): Shared, Path(name): Path<String>, body: Body) -> Result<Json<Tenant>, Error> {
+    let id = TenantId::new(&name).map_err(|e| Error::Invalid(format!("name: {e}")))?;
+    let order: PutTenant = read(body).await?;
+    let config = control.current().await?;
+    let mut tenant = config.tenants.get(&id).cloned().unwrap_or_else(|| Tenant::new(id));
+    if let Some(weight) = order.weight {
+        tenant.weight = in_range("weight", weight, 1, WEIGHT_LIMIT)?;
+    }
+    control.order(Command::PutTenant(tenant.clone())).await?;
+    log::info!(tenant:% = tenant.id, weight = tenant.weight; "tenant is set");
+    Ok(Json(tenant))
+}
+
+pub async fn put_project(
+    Extract(control): Shared,
+    Path(name): Path<String>,
+    body: Body,
+) -> Result<Json<Project>, Error> {
+    let id = ProjectId::new(&name).map_err(|e| Error::Invalid(format!("name: {e}")))?;
+    let order: PutProject = read(body).await?;
+    let config = control.current().await?;
+    let project = changed_project(id, &order, &config)?;
+    control.order(Command::PutProject(project.clone())).await?;
+    log::info!(project:% = project.id; "project is set");
+    Ok(Json(project))
+}
+
+fn changed_project(id: ProjectId, order: &PutProject, config: &Config) -> Result<Project, Error> {
+    let default = || TenantId::new(DEFAULT).expect("a valid name");
+    let tenant = || order.tenant.clone().unwrap_or_else(default);
+    let mut project = config.projects.get(&id).cloned().unwrap_or_else(|| Project::new(id, tenant()));
+    if let Some(tenant) = &order.tenant {
+        project.tenant = tenant.clone();
+    }
+    if let Some(class) = order.class {
+        project.class = class;
+    }
+    if let Some(deadline_ms) = order.deadline_ms {
+        project.deadline_ms = in_range("deadline_ms", deadline_ms, 0, DEADLINE_LIMIT_MS)?;
+    }
+    if let Some(available) = order.available {
+        project.available = available;
+    }
+    Ok(project)
 }
 
 #[cfg(test)]
@@ -391,11 +536,14 @@ mod tests {
         };
         assert_eq!(deploy(all, &config).unwrap().engine, engine);
         for (json, part) in [
-            (r#"{"model":"echo","replicas":0}"#, "replicas: 0"),
+            (r#"{"model":"echo","replicas":1001}"#, "replicas: 1001"),
+            (r#"{"model":"echo","constraints":{"gpus":99}}"#, "constraints.gpus: 99 is not in 0..=64"),
+            (r#"{"model":"echo","constraints":{"labels":{"rack":""}}}"#, "constraints.labels: \"\" is empty"),
+            (r#"{"model":"echo","constraints":{"memory":1}}"#, "unknown field `memory`"),
             (r#"{"model":"echo","max_batch":5000}"#, "max_batch: 5000"),
             (r#"{"model":"echo","max_context":4096}"#, "max_context: 4096 is not in 1..=2048"),
             (r#"{"model":"echo","name":"Not a name"}"#, "name: `Not a name`"),
-            (&format!(r#"{{"model":"echo","name":"{}"}}"#, "x".repeat(60)), "60 characters; 59 leave room"),
+            (&format!(r#"{{"model":"echo","name":"{}"}}"#, "x".repeat(60)), "60 characters; 58 leave room"),
             (r#"{"model":"echo","quant":"int5"}"#, "quant: unknown variant `int5`, expected one of `f32`"),
             (r#"{"model":"echo","device":"gpu"}"#, "device: `gpu` is not one of cpu, cuda:0"),
             (r#"{"model":"echo","device":"cuda:0","kernels":"avx2"}"#, "kernels: avx2 run on a CPU, not on cuda:0"),
@@ -410,6 +558,23 @@ mod tests {
             let error = deploy(json, &config).unwrap_err();
             assert!(error.contains(part), "{json}: {error}");
         }
+    }
+
+    #[test]
+    fn a_project_keeps_what_is_not_said() {
+        let mut config = config(&[]);
+        let change = |json: &str, config: &Config| {
+            changed_project("desk".parse().unwrap(), &parse(json.as_bytes()).unwrap(), config)
+        };
+        let new = change(r#"{"class":"urgent","deadline_ms":200}"#, &config).unwrap();
+        assert_eq!(
+            (new.tenant.as_str(), new.class, new.deadline_ms, new.available),
+            ("default", Class::Urgent, 200, false)
+        );
+        config.projects.insert(new.id.clone(), new.clone());
+        assert_eq!(change(r#"{"available":true}"#, &config).unwrap(), Project { available: true, ..new });
+        let error = change(r#"{"deadline_ms":99999999}"#, &config).unwrap_err().to_string();
+        assert!(error.contains("deadline_ms: 99999999"), "{error}");
     }
 
     #[test]

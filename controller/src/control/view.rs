@@ -14,9 +14,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::fleet::{AgentView, Fleet};
 use crate::gateway::Running;
+use crate::gateway::trace::Trace;
+use crate::planner;
 use crate::raft::Leadership;
 use crate::state::turns::{Outcome, Turn};
-use crate::state::{Config, Deployment, Key, KeyStatus, Model};
+use crate::state::{Config, Constraints, Deployment, Key, KeyStatus, Model, Placement, Project, Standing, Tenant};
 
 /// `GET /v1/status`. Answered without a quorum, too: then `leader` is null.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -149,8 +151,13 @@ pub struct DeploymentView {
     pub cache_type: CacheType,
     /// Memory of each replica for keys and values; the default is put in.
     pub cache_bytes: u64,
+    pub constraints: Constraints,
+    /// Other names that mean it.
+    pub aliases: Vec<DeploymentId>,
     /// Replicas that have no place yet.
     pub unplaced: u32,
+    /// Why they have none; empty while a place is on its way.
+    pub unmet: String,
     pub workers: Vec<ReplicaView>,
 }
 
@@ -167,6 +174,10 @@ pub struct ReplicaView {
     pub state: ReplicaState,
     pub pid: Option<u32>,
     pub restarts: u32,
+    /// The revision that it runs.
+    pub revision: Hash,
+    /// It only ends what it has begun.
+    pub retiring: bool,
     /// What computes it, once it is ready: replicas with one id give the same answers to the bit.
     pub numerics: Option<NumericsId>,
     /// Why it is not ready, in words; may be empty.
@@ -221,6 +232,12 @@ pub struct AgentDetail {
     pub version: Option<String>,
     pub cores: Option<u32>,
     pub memory_bytes: Option<u64>,
+    pub gpus: Option<u32>,
+    pub labels: BTreeMap<String, String>,
+    /// What an operator has said of it: `cordoned` or `draining`.
+    pub standing: Option<Standing>,
+    /// Workers that the plan has on it.
+    pub planned: usize,
     /// The assignment that it works on.
     pub generation: Option<Generation>,
     /// Jobs of this controller on it.
@@ -234,9 +251,39 @@ pub struct Agents {
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Tenants {
+    pub tenants: Vec<Tenant>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Projects {
+    pub projects: Vec<Project>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Requests {
     /// Oldest first.
     pub requests: Vec<Running>,
+}
+
+/// `GET /v1/requests/{id}`: a request's record, and what each controller knows of it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Explained {
+    pub turn: TurnId,
+    /// Its record, unless it was refused or is forgotten.
+    pub record: Option<TurnView>,
+    /// Oldest first.
+    pub stories: Vec<Story>,
+    /// Controllers that could not be asked.
+    pub unreachable: Vec<NodeId>,
+}
+
+/// What happened to a request on one controller.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Story {
+    pub node: NodeId,
+    #[serde(flatten)]
+    pub trace: Trace,
 }
 
 /// A turn, flat.
@@ -340,9 +387,12 @@ pub fn deployment(wanted: &Deployment, config: &Config, fleet: &Fleet) -> Deploy
         .workers
         .iter()
         .filter(|(_, place)| place.deployment == wanted.id)
-        .map(|(worker, place)| replica(worker, &place.agent, wanted, fleet.agents.get(&place.agent)))
+        .map(|(worker, place)| replica(worker, place, fleet.agents.get(&place.agent)))
         .collect();
-    let ready = workers.iter().filter(|w| w.state == ReplicaState::Ready).count() as u32;
+    let serves = |w: &&ReplicaView| w.revision == wanted.revision && !w.retiring;
+    let ready = workers.iter().filter(serves).filter(|w| w.state == ReplicaState::Ready).count() as u32;
+    let placed = workers.iter().filter(serves).count() as u32;
+    let aliases = config.aliases.iter().filter(|(_, to)| **to == wanted.id).map(|(alias, _)| alias.clone()).collect();
     let model = config.models.get(&wanted.revision).map_or_else(String::new, |m| m.manifest.name.clone());
     DeploymentView {
         name: wanted.id.clone(),
@@ -358,26 +408,31 @@ pub fn deployment(wanted: &Deployment, config: &Config, fleet: &Fleet) -> Deploy
         activations: wanted.engine.activations,
         cache_type: wanted.engine.cache,
         cache_bytes: wanted.engine.cache_budget(),
-        unplaced: wanted.replicas.saturating_sub(workers.len() as u32),
+        constraints: wanted.constraints.clone(),
+        aliases,
+        unplaced: wanted.replicas.saturating_sub(placed),
+        unmet: planner::unmet(config, fleet, wanted).unwrap_or_default(),
         workers,
     }
 }
 
-fn replica(worker: &WorkerId, agent: &NodeId, wanted: &Deployment, view: Option<&AgentView>) -> ReplicaView {
+fn replica(worker: &WorkerId, place: &Placement, view: Option<&AgentView>) -> ReplicaView {
     let connected = view.is_some_and(|v| v.connected);
     let report = view.and_then(|v| v.workers().iter().find(|r| r.worker == *worker)).filter(|_| connected);
     let (state, detail) = match report {
         None if connected => (ReplicaState::Assigned, String::new()),
         None => (ReplicaState::AgentAway, String::new()),
-        Some(report) if report.revision != wanted.revision => {
+        Some(report) if report.revision != place.revision => {
             (ReplicaState::Assigned, format!("still runs revision {}", report.revision))
         }
         Some(report) => (report.state.into(), report.detail.clone()),
     };
     ReplicaView {
         worker: worker.clone(),
-        agent: agent.clone(),
+        agent: place.agent.clone(),
         state,
+        revision: place.revision,
+        retiring: place.retiring_ms.is_some(),
         pid: report.and_then(|r| r.pid),
         restarts: report.map_or(0, |r| r.restarts),
         numerics: report.and_then(|r| r.numerics),
@@ -386,7 +441,7 @@ fn replica(worker: &WorkerId, agent: &NodeId, wanted: &Deployment, view: Option<
 }
 
 /// Shows an agent whole.
-pub fn agent(id: &NodeId, view: &AgentView) -> AgentDetail {
+pub fn agent(id: &NodeId, view: &AgentView, config: &Config) -> AgentDetail {
     let report = view.report.as_ref();
     AgentDetail {
         agent: id.clone(),
@@ -396,6 +451,10 @@ pub fn agent(id: &NodeId, view: &AgentView) -> AgentDetail {
         version: report.map(|r| r.version.clone()),
         cores: report.map(|r| r.cores),
         memory_bytes: report.map(|r| r.memory_bytes),
+        gpus: report.map(|r| r.gpus),
+        labels: report.map(|r| r.labels.clone()).unwrap_or_default(),
+        standing: config.standings.get(id).copied(),
+        planned: config.plan.workers.values().filter(|place| place.agent == *id).count(),
         generation: report.map(|r| r.generation),
         jobs: view.jobs(),
         workers: view.workers().to_vec(),
@@ -425,20 +484,21 @@ pub fn role(leadership: &Leadership) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::state::Placement;
     use izar_common::health::{Load, Report};
 
     const REVISION: Hash = Hash([1; 32]);
 
     fn wanted(replicas: u32) -> Deployment {
         let id = DeploymentId::new("echo").unwrap();
-        Deployment { id, revision: REVISION, replicas, engine: Default::default() }
+        let (engine, constraints) = Default::default();
+        Deployment { id, revision: REVISION, replicas, engine, constraints }
     }
 
     fn config(places: &[(&str, &str)]) -> Config {
         let mut config = Config::default();
         for (worker, agent) in places {
-            let place = Placement { deployment: wanted(1).id, agent: NodeId::new(agent).unwrap() };
+            let (agent, engine) = (NodeId::new(agent).unwrap(), Default::default());
+            let place = Placement { deployment: wanted(1).id, agent, revision: REVISION, engine, retiring_ms: None };
             config.plan.workers.insert(WorkerId::new(worker).unwrap(), place);
         }
         config
@@ -466,6 +526,8 @@ mod tests {
             version: "0.1.0".into(),
             cores: 2,
             memory_bytes: 1,
+            gpus: 0,
+            labels: Default::default(),
             workers,
         };
         AgentView { connected, last_report_ms: 1, report: Some(report), in_flight: Default::default() }

@@ -7,7 +7,7 @@ use izar_common::id::TenantId;
 use izar_common::seal::Pepper;
 
 use super::error::Error;
-use crate::state::{Config, Key, KeyStatus};
+use crate::state::{Config, Key, KeyStatus, Project};
 
 /// Longest key that is hashed; ours have about 50 bytes.
 const KEY_BYTES: usize = 512;
@@ -16,6 +16,9 @@ const KEY_BYTES: usize = 512;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Caller {
     pub tenant: TenantId,
+    /// The tenant's share of what is scarce.
+    pub weight: u32,
+    pub project: Project,
     pub key: Key,
 }
 
@@ -27,7 +30,8 @@ pub fn authenticate(headers: &HeaderMap, pepper: &Pepper, config: &Config) -> Re
         return Err(Error::WrongKey);
     }
     let project = config.projects.get(&key.project).ok_or(Error::WrongKey)?;
-    Ok(Caller { tenant: project.tenant.clone(), key: key.clone() })
+    let tenant = config.tenants.get(&project.tenant).ok_or(Error::WrongKey)?;
+    Ok(Caller { tenant: tenant.id.clone(), weight: tenant.weight, project: project.clone(), key: key.clone() })
 }
 
 fn bearer(headers: &HeaderMap) -> Result<&str, Error> {
@@ -45,7 +49,7 @@ fn bearer(headers: &HeaderMap) -> Result<&str, Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::state::{Project, Tenant};
+    use crate::state::Tenant;
     use izar_common::clock::Hlc;
     use izar_common::id::{KeyId, ProjectId};
 
@@ -64,8 +68,8 @@ mod tests {
         };
         let mut config = Config::default();
         config.keys_by_hash.insert(key.secret_hash, key);
-        config.tenants.insert(tenant.clone(), Tenant { id: tenant.clone() });
-        config.projects.insert(project.clone(), Project { id: project, tenant });
+        config.tenants.insert(tenant.clone(), Tenant::new(tenant.clone()));
+        config.projects.insert(project.clone(), Project::new(project, tenant));
         config
     }
 

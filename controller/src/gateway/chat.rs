@@ -25,11 +25,13 @@ use super::cursor::{self, Cursor, Seal};
 use super::error::Error;
 use super::exit::Exit;
 use super::front::Arrival;
+use super::memory::{self, Charge};
 use super::models::{self, Served};
 use super::openai::sse::{Events, OTHER_EVENTS};
 use super::outlet::{OutletBody, outlet};
 use super::permits::Permit;
 use super::running::{self, Begun, Stage};
+use super::trace::{self, What};
 use super::turn::Scored;
 use crate::agents::{JobStream, NoPlace};
 use crate::state::command::{Command, Refusal, Reply};
@@ -186,6 +188,8 @@ pub struct Order {
     capsule: Vec<u8>,
     /// The controller's, kept until the end is recorded: so closings that wait for a quorum are bounded too.
     _place: OwnedSemaphorePermit,
+    /// For its tokens and what goes with them.
+    memory: Charge,
 }
 
 impl Order {
@@ -193,9 +197,11 @@ impl Order {
         &self.served.deployment
     }
 
-    /// Has agents keep the sealed request beside the answer.
+    /// Has agents keep the sealed request beside the answer, if there is room for it: here, and in the job that is sent.
     pub fn keep(&mut self, capsule: Vec<u8>) {
-        self.capsule = capsule;
+        if self.memory.grow(2 * capsule.len()) {
+            self.capsule = capsule;
+        }
     }
 
     /// Whether the whole answer must be the one that was given before.
@@ -215,12 +221,15 @@ pub async fn prepare(
     claim: Claim,
 ) -> Result<Order, Error> {
     let config = gateway.config();
-    let served = models::find(&config, &gateway.catalog, model)?;
+    let served = models::find(&config, &gateway.agents, &gateway.catalog, model)?;
     let limit = caller.key.max_concurrent;
     let permit = gateway.permits.take(&caller.key.id, limit).ok_or(Error::TooManyRequests { limit })?;
     let place = gateway.places.clone().try_acquire_owned().map_err(|_| Error::Overloaded)?;
     let prompt = encode(gateway, &served, prompt).await?;
     let max_tokens = max_tokens(served.context, prompt.len(), asked.max_tokens)?;
+    let each = if asked.logprobs.is_some() { memory::SCORED_TOKEN_BYTES } else { memory::ANSWER_TOKEN_BYTES };
+    let tokens = memory::PROMPT_TOKEN_BYTES * prompt.len() + each * max_tokens as usize * asked.n as usize;
+    let memory = gateway.memory.charge(memory::TURN_BYTES + tokens).ok_or(Error::Overloaded)?;
     check_bias(&served, &asked.logit_bias)?;
     let grammar = match asked.grammar {
         Some(grammar) => Some(compile(gateway, &served, grammar).await?),
@@ -277,6 +286,7 @@ pub async fn prepare(
         claim,
         capsule,
         _place: place,
+        memory,
     };
     repeat::check(&order)?;
     Ok(order)
@@ -350,7 +360,8 @@ pub async fn stream(gateway: &Gateway, order: Order, events: Events) -> Result<O
     let (head, decided) = oneshot::channel();
     // A slow client is buffered up to all that it can be told.
     let choices = order.choices;
-    let (outlet, body) = outlet(choices as usize * (order.sampling.max_tokens as usize + OTHER_EVENTS));
+    let unsent = gateway.memory.charge(0).ok_or_else(broken)?;
+    let (outlet, body) = outlet(choices as usize * (order.sampling.max_tokens as usize + OTHER_EVENTS), unsent);
     let exit = Exit::stream(head, outlet, events, order.cursor.clone());
     gateway.tasks.spawn(run(gateway.clone(), order, exit, true));
     decided.await.unwrap_or_else(|_| Err(broken()))?;
@@ -391,12 +402,17 @@ async fn run(gateway: Gateway, mut order: Order, mut exit: Exit, streamed: bool)
         false => gateway.list.begin(begun),
         true => running::List::unlisted(begun),
     };
+    if !matches!(order.claim, Claim::Begin { .. }) {
+        listed.note(What::Resumed);
+    }
     let (ended, usage, hold) = match begin(&gateway, &order, streamed).await {
         Ok((streams, hold)) => {
             let (ended, usage) = pump(&gateway, &order, &listed, streams, &mut exit).await;
             (ended, usage, hold)
         }
         Err(Refused { error, recorded }) => {
+            let (code, reason) = (error.row().code.to_owned(), trace::reason(&error.to_string()));
+            listed.note(What::Refused { code, reason });
             (Ended::Failed(error), Usage::default(), if recorded { Hold::Ours } else { Hold::Others })
         }
     };
@@ -419,6 +435,7 @@ async fn run(gateway: Gateway, mut order: Order, mut exit: Exit, streamed: bool)
             (Outcome::Failed { reason: error.to_string(), usage }, "failed", exit.fail(error))
         }
     };
+    listed.note(What::Ended { outcome: word.to_owned(), tokens: usage.completion_tokens });
     if streamed {
         let label = order.arrival.label;
         let seconds = gateway.metrics.request_seconds.with(&[label.dialect, label.route]);

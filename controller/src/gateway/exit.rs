@@ -248,6 +248,7 @@ impl Stream {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::gateway::memory::Memory;
     use crate::gateway::openai::Head;
     use crate::gateway::openai::sse::Kind;
     use crate::gateway::outlet::{OutletBody, outlet};
@@ -263,7 +264,7 @@ mod tests {
 
     fn choices(count: u32) -> (Exit, oneshot::Receiver<Result<(), Error>>, OutletBody) {
         let (tx, rx) = oneshot::channel();
-        let (outlet, body) = outlet(40);
+        let (outlet, body) = outlet(40, Memory::new(1 << 20).charge(0).unwrap());
         let head = Head { turn: TurnId(1), created: 1, model: DeploymentId::new("m").unwrap() };
         let cursor = Cursor { events: vec![0; count as usize], ..CURSOR.parse().unwrap() };
         (Exit::stream(tx, outlet, Events::new(Kind::Chat, &head, false), cursor), rx, body)

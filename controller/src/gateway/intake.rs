@@ -1,5 +1,6 @@
 //! Reads the body of a request: never more of it than the limit, never longer than its time.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Body;
@@ -10,6 +11,7 @@ use serde::de::DeserializeOwned;
 
 use super::error::Error;
 use super::limits::Limits;
+use super::memory::{BODY_COPIES, Charge, Memory};
 
 /// Bytes set aside for a body before any of it is there, whatever its head promises.
 const FIRST_BYTES: usize = 16 << 10;
@@ -27,20 +29,26 @@ pub fn check_length(headers: &HeaderMap, limits: &Limits) -> Result<(), Error> {
     }
 }
 
-/// Reads a body whole. On an error the caller still has the rest of it, to `linger` on.
-pub async fn read(body: &mut Body, limits: &Limits) -> Result<Bytes, Error> {
-    tokio::time::timeout(limits.body(), collect(body, limits.body_bytes))
+/// Reads a body whole; the charge is for what is made of it, and is kept as long as that. On an error the caller still has
+/// the rest of the body, to `linger` on.
+pub async fn read(body: &mut Body, limits: &Limits, memory: &Arc<Memory>) -> Result<(Bytes, Charge), Error> {
+    let mut charge = memory.charge(0).ok_or(Error::Overloaded)?;
+    let bytes = tokio::time::timeout(limits.body(), collect(body, limits.body_bytes, &mut charge))
         .await
-        .unwrap_or(Err(Error::SlowBody { limit_ms: limits.body_ms }))
+        .unwrap_or(Err(Error::SlowBody { limit_ms: limits.body_ms }))?;
+    Ok((bytes, charge))
 }
 
-async fn collect(body: &mut Body, limit: usize) -> Result<Bytes, Error> {
+async fn collect(body: &mut Body, limit: usize, charge: &mut Charge) -> Result<Bytes, Error> {
     let (mut first, mut all) = (Bytes::new(), BytesMut::new());
     while let Some(frame) = body.frame().await {
         let frame = frame.map_err(|_| Error::Invalid { field: None, message: "the body broke off".into() })?;
         let Ok(data) = frame.into_data() else { continue };
         if first.len() + all.len() + data.len() > limit {
             return Err(Error::LargeBody { limit });
+        }
+        if !charge.grow(BODY_COPIES * data.len()) {
+            return Err(Error::Overloaded);
         }
         // Most bodies are one piece, which is used as it came.
         if all.is_empty() && first.is_empty() {
@@ -136,17 +144,21 @@ mod tests {
             let pieces = (0..n).map(|_| Ok::<_, std::io::Error>(Bytes::from_static(b"abc")));
             Body::from_stream(futures_util::stream::iter(pieces))
         };
-        assert_eq!(read(&mut pieces(3), &limits).await.unwrap(), "abcabcabc");
-        assert_eq!(read(&mut pieces(4), &limits).await, Err(Error::LargeBody { limit: 10 }));
-        assert_eq!(read(&mut Body::empty(), &limits).await.unwrap(), "");
+        let memory = &Memory::new(100);
+        assert_eq!(read(&mut pieces(3), &limits, memory).await.unwrap().0, "abcabcabc");
+        assert_eq!(read(&mut pieces(4), &limits, memory).await.unwrap_err(), Error::LargeBody { limit: 10 });
+        assert_eq!(read(&mut Body::empty(), &limits, memory).await.unwrap().0, "");
+        let (_, _held) = read(&mut pieces(3), &limits, memory).await.unwrap();
+        let _other = memory.charge(70).unwrap();
+        assert_eq!(read(&mut pieces(1), &limits, memory).await.unwrap_err(), Error::Overloaded);
     }
 
     #[tokio::test]
     async fn a_body_that_never_comes_is_given_up() {
         let never = futures_util::stream::pending::<Result<Bytes, std::io::Error>>();
         let limits = Limits { body_ms: 10, ..Limits::default() };
-        let read = read(&mut Body::from_stream(never), &limits).await;
-        assert_eq!(read, Err(Error::SlowBody { limit_ms: 10 }));
+        let read = read(&mut Body::from_stream(never), &limits, &Memory::new(100)).await;
+        assert_eq!(read.unwrap_err(), Error::SlowBody { limit_ms: 10 });
     }
 
     #[test]

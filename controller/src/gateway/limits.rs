@@ -33,6 +33,10 @@ pub struct Limits {
     pub write_stall_ms: u64,
     /// Turns of all clients that run, or wait to be recorded as closed; more gives 503. Default 4096.
     pub turns: usize,
+    /// Bytes that requests may hold together: bodies while they are read (three times their size), turns (24 KiB each,
+    /// 8 bytes for a token of the prompt, 4 for one that may come), and what clients are slow to take of their answers.
+    /// One more request gives 503, and a client that is behind is cut. Default 1073741824, at least 67108864.
+    pub memory_bytes: usize,
     /// Milliseconds that a worker may give nothing for a job before the turn fails. Default 300000, for long prompts
     /// on slow processors.
     pub worker_silence_ms: u64,
@@ -61,6 +65,7 @@ impl Default for Limits {
             idle_ms: 60_000,
             write_stall_ms: 60_000,
             turns: 4096,
+            memory_bytes: 1 << 30,
             worker_silence_ms: 300_000,
             replica_wait_ms: 60_000,
             drain_ms: 1_000,
@@ -88,6 +93,9 @@ impl Limits {
         ];
         if let Some((name, _)) = zero.iter().find(|(_, value)| *value == 0) {
             return Err(format!("limits.{name}: 0 would refuse everything"));
+        }
+        if self.memory_bytes < 64 << 20 {
+            return Err(format!("limits.memory_bytes: {} is less than 67108864", self.memory_bytes));
         }
         if !(8192..=1 << 20).contains(&self.header_bytes) {
             return Err(format!("limits.header_bytes: {} is not in 8192..=1048576", self.header_bytes));

@@ -6,6 +6,7 @@ use izar_common::id::{DeploymentId, Hash};
 use izar_common::text::Text;
 
 use super::error::Error;
+use crate::agents::Agents;
 use crate::catalog::Catalog;
 use crate::state::{Config, Deployment, Model};
 
@@ -28,31 +29,37 @@ pub fn context(model: &Model, deployment: &Deployment) -> u32 {
     }
 }
 
-/// Finds what a name means now.
-pub fn find(config: &Config, catalog: &Catalog, name: &str) -> Result<Served, Error> {
-    let (deployment, model) = look_up(config, name).ok_or_else(|| unknown(config, name))?;
+/// Finds what a name means now: until workers of a new revision are ready, the old one.
+pub fn find(config: &Config, agents: &Agents, catalog: &Catalog, name: &str) -> Result<Served, Error> {
+    let deployment = look_up(config, name).ok_or_else(|| unknown(config, name))?;
+    let revision = match config.rolling.contains(&deployment.id) {
+        true => agents.revision(config, deployment),
+        false => deployment.revision,
+    };
+    let model = config.models.get(&revision).ok_or_else(|| unknown(config, name))?;
     let text = catalog
-        .text(&deployment.revision)
+        .text(&revision)
         .ok_or_else(|| Error::NoReplica { reason: format!("the tokenizer of {name} is not here yet") })?;
     Ok(Served {
         deployment: deployment.id.clone(),
-        revision: deployment.revision,
+        revision,
         context: context(model, deployment),
         vocabulary: model.manifest.vocabulary,
         text,
     })
 }
 
-fn look_up<'a>(config: &'a Config, name: &str) -> Option<(&'a Deployment, &'a Model)> {
-    let deployment = config.deployments.get(name)?;
-    Some((deployment, config.models.get(&deployment.revision)?))
+/// The deployment that a name means: its own, or an alias.
+pub fn look_up<'a>(config: &'a Config, name: &str) -> Option<&'a Deployment> {
+    config.deployments.get(name).or_else(|| config.deployments.get(config.aliases.get(name)?))
 }
 
 /// Says that a name is not served, and which are.
 pub fn unknown(config: &Config, name: &str) -> Error {
     // A name may be anything that a client sent.
     let name = name.chars().take(100).collect();
-    Error::UnknownModel { name, models: config.deployments.keys().map(|id| id.to_string()).collect() }
+    let names = config.deployments.keys().chain(config.aliases.keys());
+    Error::UnknownModel { name, models: names.map(|id| id.to_string()).collect() }
 }
 
 #[cfg(test)]
@@ -76,7 +83,8 @@ mod tests {
         };
         let revision = manifest.revision();
         let engine = EngineOptions { max_context, ..EngineOptions::default() };
-        let deployment = Deployment { id: DeploymentId::new("echo").unwrap(), revision, replicas: 1, engine };
+        let id = DeploymentId::new("echo").unwrap();
+        let deployment = Deployment { id, revision, replicas: 1, engine, constraints: Default::default() };
         let mut config = Config::default();
         config.models.insert(revision, Model { revision, manifest, registered: Hlc::from_ms(5000) });
         config.deployments.insert(deployment.id.clone(), deployment);
@@ -87,9 +95,17 @@ mod tests {
     fn the_operator_may_shorten_the_context_but_not_stretch_it() {
         for (max_context, expected) in [(0, 4096), (100, 100), (9999, 4096)] {
             let config = config(max_context);
-            let (deployment, model) = look_up(&config, "echo").unwrap();
-            assert_eq!(context(model, deployment), expected);
+            let deployment = look_up(&config, "echo").unwrap();
+            assert_eq!(context(&config.models[&deployment.revision], deployment), expected);
         }
+    }
+
+    #[test]
+    fn an_alias_means_its_deployment() {
+        let mut config = config(0);
+        config.aliases.insert("gpt-4o".parse().unwrap(), "echo".parse().unwrap());
+        assert_eq!(look_up(&config, "gpt-4o").unwrap().id.as_str(), "echo");
+        assert!(unknown(&config, "x").to_string().ends_with("there are: echo, gpt-4o"));
     }
 
     #[test]

@@ -9,7 +9,7 @@ use axum::extract::{Path, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Request, Response, header};
 use axum::routing::{get, post};
 use bytes::Bytes;
-use izar_common::chat::{Finish, Usage};
+use izar_common::chat::{CAPSULE_BYTES, Finish, Usage};
 use izar_common::id::{DeploymentId, TurnId};
 use serde::Serialize;
 
@@ -20,7 +20,7 @@ use super::chat::{self as line, Claim, Order};
 use super::cursor::Cursor;
 use super::error::Error;
 use super::front::{Arrival, REQUEST_ID, Streamed};
-use super::{auth, intake, once};
+use super::{auth, intake, memory, once};
 use crate::state::turns::Once;
 use parameters::Parameters;
 use sse::{Events, Kind};
@@ -121,7 +121,7 @@ async fn answer(
     body: &mut Body,
 ) -> Result<Response<Body>, Error> {
     let caller = auth::authenticate(headers, &gateway.pepper, &gateway.config())?;
-    let body = intake::read(body, &gateway.limits).await?;
+    let (body, _charge) = intake::read(body, &gateway.limits, &gateway.memory).await?;
     if let Some(cursor) = last_event(headers)? {
         return attempt(gateway, kind, arrival, caller, body, Claim::Resume(cursor)).await;
     }
@@ -169,6 +169,7 @@ async fn read_on(State(gateway): State<Gateway>, Path(id): Path<String>, request
             Some(newer) if newer.turn == begun.turn => newer,
             Some(_) => return Err(Error::invalid("Last-Event-ID", "Last-Event-ID is of another stream than the path")),
         };
+        let _charge = gateway.memory.charge(memory::BODY_COPIES * CAPSULE_BYTES).ok_or(Error::Overloaded)?;
         let sealed = gateway.agents.recall(cursor.turn).await;
         let open = |sealed: Vec<u8>| capsule::open(&gateway.capsules, cursor.turn, &caller.key.id, &sealed);
         match sealed.and_then(open) {
@@ -212,7 +213,11 @@ async fn attempt(
     let (turn, repeated) = (claim.turn().unwrap_or(arrival.turn), matches!(claim, Claim::Repeat(_)));
     let arrival = Arrival { turn, ..arrival };
     let owner = caller.key.id.clone();
-    let mut order = line::prepare(gateway, arrival, caller, &model, prompt, asked, claim).await?;
+    let prepared = line::prepare(gateway, arrival, caller, &model, prompt, asked, claim).await;
+    let mut order = prepared.inspect_err(|error| {
+        let at_ms = arrival.at.elapsed().as_millis() as u64;
+        gateway.list.refused(arrival.turn, &owner, &model, at_ms, error.row().code, &error.to_string());
+    })?;
     if stream {
         order.keep(capsule::seal(&gateway.capsules, turn, &owner, kind, &body));
     }

@@ -2,7 +2,8 @@
 //!
 //! Not a channel of pieces: events are written straight into one growing buffer, and the connection takes all that is
 //! there at once. So a token costs no allocation, and events that queue up leave in one write. The buffer's bound is
-//! the answer's own: a slow client never slows the turn down, it is buffered up to its last token and then cut.
+//! the answer's own, and what all requests may hold: a slow client never slows the turn down, it is buffered up to its last
+//! token, or until the memory for all is used up, and then cut.
 
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -10,6 +11,8 @@ use std::task::{Context, Poll, Waker};
 
 use bytes::{Bytes, BytesMut};
 use hyper::body::{Body, Frame};
+
+use super::memory::Charge;
 
 /// Space made at the beginning: an answer of about 16 tokens fits.
 const FIRST_BYTES: usize = 4 << 10;
@@ -23,9 +26,11 @@ pub enum Closed {
     Cut,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct State {
     buffer: BytesMut,
+    /// For what is in the buffer beyond its first bytes.
+    charge: Charge,
     /// Events in the buffer.
     events: usize,
     ended: bool,
@@ -34,15 +39,24 @@ struct State {
     writer: Option<Waker>,
 }
 
+impl State {
+    fn cut(&mut self) {
+        self.closed = Some(Closed::Cut);
+        self.buffer = BytesMut::new();
+        self.charge.clear();
+    }
+}
+
 type Shared = Arc<Mutex<State>>;
 
 fn lock(shared: &Shared) -> MutexGuard<'_, State> {
     shared.lock().expect("no panic while the buffer is held")
 }
 
-/// Makes both ends; at most `limit` events wait in between.
-pub fn outlet(limit: usize) -> (Outlet, OutletBody) {
-    let state = State { buffer: BytesMut::with_capacity(FIRST_BYTES), ..State::default() };
+/// Makes both ends; at most `limit` events wait in between, and no more than `charge` may grow to.
+pub fn outlet(limit: usize, charge: Charge) -> (Outlet, OutletBody) {
+    let buffer = BytesMut::with_capacity(FIRST_BYTES);
+    let state = State { buffer, charge, events: 0, ended: false, closed: None, reader: None, writer: None };
     let shared = Arc::new(Mutex::new(state));
     (Outlet { shared: shared.clone(), limit }, OutletBody { shared })
 }
@@ -67,13 +81,16 @@ impl Outlet {
             if let Some(closed) = state.closed {
                 return Err(closed);
             }
-            let full = state.events + count > self.limit;
-            if full {
-                state.closed = Some(Closed::Cut);
-                state.buffer = BytesMut::new();
-            } else {
+            let mut full = state.events + count > self.limit;
+            if !full {
+                let before = state.buffer.len().max(FIRST_BYTES);
                 write(&mut state.buffer);
                 state.events += count;
+                let more = state.buffer.len().saturating_sub(before);
+                full = more > 0 && !state.charge.grow(more);
+            }
+            if full {
+                state.cut();
             }
             (state.reader.take(), if full { Err(Closed::Cut) } else { Ok(()) })
         };
@@ -131,8 +148,7 @@ impl Outlet {
             return;
         }
         let mut state = lock(&self.shared);
-        state.closed = Some(Closed::Cut);
-        state.buffer = BytesMut::new();
+        state.cut();
         if let Some(reader) = state.reader.take() {
             reader.wake();
         }
@@ -167,6 +183,7 @@ impl Body for OutletBody {
         if !state.buffer.is_empty() {
             let bytes = state.buffer.split().freeze();
             state.events = 0;
+            state.charge.clear();
             // The turn waits for this only after its end; before, it waits for the client to leave.
             let writer = if state.ended { state.writer.take() } else { None };
             drop(state);
@@ -200,6 +217,7 @@ impl Drop for OutletBody {
             let mut state = lock(&self.shared);
             state.closed.get_or_insert(Closed::Gone);
             state.buffer = BytesMut::new();
+            state.charge.clear();
             state.writer.take()
         };
         if let Some(writer) = writer {
@@ -210,10 +228,20 @@ impl Drop for OutletBody {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use bytes::BufMut;
+    use super::super::memory::Memory;
+    use super::{Closed, FIRST_BYTES, Outlet, OutletBody};
+    use bytes::{BufMut, Bytes};
     use http_body_util::BodyExt;
+    use hyper::body::Body as _;
     use std::time::Duration;
+
+    /// With memory for so many bytes beyond the first.
+    fn outlet_within(limit: usize, bytes: usize) -> (Outlet, OutletBody) {
+        super::outlet(limit, Memory::new(bytes).charge(0).unwrap())
+    }
+    fn outlet(limit: usize) -> (Outlet, OutletBody) {
+        outlet_within(limit, 0)
+    }
 
     fn put(outlet: &mut Outlet, text: &str) -> Result<(), Closed> {
         outlet.event(|buffer| buffer.put_slice(text.as_bytes()))
@@ -251,6 +279,17 @@ mod tests {
         put(&mut outlet, "b").unwrap();
         assert_eq!(put(&mut outlet, "c"), Err(Closed::Cut));
         assert_eq!(outlet.gone().await, Closed::Cut);
+        assert_eq!(take(&mut body).await, Some(Err(Closed::Cut)));
+    }
+
+    #[tokio::test]
+    async fn a_client_that_is_behind_is_cut_when_the_memory_for_all_is_used_up() {
+        let (mut outlet, mut body) = outlet_within(100, 10);
+        put(&mut outlet, &"x".repeat(FIRST_BYTES)).unwrap();
+        put(&mut outlet, "0123456789").unwrap();
+        assert_eq!(take(&mut body).await.unwrap().unwrap().len(), FIRST_BYTES + 10);
+        put(&mut outlet, &"x".repeat(FIRST_BYTES)).unwrap();
+        assert_eq!(put(&mut outlet, "01234567890"), Err(Closed::Cut));
         assert_eq!(take(&mut body).await, Some(Err(Closed::Cut)));
     }
 

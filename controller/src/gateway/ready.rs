@@ -43,18 +43,13 @@ pub fn readiness(
         reasons.push("no model is deployed".to_owned());
     }
     for deployment in config.deployments.values() {
-        if !has_text(&deployment.revision) {
+        let revision = scheduler::revision(fleet, config, deployment);
+        if !has_text(&revision) {
             reasons.push(format!("{}: its tokenizer is not here yet", deployment.id));
             continue;
         }
-        let ask = scheduler::Ask {
-            deployment: &deployment.id,
-            revision: deployment.revision,
-            numerics: None,
-            avoid: &[],
-            now_ms,
-            rotation: 0,
-        };
+        let ask =
+            scheduler::Ask { deployment: &deployment.id, revision, numerics: None, avoid: &[], now_ms, rotation: 0 };
         match scheduler::place(fleet, config, &ask) {
             // Full is busy, not broken.
             Ok(_) | Err(scheduler::NoPlace::AllFull { .. }) => deployments.push(deployment.id.to_string()),

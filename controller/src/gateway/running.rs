@@ -1,14 +1,17 @@
-//! Which turns run here now, for `izar requests list`.
+//! Which turns run here now, for `izar requests list`, and what happened to them, for `izar explain`.
 //!
 //! Soft state of this process. A turn writes its progress into atomics of its own, so that a listing never waits for
 //! a turn nor a turn for a listing.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU8, AtomicU32, Ordering::Relaxed};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 
+use izar_common::clock::wall_ms;
 use izar_common::id::{DeploymentId, KeyId, NodeId, TurnId, WorkerId};
 use serde::{Deserialize, Serialize};
+
+use super::trace::{self, Ended, Events, Trace, What};
 
 /// How far a turn is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -37,6 +40,8 @@ pub struct Running {
     pub prompt_tokens: u32,
     /// Tokens of the answer so far.
     pub tokens: u32,
+    /// How often a choice of it went on elsewhere.
+    pub moves: u32,
     /// Unix time in milliseconds.
     pub started_ms: u64,
 }
@@ -58,16 +63,35 @@ pub struct Entry {
     begun: Begun,
     stage: AtomicU8,
     tokens: AtomicU32,
+    moves: AtomicU32,
     place: Mutex<Option<(NodeId, WorkerId)>>,
+    events: Mutex<Events>,
 }
 
 impl Entry {
     pub fn enter(&self, stage: Stage) {
         self.stage.store(stage as u8, Relaxed);
     }
-    pub fn placed(&self, agent: &NodeId, worker: &WorkerId) {
+    pub fn placed(&self, choice: u32, agent: &NodeId, worker: &WorkerId) {
+        let (agent, worker) = (agent.clone(), worker.clone());
         *self.place.lock().expect("no panic while a place is held") = Some((agent.clone(), worker.clone()));
         self.enter(Stage::Waiting);
+        self.note(What::Placed { choice, agent, worker });
+    }
+    /// A choice lost its worker and goes on elsewhere.
+    pub fn lost(&self, choice: u32, worker: &WorkerId, reason: &str) {
+        self.moves.fetch_add(1, Relaxed);
+        self.note(What::Lost { choice, worker: worker.clone(), reason: trace::reason(reason) });
+    }
+    /// Keeps what happened, for whoever wants it explained.
+    pub fn note(&self, what: What) {
+        let at_ms = wall_ms().saturating_sub(self.begun.started_ms);
+        self.events.lock().expect("no panic while events are held").push(at_ms, what);
+    }
+    fn trace(&self, running: bool) -> Trace {
+        let Begun { turn, key, deployment, started_ms, .. } = self.begun.clone();
+        let events = self.events.lock().expect("no panic while events are held");
+        events.trace(turn, key, deployment.to_string(), started_ms, running)
     }
     pub fn tokens(&self, tokens: u32) {
         self.tokens.store(tokens, Relaxed);
@@ -88,14 +112,27 @@ impl Entry {
             state: stages[usize::from(self.stage.load(Relaxed))],
             prompt_tokens,
             tokens: self.tokens.load(Relaxed),
+            moves: self.moves.load(Relaxed),
             started_ms,
         }
     }
 }
 
-/// All running turns. Bounded by the gateway's places for turns.
+/// All running turns, bounded by the gateway's places for turns; and those that ended last.
 #[derive(Debug, Clone, Default)]
-pub struct List(Arc<Mutex<HashMap<TurnId, Arc<Entry>>>>);
+pub struct List(Arc<Inner>);
+
+#[derive(Debug, Default)]
+struct Inner {
+    running: Mutex<HashMap<TurnId, Arc<Entry>>>,
+    ended: Ended,
+}
+
+impl Inner {
+    fn running(&self) -> MutexGuard<'_, HashMap<TurnId, Arc<Entry>>> {
+        self.running.lock().expect("no panic while the list is held")
+    }
+}
 
 /// Keeps a turn on the list.
 #[derive(Debug)]
@@ -115,9 +152,15 @@ impl List {
     /// Lists a turn until the guard is dropped.
     pub fn begin(&self, begun: Begun) -> Listed {
         let turn = begun.turn;
-        let (stage, tokens, place) = (AtomicU8::new(Stage::Opening as u8), AtomicU32::new(0), Mutex::new(None));
-        let entry = Arc::new(Entry { begun, stage, tokens, place });
-        self.0.lock().expect("no panic while the list is held").insert(turn, entry.clone());
+        let entry = Arc::new(Entry {
+            begun,
+            stage: AtomicU8::new(Stage::Opening as u8),
+            tokens: AtomicU32::new(0),
+            moves: AtomicU32::new(0),
+            place: Mutex::new(None),
+            events: Mutex::default(),
+        });
+        self.0.running().insert(turn, entry.clone());
         Listed { entry, list: self.clone() }
     }
 
@@ -126,9 +169,23 @@ impl List {
         List::default().begin(begun)
     }
 
+    /// Keeps why a request of a known key was refused before it became a turn.
+    pub fn refused(&self, turn: TurnId, key: &KeyId, model: &str, at_ms: u64, code: &str, reason: &str) {
+        let mut events = Events::default();
+        events.push(at_ms, What::Refused { code: code.to_owned(), reason: trace::reason(reason) });
+        let started_ms = wall_ms().saturating_sub(at_ms);
+        self.0.ended.push(events.trace(turn, key.clone(), trace::reason(model), started_ms, false));
+    }
+
+    /// What happened to a request here.
+    pub fn explain(&self, turn: TurnId) -> Option<Trace> {
+        let running = self.0.running().get(&turn).cloned();
+        running.map(|entry| entry.trace(true)).or_else(|| self.0.ended.find(turn))
+    }
+
     /// Returns what runs now, oldest first.
     pub fn snapshot(&self) -> Vec<Running> {
-        let entries: Vec<_> = self.0.lock().expect("no panic while the list is held").values().cloned().collect();
+        let entries: Vec<_> = self.0.running().values().cloned().collect();
         let mut running: Vec<_> = entries.iter().map(|entry| entry.snapshot()).collect();
         running.sort_by_key(|running| (running.started_ms, running.turn));
         running
@@ -138,16 +195,17 @@ impl List {
 impl Drop for Listed {
     fn drop(&mut self) {
         if self.is_current() {
-            self.list.0.lock().expect("no panic while the list is held").remove(&self.entry.begun.turn);
+            self.list.0.running().remove(&self.entry.begun.turn);
         }
+        self.list.0.ended.push(self.entry.trace(false));
     }
 }
 
 impl Listed {
     /// Whether nobody has gone on with the turn on this controller since.
     pub fn is_current(&self) -> bool {
-        let list = self.list.0.lock().expect("no panic while the list is held");
-        list.get(&self.entry.begun.turn).is_some_and(|entry| Arc::ptr_eq(entry, &self.entry))
+        let running = self.list.0.running();
+        running.get(&self.entry.begun.turn).is_some_and(|entry| Arc::ptr_eq(entry, &self.entry))
     }
 }
 
@@ -171,7 +229,7 @@ mod tests {
         let list = List::default();
         let late = list.begin(begun(1, 20));
         let early = list.begin(begun(2, 10));
-        early.placed(&NodeId::new("a1").unwrap(), &WorkerId::new("m.0").unwrap());
+        early.placed(0, &NodeId::new("a1").unwrap(), &WorkerId::new("m.0").unwrap());
         early.enter(Stage::Answering);
         early.tokens(5);
         let running = list.snapshot();
@@ -183,7 +241,15 @@ mod tests {
         assert!(again.is_current() && !late.is_current());
         drop(late);
         assert_eq!(list.snapshot().len(), 2, "the one that goes on stays");
+        early.lost(0, &WorkerId::new("m.0").unwrap(), "it died");
+        assert_eq!(list.snapshot()[0].moves, 1);
+        assert!(list.explain(TurnId(2)).unwrap().running);
         drop((again, early));
         assert!(list.snapshot().is_empty());
+        let told = list.explain(TurnId(2)).unwrap();
+        assert!(!told.running && matches!(told.events[1].what, What::Lost { .. }), "{told:?}");
+        assert!(list.explain(TurnId(3)).is_none());
+        list.refused(TurnId(3), &KeyId::new("k").unwrap(), "gpt", 4, "replicas_full", "all are full");
+        assert!(matches!(list.explain(TurnId(3)).unwrap().events[0].what, What::Refused { .. }));
     }
 }

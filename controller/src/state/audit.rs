@@ -8,6 +8,7 @@ use izar_common::wire::checksum;
 use serde::{Deserialize, Serialize};
 
 use super::turns::{Opening, Outcome};
+use super::{Project, Standing, Tenant};
 
 /// Largest record that is believed when a segment is read; openings have about 700 bytes, reasons at most 512.
 pub const RECORD_LIMIT: usize = 64 << 10;
@@ -48,6 +49,20 @@ pub enum Event {
     },
     Undeployed {
         deployment: DeploymentId,
+    },
+    TenantSet {
+        tenant: Tenant,
+    },
+    ProjectSet {
+        project: Project,
+    },
+    AliasSet {
+        alias: DeploymentId,
+        deployment: Option<DeploymentId>,
+    },
+    StandingSet {
+        agent: NodeId,
+        standing: Option<Standing>,
     },
 }
 

@@ -4,11 +4,11 @@
 //! answer for it on every member. Commands travel in batches, so that one fsync serves many requests.
 
 use izar_common::clock::Hlc;
-use izar_common::id::{DeploymentId, Hash, KeyId, NodeId, TurnId};
+use izar_common::id::{DeploymentId, Hash, KeyId, NodeId, ProjectId, TenantId, TurnId};
 use izar_common::wire::Wire;
 use serde::{Deserialize, Serialize};
 
-use super::{Deployment, Key, Plan};
+use super::{Deployment, Key, Plan, Project, Standing, Tenant};
 use crate::state::turns::{Opening, Outcome};
 use izar_common::manifest::Manifest;
 
@@ -71,6 +71,20 @@ pub enum Command {
         key: KeyId,
         origin: Origin,
     },
+    /// Makes a tenant, or changes it.
+    PutTenant(Tenant),
+    /// Makes a project, or changes it; its tenant stays.
+    PutProject(Project),
+    /// Lets another name mean a deployment; `None` takes it away.
+    SetAlias {
+        alias: DeploymentId,
+        deployment: Option<DeploymentId>,
+    },
+    /// `None`: the agent works like any other.
+    SetStanding {
+        agent: NodeId,
+        standing: Option<Standing>,
+    },
 }
 
 impl Command {
@@ -82,14 +96,17 @@ impl Command {
     pub fn weight(&self) -> usize {
         /// Covers ids (at most 63 bytes each), numbers and hashes of any one command.
         const FIXED: usize = 640;
-        /// A worker of a plan: two names of at most 63 bytes and a worker's.
-        const WORKER: usize = 200;
+        /// A worker of a plan: two names of at most 63 bytes and a worker's, a hash, options.
+        const WORKER: usize = 320;
         FIXED
             + match self {
                 Command::CreateKey(key) => key.note.len(),
                 Command::RegisterModel(manifest) => {
                     let files = manifest.all_files().map(|file| file.name.len() + 64).sum::<usize>();
                     files + manifest.name.len() + manifest.architecture.len()
+                }
+                Command::Deploy(deployment) => {
+                    deployment.constraints.labels.iter().map(|(key, value)| key.len() + value.len() + 20).sum()
                 }
                 Command::SetPlan { plan, .. } => plan.workers.len() * WORKER,
                 Command::CloseTurn { outcome: Outcome::Failed { reason, .. }, .. } => reason.len(),
@@ -124,6 +141,18 @@ pub enum Refusal {
     TurnExists(TurnId),
     #[error("there is no open turn {0}")]
     UnknownTurn(TurnId),
+    #[error("there is no tenant {0}")]
+    UnknownTenant(TenantId),
+    #[error("project {project} belongs to tenant {tenant}")]
+    OtherTenant { project: ProjectId, tenant: TenantId },
+    #[error("there is no alias {0}")]
+    UnknownAlias(DeploymentId),
+    #[error("{0} is a deployment")]
+    IsDeployment(DeploymentId),
+    #[error("{0} is an alias; take it away first (izar models unalias {0})")]
+    IsAlias(DeploymentId),
+    #[error("alias {alias} points to {deployment}; point it elsewhere or take it away first")]
+    HasAlias { alias: DeploymentId, deployment: DeploymentId },
     #[error("the plan was computed from an older one")]
     OutdatedPlan,
     #[error("the limit of {limit} {what} is reached")]

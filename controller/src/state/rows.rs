@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::dedupe::Seen;
 use super::turns::{Remembered, Turn};
-use super::{Deployment, Digest, Key, Model, Plan, Project, State, Stream, Tenant};
+use super::{Deployment, Digest, Key, Model, Plan, Project, Standing, State, Stream, Tenant};
 
 /// Names one row. The order of the variants is the order of the rows and must not change.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -25,6 +25,8 @@ pub enum Row {
     Plan,
     Turn(TurnId),
     Origin(NodeId),
+    Alias(DeploymentId),
+    Standing(NodeId),
 }
 
 impl Row {
@@ -40,6 +42,8 @@ impl Row {
             Row::Plan => (6, &[]),
             Row::Turn(id) => (7, &id.0.to_be_bytes()),
             Row::Origin(node) => (8, node.as_str().as_bytes()),
+            Row::Alias(id) => (9, id.as_str().as_bytes()),
+            Row::Standing(node) => (10, node.as_str().as_bytes()),
         };
         [&[kind], id].concat()
     }
@@ -96,6 +100,8 @@ enum Value {
     Plan(Plan),
     Turn { turn: Turn, order: u64 },
     Origin { node: NodeId, seen: Seen },
+    Alias { alias: DeploymentId, deployment: DeploymentId },
+    Standing { agent: NodeId, standing: Standing },
 }
 
 impl Wire for Value {
@@ -136,6 +142,8 @@ impl State {
                 Value::Turn { turn, order }
             }
             Row::Origin(node) => Value::Origin { node: node.clone(), seen: self.origins.get(node)?.clone() },
+            Row::Alias(id) => Value::Alias { alias: id.clone(), deployment: self.aliases.get(id)?.clone() },
+            Row::Standing(node) => Value::Standing { agent: node.clone(), standing: *self.standings.get(node)? },
         })
     }
 
@@ -150,6 +158,8 @@ impl State {
         rows.push(Row::Plan);
         rows.extend(self.turns.iter().map(|(id, _)| Row::Turn(*id)));
         rows.extend(self.origins.iter().map(|(node, _)| Row::Origin(node.clone())));
+        rows.extend(self.aliases.keys().cloned().map(Row::Alias));
+        rows.extend(self.standings.keys().cloned().map(Row::Standing));
         rows
     }
 
@@ -200,6 +210,8 @@ impl State {
             Value::Plan(plan) => self.plan = plan,
             Value::Turn { turn, order } => self.turns.restore(Remembered { turn, order }),
             Value::Origin { node, seen } => self.origins.restore(node, seen),
+            Value::Alias { alias, deployment } => drop(self.aliases.insert(alias, deployment)),
+            Value::Standing { agent, standing } => drop(self.standings.insert(agent, standing)),
         }
         Ok(())
     }

@@ -52,7 +52,8 @@ fn manifest() -> Manifest {
 }
 
 fn deployment(replicas: u32) -> Deployment {
-    Deployment { id: name("m"), revision: manifest().revision(), replicas, engine: Default::default() }
+    let (engine, constraints) = Default::default();
+    Deployment { id: name("m"), revision: manifest().revision(), replicas, engine, constraints }
 }
 
 fn origin(incarnation: u64) -> Origin {
@@ -284,7 +285,12 @@ fn the_log_is_never_dropped_beyond_the_entry_that_says_so() {
 #[test]
 fn no_command_takes_more_bytes_than_its_weight() {
     let long = "x".repeat(63);
-    let worker = |i: u32| (name(&format!("{i:063}")), Placement { deployment: name(&long), agent: name(&long) });
+    let worker = |i: u32| {
+        let (engine, retiring_ms) = (Default::default(), Some(u64::MAX));
+        let place =
+            Placement { deployment: name(&long), agent: name(&long), revision: Hash([9; 32]), engine, retiring_ms };
+        (name(&format!("{i:063}")), place)
+    };
     let plan = Plan { version: 1, workers: (0..100).map(worker).collect() };
     let failed = Outcome::Failed { reason: "r".repeat(9000), usage: Usage::default() };
     let commands = [

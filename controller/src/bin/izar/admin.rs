@@ -51,6 +51,11 @@ impl Admin {
         self.post_within(path, body, TIMEOUT).await
     }
 
+    pub async fn put<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> anyhow::Result<T> {
+        let body = serde_json::to_vec(body).context("write the request")?;
+        self.call(Method::PUT, path, Some(body), TIMEOUT).await
+    }
+
     /// Like `post`, for what may take long.
     pub async fn post_within<T: DeserializeOwned>(
         &self,

@@ -20,6 +20,7 @@ mod ready;
 mod show;
 mod sse;
 mod status;
+mod tenants;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -72,6 +73,12 @@ enum Command {
     /// API keys
     #[command(subcommand)]
     Keys(keys::Command),
+    /// Tenants and their shares
+    #[command(subcommand)]
+    Tenants(tenants::Tenants),
+    /// Projects: whose keys they hold, how urgent their requests are
+    #[command(subcommand)]
+    Projects(tenants::Projects),
     /// Models and their deployments
     #[command(subcommand)]
     Models(models::Command),
@@ -81,6 +88,11 @@ enum Command {
     /// Requests that run on this controller now
     #[command(subcommand)]
     Requests(listings::Requests),
+    /// Tell what happened to a request: where it waited, why it was placed there, moved or refused
+    Explain {
+        /// Its id: of X-Request-Id, of an answer, or of a listing
+        request: String,
+    },
     /// The record of requests
     #[command(subcommand)]
     Turns(listings::Turns),
@@ -124,9 +136,12 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         match command {
             Command::Status => status::run(&common).await,
             Command::Keys(command) => keys::run(command, &common).await,
+            Command::Tenants(command) => tenants::tenants(command, &common).await,
+            Command::Projects(command) => tenants::projects(command, &common).await,
             Command::Models(command) => models::run(command, &common).await,
             Command::Agents(command) => listings::agents(command, &common).await,
             Command::Requests(command) => listings::requests(command, &common).await,
+            Command::Explain { request } => listings::explain(&request, &common).await,
             Command::Turns(command) => listings::turns(command, &common).await,
             Command::Drain => drain::run(true, &common).await,
             Command::Undrain => drain::run(false, &common).await,

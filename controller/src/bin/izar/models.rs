@@ -22,6 +22,15 @@ pub enum Command {
         /// The deployment's name
         name: String,
     },
+    /// Let another name mean a deployment: requests for it go there from now on
+    Alias {
+        /// The other name
+        alias: String,
+        /// The deployment's name
+        deployment: String,
+    },
+    /// Take an alias away
+    Unalias { alias: String },
     /// List models and their deployments
     List,
     /// Look into a model's files on this machine, without a cluster
@@ -60,6 +69,7 @@ pub struct Deploy {
     /// The name that users ask for [default: the model's name]
     #[arg(long)]
     name: Option<String>,
+    /// Workers, each on an agent of its own while there are enough; 0 keeps the name and serves nothing
     #[arg(long, default_value_t = 1)]
     replicas: u32,
     /// Most requests that one replica computes at once
@@ -87,6 +97,23 @@ pub struct Deploy {
     /// Memory of each replica for keys and values, in MiB [default: 512]
     #[arg(long)]
     cache_mib: Option<u64>,
+    /// Memory that each worker needs on its agent, in MiB [default: its files and its cache]
+    #[arg(long)]
+    memory_mib: Option<u64>,
+    /// GPUs that each worker needs for itself
+    #[arg(long)]
+    gpus: Option<u32>,
+    /// A label that its agents must have (repeatable)
+    #[arg(long, value_name = "KEY=VALUE", value_parser = label)]
+    label: Vec<(String, String)>,
+    /// Never two workers of it on one agent
+    #[arg(long)]
+    apart: bool,
+}
+
+fn label(text: &str) -> Result<(String, String), String> {
+    let (key, value) = text.split_once('=').ok_or("it has no `=`, as in rack=r7")?;
+    Ok((key.to_owned(), value.to_owned()))
 }
 
 pub async fn run(command: Command, common: &Common) -> anyhow::Result<()> {
@@ -111,6 +138,15 @@ pub async fn run(command: Command, common: &Common) -> anyhow::Result<()> {
         Command::Undeploy { name } => {
             let gone: Value = admin.delete(&format!("/v1/deployments/{}", escape(&name))).await?;
             show::print(common.json, &gone, |_| format!("{name} is not served any longer\n"))
+        }
+        Command::Alias { alias, deployment } => {
+            let body = json!({ "deployment": deployment });
+            let set: Value = admin.put(&format!("/v1/aliases/{}", escape(&alias)), &body).await?;
+            show::print(common.json, &set, |_| format!("{alias} means {deployment}\n"))
+        }
+        Command::Unalias { alias } => {
+            let gone: Value = admin.delete(&format!("/v1/aliases/{}", escape(&alias))).await?;
+            show::print(common.json, &gone, |_| format!("{alias} means nothing any longer\n"))
         }
         Command::List => list(&admin, common).await,
         Command::Inspect { path } => inspect(path, common.json),
@@ -148,6 +184,12 @@ async fn deploy(admin: &Admin, deploy: &Deploy) -> anyhow::Result<DeploymentView
         "kernels": deploy.kernels,
         "cache_type": deploy.cache_type,
         "cache_bytes": deploy.cache_mib.map(|mib| mib.saturating_mul(1 << 20)),
+        "constraints": {
+            "memory_bytes": deploy.memory_mib.unwrap_or(0).saturating_mul(1 << 20),
+            "gpus": deploy.gpus.unwrap_or(0),
+            "labels": deploy.label.iter().cloned().collect::<std::collections::BTreeMap<_, _>>(),
+            "apart": deploy.apart,
+        },
     });
     admin.post("/v1/deployments", &body).await
 }
@@ -189,15 +231,21 @@ fn human_deployments(deployments: &Deployments) -> String {
         let how = format!("{}: {}, {} kernels, {cache}, batches of {}", d.device, d.quant, d.kernels, d.max_batch);
         rows.push(vec![d.name.to_string(), show::short(&d.revision), reached, how]);
         for w in &d.workers {
-            let place = format!("on {}: {}", w.agent, w.state);
+            let place = format!("on {}: {}{}", w.agent, w.state, if w.retiring { ", retiring" } else { "" });
             let detail = match w.numerics {
                 Some(numerics) if w.detail.is_empty() => format!("numerics {numerics}"),
                 _ => w.detail.clone(),
             };
-            rows.push(vec![format!("  {}", w.worker), String::new(), place, detail]);
+            let revision = if w.revision == d.revision { String::new() } else { show::short(&w.revision) };
+            rows.push(vec![format!("  {}", w.worker), revision, place, detail]);
         }
         if d.unplaced > 0 {
-            rows.push(vec![String::new(), String::new(), format!("{} without a place", d.unplaced), String::new()]);
+            let why = if d.unmet.is_empty() { format!("{} without a place", d.unplaced) } else { d.unmet.clone() };
+            rows.push(vec![String::new(), String::new(), String::new(), why]);
+        }
+        if !d.aliases.is_empty() {
+            let names: Vec<&str> = d.aliases.iter().map(|alias| alias.as_str()).collect();
+            rows.push(vec![String::new(), String::new(), String::new(), format!("also named {}", names.join(", "))]);
         }
     }
     show::table(&["DEPLOYMENT", "REVISION", "READY", "DETAIL"], &rows)

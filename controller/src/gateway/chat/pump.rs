@@ -17,6 +17,7 @@ use super::super::Gateway;
 use super::super::error::Error;
 use super::super::exit::Exit;
 use super::super::running::{Listed, Stage};
+use super::super::trace::What;
 use super::super::turn::{End, Form, Turn};
 use super::{Ended, Order, job};
 use crate::agents::{JobStream, NoPlace};
@@ -80,8 +81,9 @@ pub async fn pump(
 struct Gauges {
     between: Arc<Histogram>,
     completion: Arc<Counter>,
-    /// A token of any choice has come.
+    /// A token of any choice has come; and that has not been told yet.
     begun: bool,
+    just_begun: bool,
 }
 
 impl Gauges {
@@ -93,6 +95,7 @@ impl Gauges {
             between: gateway.metrics.between_tokens_seconds.with(&[deployment]),
             completion: tokens.with(&["completion", deployment]),
             begun: false,
+            just_begun: false,
         }
     }
 
@@ -103,7 +106,7 @@ impl Gauges {
             if !self.begun {
                 let first = gateway.metrics.first_token_seconds.with(&[order.served.deployment.as_str()]);
                 first.observe(now - order.arrival.at);
-                self.begun = true;
+                (self.begun, self.just_begun) = (true, true);
             }
             if branch.tokens > 0 {
                 self.between.observe(now - branch.last);
@@ -195,7 +198,7 @@ impl<'a> Pump<'a> {
         };
         let mut inexact = false;
         let branch = |(choice, stream): (u32, JobStream)| {
-            listed.placed(&stream.agent, &stream.worker);
+            listed.placed(choice, &stream.agent, &stream.worker);
             let (turn, last) = (Turn::new(order.served.text.clone(), form.clone()), Instant::now());
             let begun_by = order.cursor.numerics;
             let resumed = begun_by.is_some() && order.cursor.events[choice as usize] > 0;
@@ -259,6 +262,9 @@ impl<'a> Pump<'a> {
         self.gauges.event(self.gateway, self.order, branch, tokens, now);
         let choice = branch.choice;
         self.listed.tokens(self.usage().completion_tokens);
+        if std::mem::take(&mut self.gauges.just_begun) {
+            self.listed.note(What::FirstToken);
+        }
         if !step.shown.is_empty() {
             self.listed.enter(Stage::Answering);
             if exit.text(choice, &step.shown, now).is_err() {
@@ -296,6 +302,7 @@ impl<'a> Pump<'a> {
         let branch = &mut self.branches[at];
         if let Source::Worker(stream) = &branch.source {
             log::debug!(turn:% = order.arrival.turn, worker:% = stream.worker, reason; "a job is placed again");
+            self.listed.lost(branch.choice, &stream.worker, reason);
             branch.failed.push(stream.worker.clone());
         }
         gateway.metrics.placed_again.add(1);
@@ -312,7 +319,7 @@ impl<'a> Pump<'a> {
             Ok(stream) => stream,
             Err(no_place) => return Some(Ended::Failed(no_place.into())),
         };
-        self.listed.placed(&stream.agent, &stream.worker);
+        self.listed.placed(self.branches[at].choice, &stream.agent, &stream.worker);
         if self.order.exact() && stream.numerics != self.order.cursor.numerics {
             return Some(Ended::Failed(super::repeat::elsewhere()));
         }

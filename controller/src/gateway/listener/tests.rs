@@ -11,6 +11,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use super::super::memory::Memory;
 use super::*;
 use crate::gateway::{front, intake};
 use crate::metrics::Metrics;
@@ -33,8 +34,8 @@ fn front(limits: Limits) -> Front {
         let (limits, metrics, tasks) = (l.clone(), m.clone(), t.clone());
         async move {
             let _running = metrics.running_requests.hold();
-            match intake::read(&mut body, &limits).await {
-                Ok(bytes) => Response::new(Body::from(bytes)),
+            match intake::read(&mut body, &limits, &Memory::new(1 << 30)).await {
+                Ok((bytes, _)) => Response::new(Body::from(bytes)),
                 Err(error) => front::refuse(&metrics, &tasks, &error, body),
             }
         }

@@ -147,7 +147,13 @@ impl World {
         let (key, other) = (key("k1", KEY), key("k2", OTHER_KEY));
         let manifest = import::echo(MODEL, 0, 0, store).unwrap();
         let engine = EngineOptions { max_context: 1000, ..EngineOptions::default() };
-        let deployment = Deployment { id: MODEL.parse().unwrap(), revision: manifest.revision(), replicas: 1, engine };
+        let deployment = Deployment {
+            id: MODEL.parse().unwrap(),
+            revision: manifest.revision(),
+            replicas: 1,
+            engine,
+            constraints: Default::default(),
+        };
         let keys = [Command::CreateKey(key), Command::CreateKey(other)];
         for command in keys.into_iter().chain([Command::RegisterModel(manifest), Command::Deploy(deployment)]) {
             assert_eq!(self.raft.propose(command).await.unwrap(), Reply::Done);
@@ -364,7 +370,16 @@ fn ready(assignment: &Assignment) -> Vec<WorkerReport> {
 
 fn report(workers: Vec<WorkerReport>) -> Report {
     let generation = Generation::default();
-    Report { generation, pid: 1, version: "0".into(), cores: 1, memory_bytes: 1, workers }
+    Report {
+        generation,
+        pid: 1,
+        version: "0".into(),
+        cores: 1,
+        memory_bytes: 1,
+        gpus: 0,
+        labels: Default::default(),
+        workers,
+    }
 }
 
 /// Does what the prompt says:
