@@ -106,6 +106,8 @@ pub struct Raft {
     inbox: Arc<Inbox>,
 }
 
+/// How long an election may take that nobody waits for; a leader that lost its followers gives up after this.
+const ELECTED: Duration = Duration::from_millis(500);
 /// How long another member may take to lead in this one's place; it takes milliseconds.
 pub const HAND_OVER: Duration = Duration::from_secs(2);
 /// A follower that was asked to lead and does not: another may. Far above what an election without waiting takes.
@@ -140,16 +142,16 @@ impl Raft {
     pub async fn hand_over(&self, limit: Duration) -> Option<NodeId> {
         let mut leadership = self.leadership();
         let handing_over = async {
-            loop {
-                let lead = leadership.borrow_and_update().clone();
-                if !lead.here || self.net.is_alone() {
-                    return lead.leader.filter(|_| !lead.here);
-                }
+            while leadership.borrow_and_update().here && !self.net.is_alone() {
                 self.inbox.hand_over();
                 let _ = tokio::time::timeout(HAND_OVER_AGAIN, leadership.wait_for(|now| !now.here)).await;
+                // Whoever is elected is known only when it says its first word.
+                let _ = tokio::time::timeout(ELECTED, leadership.wait_for(|now| now.leader.is_some())).await;
             }
         };
-        tokio::time::timeout(limit, handing_over).await.unwrap_or_default()
+        let _ = tokio::time::timeout(limit, handing_over).await;
+        let lead = self.leadership.borrow().clone();
+        lead.leader.filter(|_| !lead.here)
     }
 
     /// Follows the configuration. It is behind `state` by less than an entry's application.
