@@ -6,6 +6,10 @@
 
 #[path = "stories/answers.rs"]
 mod answers;
+#[path = "stories/asked_twice.rs"]
+mod asked_twice;
+#[path = "stories/controllers_drained.rs"]
+mod controllers_drained;
 #[path = "stories/controllers_killed.rs"]
 mod controllers_killed;
 #[path = "stories/conventions.rs"]

@@ -249,6 +249,9 @@ async fn take_jobs(parts: &Arc<Parts>, connection: &Connection) -> anyhow::Resul
             Open::Resume => {
                 parts.tasks.spawn(job::resume(parts.kept.clone(), connection.clone(), tx, rx));
             }
+            Open::Recall => {
+                parts.tasks.spawn(job::recall(parts.kept.clone(), connection.clone(), tx, rx));
+            }
             _ => {
                 log::warn!(open:?; "refused a stream that a controller has no use for");
                 izar_common::quic::reset(&mut tx);

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use izar_common::blob::Store;
 use izar_common::chat::Job;
 use izar_common::health::{Generation, WorkerReport};
-use izar_common::id::WorkerId;
+use izar_common::id::{NumericsId, WorkerId};
 use izar_common::prefix::Sketch;
 use izar_common::wire::agent::{Assignment, WorkerSpec};
 use tokio::sync::watch;
@@ -128,6 +128,11 @@ impl Workers {
         let running = replica.ok_or("the worker is not on this agent")?.submit(job);
         self.poke();
         running
+    }
+
+    /// What a worker computes with, once it has said so.
+    pub fn numerics(&self, worker: &WorkerId) -> Option<NumericsId> {
+        self.inner.slots().running.get(worker)?.replica.report().numerics
     }
 
     /// Whether any worker has a job.

@@ -174,6 +174,7 @@ fn job(prompt: Vec<Token>, delivered: &[Token], seed: u64, max_tokens: u32) -> J
         numerics: None,
         // Urgent ones give up steps of the others, which wait for them.
         class: Class::ALL[seed as usize % 3],
+        capsule: Vec::new(),
     }
 }
 

@@ -207,6 +207,7 @@ fn job(case: &Case, delivered: usize) -> Job {
         cache_salt: [0; 16],
         numerics: None,
         class: Class::default(),
+        capsule: Vec::new(),
     }
 }
 

@@ -116,6 +116,7 @@ impl Session {
             cache_salt: [0; 16],
             numerics: None,
             class: Class::default(),
+            capsule: Vec::new(),
         };
         let (mut tx, rx) = self.connection.open_bi(Open::Job).await.unwrap();
         tx.send(&Submit { worker: worker.parse().unwrap(), job }).await.unwrap();

@@ -56,6 +56,7 @@ fn job(manifest: &Manifest, max_tokens: u32) -> Job {
         cache_salt: [0; 16],
         numerics: None,
         class: Class::default(),
+        capsule: Vec::new(),
     }
 }
 

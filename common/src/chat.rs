@@ -167,7 +167,13 @@ pub struct Job {
     pub numerics: Option<NumericsId>,
     /// When it is computed, beside others.
     pub class: Class,
+    /// The request of a streamed answer, sealed by the controller for another one to go on with; at most
+    /// [`CAPSULE_BYTES`]. Agents keep it beside the answer and cannot open it. Empty if there is none.
+    pub capsule: Vec<u8>,
 }
+
+/// Longest capsule: a request of about 16,000 tokens of English. Agents keep some hundred jobs' in their bounded memory.
+pub const CAPSULE_BYTES: usize = 64 << 10;
 
 /// Why an answer ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

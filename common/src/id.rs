@@ -195,6 +195,9 @@ impl<'de> Deserialize<'de> for TurnId {
 pub struct NumericsId(pub u64);
 
 impl NumericsId {
+    /// Stands for several that had a part in one answer: no worker has it, and nothing is computed again by it.
+    pub const SEVERAL: Self = Self(u64::MAX);
+
     /// Names a combination; each part counts, and so does their order.
     pub fn of(parts: &[&str]) -> Self {
         let mut all = Vec::new();

@@ -127,6 +127,21 @@ impl Pepper {
         let tag = hmac::sign(&self.key, text.as_bytes());
         Hash(tag.as_ref().try_into().expect("HMAC-SHA256 has 32 bytes"))
     }
+    /// Returns HMAC-SHA256 of several parts, each with its length, so that no two lists have the same bytes.
+    pub fn keyed_hash_of(&self, parts: &[&[u8]]) -> Hash {
+        let mut context = hmac::Context::with_key(&self.key);
+        // No bearer key begins with such a byte.
+        context.update(&[0]);
+        for part in parts {
+            context.update(&(part.len() as u64).to_be_bytes());
+            context.update(part);
+        }
+        Hash(context.sign().as_ref().try_into().expect("HMAC-SHA256 has 32 bytes"))
+    }
+    /// Returns the key that seals the requests of streams: the same on every controller.
+    pub fn capsule_key(&self) -> MasterKey {
+        MasterKey::from_bytes(self.keyed_hash_of(&[b"capsules of streams"]).0)
+    }
     /// Returns the salt of a tenant's prefix blocks: the same on every controller, and for nobody without the pepper.
     pub fn cache_salt(&self, tenant: &TenantId) -> [u8; 16] {
         // No bearer key begins like this, so a salt is never the beginning of a key's hash.
@@ -263,6 +278,18 @@ mod tests {
         assert_eq!(pepper.cache_salt(&tenant("bank")), Pepper::from_bytes([1; 32]).cache_salt(&tenant("bank")));
         assert_ne!(pepper.cache_salt(&tenant("bank")), pepper.cache_salt(&tenant("shop")));
         assert_ne!(pepper.cache_salt(&tenant("bank")), Pepper::from_bytes([2; 32]).cache_salt(&tenant("bank")));
+    }
+
+    #[test]
+    fn parts_are_hashed_apart_and_never_as_a_bearer_key() {
+        let pepper = Pepper::from_bytes([1; 32]);
+        let hash = |parts: &[&[u8]]| pepper.keyed_hash_of(parts);
+        assert_eq!(hash(&[b"a", b"bc"]), hash(&[b"a", b"bc"]));
+        assert_ne!(hash(&[b"a", b"bc"]), hash(&[b"ab", b"c"]));
+        assert_ne!(hash(&[b"a"]), pepper.keyed_hash("a"));
+        let sealed = pepper.capsule_key().seal(b"t", b"x");
+        assert_eq!(Pepper::from_bytes([1; 32]).capsule_key().open(b"t", &sealed).unwrap(), b"x");
+        assert!(Pepper::from_bytes([2; 32]).capsule_key().open(b"t", &sealed).is_err());
     }
 
     #[test]

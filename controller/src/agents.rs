@@ -120,6 +120,11 @@ impl Agents {
         self.inner.roster.attach(turn, choice).await
     }
 
+    /// The sealed request of a turn that another controller began, if an agent keeps it.
+    pub async fn recall(&self, turn: TurnId) -> Option<Vec<u8>> {
+        self.inner.roster.recall(turn).await
+    }
+
     /// How many agents seemed dead so far; each that was not is a false alarm.
     pub fn given_up(&self) -> u64 {
         self.inner.given_up.load(Relaxed)

@@ -4,6 +4,7 @@
 //! changing in `orders`. A change is a command like any other: it is answered once this node has applied it. It never
 //! shows a prompt, an answer or a stored key, for it has none.
 
+mod drain;
 mod error;
 pub mod explain;
 mod listings;
@@ -154,6 +155,8 @@ impl Control {
             .route("/v1/requests", get(listings::requests))
             .route("/v1/requests/{id}", get(explain::explain))
             .route("/v1/turns", get(listings::turns))
+            .route("/v1/drain", post(drain::drain))
+            .route("/v1/undrain", post(drain::undrain))
             .fallback(unknown)
             .method_not_allowed_fallback(unknown)
             .with_state(self.clone())

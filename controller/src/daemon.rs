@@ -24,7 +24,7 @@ use crate::catalog::Catalog;
 use crate::config::Config;
 use crate::control::{self, Control};
 use crate::gateway::Gateway;
-use crate::raft::{self, Raft};
+use crate::raft::{self, HAND_OVER, Raft};
 use crate::state::command::Command;
 
 /// How long running requests may take to finish at a stop.
@@ -39,6 +39,9 @@ pub struct Endpoints {
     pub admin_socket: std::path::PathBuf,
 }
 
+/// Pause after a draining controller could not hand its leadership over.
+const HAND_OVER_AGAIN: Duration = Duration::from_secs(1);
+
 /// A running controller.
 pub struct Daemon {
     shutdown: CancellationToken,
@@ -47,6 +50,8 @@ pub struct Daemon {
     /// What connects nodes: ends after it.
     links: TaskTracker,
     links_end: CancellationToken,
+    raft: Raft,
+    gateway: Gateway,
     agents: Agents,
     endpoint: Arc<quic::Endpoint>,
     driver: Arc<raft::Driver>,
@@ -110,16 +115,22 @@ impl Daemon {
         let serving = TaskTracker::new();
         let admin = control::bind(&config.admin.socket, config.admin.group.as_deref())?;
         serving.spawn(control.serve(admin, shutdown.clone()));
-        serving.spawn(gateway.serve(Some((https, api_tls)), plain, shutdown.clone()));
-        links.spawn(close_orphans(raft, links_end.clone()));
+        serving.spawn(gateway.clone().serve(Some((https, api_tls)), plain, shutdown.clone()));
+        links.spawn(close_orphans(raft.clone(), links_end.clone()));
+        links.spawn(leave_leading(raft.clone(), gateway.clone(), links_end.clone()));
         write_endpoints(&config.data_dir, &endpoints)?;
         log::info!(node:% = config.node, api:% = endpoints.api, quic:% = endpoints.quic; "controller serves");
-        Ok(Self { shutdown, serving, links, links_end, agents, endpoint, driver })
+        Ok(Self { shutdown, serving, links, links_end, raft, gateway, agents, endpoint, driver })
     }
 
-    /// Stops taking requests, lets running ones finish for a while, then closes links and storage.
+    /// Lets another controller lead and clients move on, running requests finish for a while, then closes links and
+    /// storage.
     pub async fn stop(self) {
         log::info!("controller stops");
+        self.gateway.drain(true);
+        if let Some(leader) = self.raft.hand_over(HAND_OVER).await {
+            log::debug!(leader:%; "another controller leads");
+        }
         self.shutdown.cancel();
         self.serving.close();
         if tokio::time::timeout(DRAIN, self.serving.wait()).await.is_err() {
@@ -231,6 +242,27 @@ async fn close_orphans(raft: Raft, end: CancellationToken) {
         }
     };
     end.run_until_cancelled(retry).await;
+}
+
+/// Keeps a controller that drains from leading.
+async fn leave_leading(raft: Raft, gateway: Gateway, end: CancellationToken) {
+    let (mut leadership, mut draining) = (raft.leadership(), gateway.draining());
+    let leave = async {
+        loop {
+            if draining.wait_for(|draining| *draining).await.is_err() {
+                return;
+            }
+            tokio::select! {
+                led = leadership.wait_for(|lead| lead.here) => if led.is_err() { return },
+                // Asked anew.
+                _ = draining.changed() => continue,
+            }
+            if raft.hand_over(HAND_OVER).await.is_none() {
+                tokio::time::sleep(HAND_OVER_AGAIN).await;
+            }
+        }
+    };
+    end.run_until_cancelled(leave).await;
 }
 
 fn write_endpoints(data_dir: &Path, endpoints: &Endpoints) -> anyhow::Result<()> {

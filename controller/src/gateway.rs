@@ -16,9 +16,10 @@ use axum::routing::get;
 use izar_common::clock::wall_ms;
 use izar_common::health::WorkerReport;
 use izar_common::id::TurnId;
-use izar_common::seal::Pepper;
+use izar_common::seal::{MasterKey, Pepper};
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
+use tokio::time::Instant;
 use tokio_rustls::rustls::ServerConfig;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -36,6 +37,7 @@ use queues::Queues;
 use ready::Readiness;
 
 pub mod auth;
+mod capsule;
 pub mod chat;
 mod cursor;
 pub mod error;
@@ -46,6 +48,7 @@ pub mod limits;
 mod listener;
 mod memory;
 mod models;
+mod once;
 pub mod openai;
 mod outlet;
 mod permits;
@@ -75,6 +78,8 @@ pub struct Inner {
     agents: Agents,
     catalog: Catalog,
     pepper: Arc<Pepper>,
+    /// Seals requests that agents keep.
+    capsules: MasterKey,
     limits: Arc<Limits>,
     metrics: Arc<Metrics>,
     /// Requests of each key.
@@ -90,6 +95,8 @@ pub struct Inner {
     list: running::List,
     /// Turns, and what lingers after an answer.
     tasks: TaskTracker,
+    /// Clients shall move on to another controller.
+    draining: watch::Sender<bool>,
     /// Breaks running turns off.
     kill: CancellationToken,
 }
@@ -117,6 +124,7 @@ impl Gateway {
             raft,
             agents,
             catalog,
+            capsules: pepper.capsule_key(),
             pepper,
             metrics,
             permits: Permits::default(),
@@ -127,6 +135,7 @@ impl Gateway {
             queues,
             list: running::List::default(),
             tasks: TaskTracker::new(),
+            draining: watch::Sender::new(false),
             kill: CancellationToken::new(),
         }))
     }
@@ -149,11 +158,27 @@ impl Gateway {
     /// Whether this controller can generate, and what it lacks.
     pub fn readiness(&self) -> Readiness {
         let (config, fleet, leadership) = (self.config(), self.agents.fleet(), self.leadership.borrow().clone());
-        ready::readiness(&config, &fleet, &leadership, ready::has_text(&self.catalog), wall_ms())
+        let readiness = ready::readiness(&config, &fleet, &leadership, ready::has_text(&self.catalog), wall_ms());
+        if *self.draining.borrow() { readiness.draining() } else { readiness }
     }
 
-    /// Serves until `shutdown`, then lets running requests end for a while (`limits.shutdown_ms`), breaks off what
-    /// still runs, and returns when all of it is told and recorded, or at the latest `LAST_WORDS` later.
+    /// Tells clients to move on, or that they may stay: `/readyz`, and the end of each connection after its next answer.
+    /// Whoever asks all the same is served.
+    pub fn drain(&self, draining: bool) {
+        let changed = self.draining.send_if_modified(|now| std::mem::replace(now, draining) != draining);
+        if changed {
+            log::info!(draining; "the drain changed");
+        }
+    }
+
+    /// Follows whether clients shall move on.
+    pub fn draining(&self) -> watch::Receiver<bool> {
+        self.draining.subscribe()
+    }
+
+    /// Serves until `shutdown`. Then lets clients move on (`limits.drain_ms`) and running requests end
+    /// (`limits.shutdown_ms` for both), breaks off what still runs, and returns when all of it is told and recorded, or at
+    /// the latest `LAST_WORDS` later.
     ///
     /// A plain listener on an address that others can reach is refused: logged, and not served.
     pub async fn serve(
@@ -162,8 +187,8 @@ impl Gateway {
         plain: Option<TcpListener>,
         shutdown: CancellationToken,
     ) {
-        let abort = CancellationToken::new();
-        let acceptor = Acceptor::new(self.front(), shutdown.clone(), abort.clone());
+        let (stop, abort) = (CancellationToken::new(), CancellationToken::new());
+        let acceptor = Acceptor::new(self.front(), self.draining(), stop.clone(), abort.clone());
         let accepting = TaskTracker::new();
         if let Some((socket, config)) = https {
             accepting.spawn(acceptor.clone().accept(Listener::https(socket, config)));
@@ -177,6 +202,10 @@ impl Gateway {
         let (queues, end) = (self.queues.clone(), abort.clone());
         let verdicts = tokio::spawn(async move { end.run_until_cancelled(queues.run()).await });
         shutdown.cancelled().await;
+        let limit = Instant::now() + self.limits.shutdown();
+        self.drain(true);
+        let _ = tokio::time::timeout(self.limits.drain(), acceptor.ended()).await;
+        stop.cancel();
         accepting.close();
         accepting.wait().await;
         let ended = || async {
@@ -184,7 +213,7 @@ impl Gateway {
             self.tasks.close();
             self.tasks.wait().await;
         };
-        if tokio::time::timeout(self.limits.shutdown(), ended()).await.is_err() {
+        if tokio::time::timeout_at(limit, ended()).await.is_err() {
             log::warn!(running = self.list.snapshot().len(); "requests still ran at the end of the drain");
             self.kill.cancel();
             let _ = tokio::time::timeout(LAST_WORDS, ended()).await;

@@ -103,7 +103,15 @@ pub struct Raft {
     origin: Origin,
     clock: Arc<Clock>,
     net: Arc<net::Net>,
+    inbox: Arc<Inbox>,
 }
+
+/// How long an election may take that nobody waits for; a leader that lost its followers gives up after this.
+const ELECTED: Duration = Duration::from_millis(500);
+/// How long another member may take to lead in this one's place; it takes milliseconds.
+pub const HAND_OVER: Duration = Duration::from_secs(2);
+/// A follower that was asked to lead and does not: another may. Far above what an election without waiting takes.
+const HAND_OVER_AGAIN: Duration = Duration::from_millis(100);
 
 impl Raft {
     /// Opens the data directory and joins the group. Must be called within a tokio runtime.
@@ -127,6 +135,23 @@ impl Raft {
     /// Returns once the state here is at least as new as it was anywhere when this was called.
     pub async fn read_index(&self) -> Result<(), Unavailable> {
         reads::read_index(&self.readers).await
+    }
+
+    /// Lets another member lead, if this one does, and waits until it does. Returns who leads; nobody after `limit`, in a
+    /// group of one, or without a quorum.
+    pub async fn hand_over(&self, limit: Duration) -> Option<NodeId> {
+        let mut leadership = self.leadership();
+        let handing_over = async {
+            while leadership.borrow_and_update().here && !self.net.is_alone() {
+                self.inbox.hand_over();
+                let _ = tokio::time::timeout(HAND_OVER_AGAIN, leadership.wait_for(|now| !now.here)).await;
+                // Whoever is elected is known only when it says its first word.
+                let _ = tokio::time::timeout(ELECTED, leadership.wait_for(|now| now.leader.is_some())).await;
+            }
+        };
+        let _ = tokio::time::timeout(limit, handing_over).await;
+        let lead = self.leadership.borrow().clone();
+        lead.leader.filter(|_| !lead.here)
     }
 
     /// Follows the configuration. It is behind `state` by less than an entry's application.

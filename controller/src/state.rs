@@ -448,6 +448,10 @@ impl State {
     pub fn turn(&self, id: &TurnId) -> Option<&Turn> {
         self.turns.get(id).map(|remembered| &remembered.turn)
     }
+    /// The turn that a client's request began, by the request's name.
+    pub fn named_turn(&self, name: &Hash) -> Option<&Turn> {
+        self.turns.named(name)
+    }
     pub fn open_turns(&self) -> usize {
         self.turns.open_count()
     }

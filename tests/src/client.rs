@@ -26,6 +26,8 @@ pub struct Client {
     address: SocketAddr,
     tls: Option<Arc<ClientConfig>>,
     key: Option<String>,
+    /// Further lines of every request's head.
+    more: String,
 }
 
 /// A whole answer.
@@ -70,12 +72,17 @@ impl Client {
             "http" => None,
             other => bail!("unknown scheme `{other}`"),
         };
-        Ok(Self { address, tls, key: key.map(str::to_owned) })
+        Ok(Self { address, tls, key: key.map(str::to_owned), more: String::new() })
     }
 
     /// The same API asked by somebody else.
     pub fn with_key(&self, key: Option<&str>) -> Self {
         Self { key: key.map(str::to_owned), ..self.clone() }
+    }
+
+    /// The same API asked with one more header.
+    pub fn with_header(&self, name: &str, value: &str) -> Self {
+        Self { more: format!("{}{name}: {value}\r\n", self.more), ..self.clone() }
     }
 
     /// The same API asked through another address, for example a relay's.
@@ -106,17 +113,21 @@ impl Client {
     }
     /// Repeats a request whose stream broke off after an event.
     pub fn stream_after(&self, id: &str, path: &str, body: &Value) -> Result<Answer> {
-        let key = self.key.as_ref().map(|key| format!("{key}\r\nlast-event-id: {id}"));
-        self.with_key(key.as_deref()).stream(path, body)
+        self.with_header("last-event-id", id).stream(path, body)
+    }
+    /// Reads a stream that broke off after an event on, by the event's id alone.
+    pub fn read_on(&self, id: &str) -> Result<Answer> {
+        self.begin("GET", &format!("/v1/streams/{id}"), b"")
     }
 
     /// Sends a request and reads the answer's head.
     fn begin(&self, method: &str, path: &str, body: &[u8]) -> Result<Answer> {
         let authorization = self.key.as_ref().map(|key| format!("authorization: Bearer {key}\r\n")).unwrap_or_default();
         let head = format!(
-            "{method} {path} HTTP/1.1\r\nhost: {}\r\n{authorization}content-type: application/json\r\n\
+            "{method} {path} HTTP/1.1\r\nhost: {}\r\n{authorization}{}content-type: application/json\r\n\
              content-length: {}\r\nconnection: close\r\n\r\n",
             self.address,
+            self.more,
             body.len()
         );
         let mut connection = self.connect()?;

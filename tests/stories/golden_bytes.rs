@@ -17,8 +17,8 @@ use izar_common::id::{
 use izar_common::manifest::{File, Kind, Manifest};
 use izar_common::prefix::Sketch;
 use izar_common::wire::agent::{
-    Activations, Assignment, CacheType, Device, Down, EngineOptions, Kernels, Quant, Resume, Resumed, Submit, Up,
-    WorkerSpec,
+    Activations, Assignment, CacheType, Device, Down, EngineOptions, Kernels, Quant, Recall, Recalled, Resume, Resumed,
+    Submit, Up, WorkerSpec,
 };
 use izar_common::wire::handshake::{Hello, Open, Welcome};
 use izar_common::wire::peer::{
@@ -27,7 +27,7 @@ use izar_common::wire::peer::{
 use izar_common::wire::worker::{FromWorker, ToWorker};
 use izar_common::wire::{self, Wire};
 use izar_controller::state::command::{Batch, Command, Origin};
-use izar_controller::state::turns::{Opening, Outcome};
+use izar_controller::state::turns::{Once, Opening, Outcome};
 use izar_controller::state::{Constraints, Deployment, Key, KeyStatus, Placement, Plan, Project, Standing, Tenant};
 use izar_tests::binaries::repository;
 
@@ -139,6 +139,7 @@ pub fn job() -> Job {
         cache_salt: std::array::from_fn(|i| 200 + i as u8),
         numerics: Some(NumericsId(0x0123_4567_89ab_cdef)),
         class: Class::Batch,
+        capsule: b"sealed".to_vec(),
     }
 }
 
@@ -182,6 +183,8 @@ fn no_message_is_without_golden_bytes() {
         "JobEvent",
         "Resume",
         "Resumed",
+        "Recall",
+        "Recalled",
         "ToWorker",
         "FromWorker",
         "RaftBatch",
@@ -242,19 +245,11 @@ fn handshake(frames: &mut Frames) {
         Open::RaftBulk => "raft-bulk",
         Open::Propose => "propose",
         Open::Resume => "resume",
+        Open::Recall => "recall",
         Open::Explain => "explain",
     };
-    let all = [
-        Open::Session,
-        Open::Job,
-        Open::Blob,
-        Open::RaftUrgent,
-        Open::RaftBulk,
-        Open::Propose,
-        Open::Resume,
-        Open::Explain,
-    ];
-    for message in all {
+    let (jobs, peers) = ([Open::Job, Open::Resume, Open::Recall], [Open::RaftUrgent, Open::RaftBulk, Open::Propose]);
+    for message in [Open::Session, Open::Blob, Open::Explain].into_iter().chain(jobs).chain(peers) {
         frames.check("open", open(&message), &message);
     }
 }
@@ -321,8 +316,13 @@ fn agent(frames: &mut Frames) {
         Resumed::Found { .. } => "found",
         Resumed::Missing => "missing",
     };
-    for message in [Resumed::Found { worker: name("echo.1") }, Resumed::Missing] {
+    let found = Resumed::Found { worker: name("echo.1"), numerics: Some(NumericsId(7)) };
+    for message in [found, Resumed::Missing] {
         frames.check("resumed", resumed(&message), &message);
+    }
+    frames.check("recall", "plain", &Recall { turn: job().turn });
+    for (variant, capsule) in [("found", Some(b"sealed".to_vec())), ("missing", None)] {
+        frames.check("recalled", variant, &Recalled { capsule });
     }
     frames.check("submit", "plain", &Submit { worker: name("echo.1"), job: job() });
     let variant = |grammar: &Grammar| match grammar {
@@ -335,7 +335,7 @@ fn agent(frames: &mut Frames) {
         job.sampling.grammar = Some(grammar);
         frames.check("submit", variant, &Submit { worker: name("echo.1"), job });
     }
-    let plain = Job { sampling: Sampling::default(), numerics: None, ..job() };
+    let plain = Job { sampling: Sampling::default(), numerics: None, capsule: Vec::new(), ..job() };
     frames.check("submit", "default", &Submit { worker: name("echo.1"), job: plain });
     options(frames);
 }
@@ -495,7 +495,7 @@ fn commands(frames: &mut Frames) {
         Outcome::Abandoned => "abandoned",
     };
     for closed in [
-        Outcome::Finished { finish: Finish::Length, usage: usage(), inexact: true },
+        Outcome::Finished { finish: Finish::Length, usage: usage(), inexact: true, numerics: Some(NumericsId(7)) },
         Outcome::Cancelled { usage: usage() },
         Outcome::Failed { reason: "worker ended".into(), usage: usage() },
         Outcome::Abandoned,
@@ -539,6 +539,7 @@ pub fn all_commands(origin: &Origin) -> Vec<Command> {
         max_tokens: 16,
         stream: true,
         origin: origin.clone(),
+        once: Some(Once { name: hash(11), request: hash(12) }),
     };
     let labels = [("rack".to_owned(), "r7".to_owned())].into();
     let constraints = Constraints { memory_bytes: 1 << 33, gpus: 1, labels, apart: true };

@@ -85,6 +85,7 @@ impl Drive {
             cache_salt: [0; 16],
             numerics: None,
             class,
+            capsule: Vec::new(),
         };
         self.engine.submit(Instant::now(), self.jobs, job);
         self.jobs

@@ -267,6 +267,7 @@ pub mod tests {
             cache_salt: [0; 16],
             numerics: None,
             class: Class::default(),
+            capsule: Vec::new(),
         }
     }
     fn limits() -> Limits {

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use izar_common::chat::JobEvent;
 use izar_common::quic::{self, Connection, Receiver, Sender};
-use izar_common::wire::agent::{Resume, Resumed, Submit};
+use izar_common::wire::agent::{Recall, Recalled, Resume, Resumed, Submit};
 
 use super::kept::{GRACE, Kept};
 use crate::worker::{RunningJob, Workers};
@@ -19,7 +19,7 @@ const FLUSH_BYTES: usize = 64 << 10;
 /// Serves a stream until the job has ended or the controller has cancelled it. A controller that is lost leaves the job
 /// running for a grace time: another one may take its turn over.
 pub(super) async fn serve(workers: Workers, kept: Kept, connection: Connection, mut tx: Sender, mut rx: Receiver) {
-    let submit = match tokio::time::timeout(SUBMIT_LIMIT, rx.expect::<Submit>()).await {
+    let Submit { worker, mut job } = match tokio::time::timeout(SUBMIT_LIMIT, rx.expect::<Submit>()).await {
         Ok(Ok(submit)) => submit,
         Ok(Err(error)) => {
             connection.refuse_frame(&error);
@@ -27,41 +27,35 @@ pub(super) async fn serve(workers: Workers, kept: Kept, connection: Connection, 
         }
         Err(_) => return quic::reset(&mut tx),
     };
-    let entry = kept.begin(&submit.job, &submit.worker, Instant::now());
-    let job = match workers.submit(&submit.worker, submit.job) {
+    let entry = kept.begin(&mut job, &worker, workers.numerics(&worker), Instant::now());
+    let job = match workers.submit(&worker, job) {
         Ok(job) => job,
         Err(reason) => {
             let failed = JobEvent::Failed { reason, retryable: true };
-            entry.inspect(|entry| kept.push(entry, &failed, Instant::now()));
+            kept.push(&entry, &failed, Instant::now());
             if tx.send(&failed).await.is_ok() {
                 quic::finish(&mut tx);
             }
             return;
         }
     };
-    let tell = |event: &JobEvent| {
-        if let Some(entry) = &entry {
-            kept.push(entry, event, Instant::now());
-        }
-    };
-    let passed = pass_events(&job, &mut tx, &mut rx, tell).await;
-    let Some(entry) = &entry else { return };
+    let passed = pass_events(&job, &mut tx, &mut rx, |event| kept.push(&entry, event, Instant::now())).await;
     match passed {
         Ok(true) => {}
         // It was cancelled; dropping the job tells the worker.
-        Ok(false) if connection.close_reason().is_none() => kept.forget(entry),
+        Ok(false) if connection.close_reason().is_none() => kept.forget(&entry, Instant::now()),
         _ => {
             let rest = async {
                 loop {
                     let event = job.next().await;
-                    kept.push(entry, &event, Instant::now());
+                    kept.push(&entry, &event, Instant::now());
                     if !matches!(event, JobEvent::Tokens { .. }) {
                         return;
                     }
                 }
             };
             if tokio::time::timeout(GRACE, rest).await.is_err() {
-                kept.forget(entry);
+                kept.forget(&entry, Instant::now());
             }
         }
     }
@@ -115,7 +109,7 @@ pub(super) async fn resume(kept: Kept, connection: Connection, mut tx: Sender, m
         }
         return;
     };
-    tx.put(&Resumed::Found { worker: entry.worker.clone() });
+    tx.put(&Resumed::Found { worker: entry.worker.clone(), numerics: entry.numerics });
     let reading = async {
         let (mut growth, mut position) = (entry.growth(), 0);
         loop {
@@ -140,6 +134,21 @@ pub(super) async fn resume(kept: Kept, connection: Connection, mut tx: Sender, m
     };
     // An error means that this controller is gone, too.
     let _ = reading.await;
+}
+
+/// Gives another controller the request of a turn, which this agent cannot open.
+pub(super) async fn recall(kept: Kept, connection: Connection, mut tx: Sender, mut rx: Receiver) {
+    let Recall { turn } = match tokio::time::timeout(SUBMIT_LIMIT, rx.expect::<Recall>()).await {
+        Ok(Ok(recall)) => recall,
+        Ok(Err(error)) => {
+            connection.refuse_frame(&error);
+            return quic::reset(&mut tx);
+        }
+        Err(_) => return quic::reset(&mut tx),
+    };
+    if tx.send(&Recalled { capsule: kept.recall(turn) }).await.is_ok() {
+        quic::finish(&mut tx);
+    }
 }
 
 /// Resolves when the controller no longer wants the job: it stopped our stream or reset its own, or is gone. A

@@ -1,15 +1,16 @@
-//! What jobs gave, kept for a while: a controller that takes a turn over reads it from its beginning.
+//! What jobs gave, kept for a while: a controller that takes a turn over reads it from its beginning. And the capsules
+//! that came with them, for a controller that does not have the request.
 //!
 //! Every job is kept while it runs and a grace time longer. A controller that dies leaves its jobs running for as long;
-//! one that cancels a job has it forgotten. Memory is bounded: the oldest are forgotten first, and a turn of theirs is
+//! one that cancels a job has its answer forgotten, not its capsule: the client may come back. Memory is bounded: the oldest are forgotten first, and a turn of theirs is
 //! computed again. Nothing here must survive.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use izar_common::chat::{Job, JobEvent, Logprobs, Token};
-use izar_common::id::{TurnId, WorkerId};
+use izar_common::id::{NumericsId, TurnId, WorkerId};
 use tokio::sync::watch;
 
 /// How long the rest of a job is computed without its controller, and how long its answer is kept after the end.
@@ -35,7 +36,7 @@ pub struct Kept(Arc<Mutex<All>>);
 
 #[derive(Debug, Default)]
 struct All {
-    entries: HashMap<Key, Arc<Entry>>,
+    entries: BTreeMap<Key, Arc<Entry>>,
     /// Oldest first; some may be forgotten or replaced already.
     order: VecDeque<(Key, Arc<Entry>)>,
     bytes: usize,
@@ -44,9 +45,12 @@ struct All {
 /// The answer of one job.
 #[derive(Debug)]
 pub struct Entry {
-    key: Key,
     pub worker: WorkerId,
+    /// What computed it: several, if it was begun by another than this worker.
+    pub numerics: Option<NumericsId>,
     scored: bool,
+    /// Its beginning is known here.
+    whole: bool,
     log: Mutex<Log>,
     /// Told of everything that is added.
     grew: watch::Sender<()>,
@@ -58,8 +62,9 @@ struct Log {
     logprobs: Vec<Logprobs>,
     end: Option<JobEvent>,
     ended: Option<Instant>,
+    capsule: Vec<u8>,
     bytes: usize,
-    /// Its memory was given back; nothing is added any more.
+    /// The answer's memory was given back; nothing is added any more.
     forgotten: bool,
 }
 
@@ -68,31 +73,43 @@ impl Kept {
         self.0.lock().expect("no panic while answers are held")
     }
 
-    /// Begins to keep a job's answer. A later attempt takes the place of an earlier one. `None` if its beginning is not
-    /// known here: log-probabilities do not travel with a job that goes on.
-    pub fn begin(&self, job: &Job, worker: &WorkerId, now: Instant) -> Option<Arc<Entry>> {
+    /// Begins to keep a job's answer, which `worker` computes, and takes its capsule. A later attempt takes the place of an
+    /// earlier one. Where the beginning is not known here (log-probabilities do not travel with a job that goes on), only
+    /// the capsule is kept.
+    pub fn begin(&self, job: &mut Job, worker: &WorkerId, numerics: Option<NumericsId>, now: Instant) -> Arc<Entry> {
         let scored = job.sampling.logprobs.is_some();
-        if scored && !job.delivered.is_empty() {
-            return None;
-        }
-        let bytes = ENTRY_BYTES + 4 * job.delivered.len();
-        let log = Log { tokens: job.delivered.clone(), bytes, ..Log::default() };
+        let whole = !scored || job.delivered.is_empty();
+        let numerics = match job.delivered.is_empty() || job.numerics == numerics {
+            true => numerics,
+            false => Some(NumericsId::SEVERAL),
+        };
+        let tokens = if whole { job.delivered.clone() } else { Vec::new() };
+        let capsule = std::mem::take(&mut job.capsule);
+        let bytes = ENTRY_BYTES + 4 * tokens.len() + capsule.len();
+        let log = Log { tokens, capsule, bytes, ..Log::default() };
         let key = (job.turn, job.choice);
         let (grew, log) = (watch::Sender::new(()), Mutex::new(log));
-        let entry = Arc::new(Entry { key, worker: worker.clone(), scored, log, grew });
+        let entry = Arc::new(Entry { worker: worker.clone(), numerics, scored, whole, log, grew });
         let mut all = self.all();
         all.bytes += bytes;
         all.entries.insert(key, entry.clone());
         all.order.push_back((key, entry.clone()));
         all.shrink(now);
-        Some(entry)
+        entry
     }
 
     /// Finds what is kept of a job, unless it failed: then it is better begun anew.
     pub fn find(&self, turn: TurnId, choice: u32) -> Option<Arc<Entry>> {
         let entry = self.all().entries.get(&(turn, choice)).cloned()?;
         let failed = matches!(entry.log().end, Some(JobEvent::Failed { .. }));
-        (!failed).then_some(entry)
+        (entry.whole && !failed).then_some(entry)
+    }
+
+    /// The capsule of a turn's jobs, also of those whose answers are not kept.
+    pub fn recall(&self, turn: TurnId) -> Option<Vec<u8>> {
+        let all = self.all();
+        let capsule = |entry: &Arc<Entry>| Some(entry.log().capsule.clone()).filter(|capsule| !capsule.is_empty());
+        all.entries.range((turn, 0)..=(turn, u32::MAX)).find_map(|(_, entry)| capsule(entry))
     }
 
     /// Adds an event to an answer, unless it had to be forgotten.
@@ -105,13 +122,11 @@ impl Kept {
         }
     }
 
-    /// Forgets an answer that nobody wants any more; who reads it is told that it failed.
-    pub fn forget(&self, entry: &Arc<Entry>) {
-        entry.fail("the job was cancelled");
+    /// Forgets an answer that nobody wants any more; who reads it is told that it failed. Its capsule stays for the grace
+    /// time: a client whose connection broke off looks the same as one that left for good.
+    pub fn forget(&self, entry: &Entry, now: Instant) {
         let mut all = self.all();
-        if all.entries.get(&entry.key).is_some_and(|kept| Arc::ptr_eq(kept, entry)) {
-            all.entries.remove(&entry.key);
-        }
+        all.bytes -= entry.cancel(now);
     }
 }
 
@@ -146,6 +161,7 @@ impl Entry {
         }
         let before = log.bytes;
         match event {
+            JobEvent::Tokens { .. } if !self.whole => {}
             JobEvent::Tokens { tokens, logprobs, .. } => {
                 log.tokens.extend_from_slice(tokens);
                 log.logprobs.extend_from_slice(logprobs);
@@ -170,13 +186,19 @@ impl Entry {
         dropped.bytes
     }
 
-    fn fail(&self, reason: &str) {
+    /// Gives the answer's memory back and keeps the capsule. Returns how many bytes fewer it has.
+    fn cancel(&self, now: Instant) -> usize {
         let mut log = self.log();
-        if log.end.is_none() {
-            log.end = Some(JobEvent::Failed { reason: reason.to_owned(), retryable: true });
+        if log.forgotten {
+            return 0;
         }
+        let end = JobEvent::Failed { reason: "the job was cancelled".to_owned(), retryable: true };
+        let (before, capsule) = (log.bytes, std::mem::take(&mut log.capsule));
+        let bytes = ENTRY_BYTES + capsule.len();
+        *log = Log { end: Some(end), ended: Some(now), capsule, bytes, forgotten: true, ..Log::default() };
         drop(log);
         self.grew.send_replace(());
+        before - bytes
     }
 
     /// Changes whenever something is added.
@@ -209,8 +231,10 @@ mod tests {
     }
 
     fn begin(kept: &Kept, turn: u128, delivered: &[Token], now: Instant) -> Arc<Entry> {
-        let job = Job { turn: TurnId(turn), ..job(&[1], delivered, 100) };
-        kept.begin(&job, &"m.0".parse().unwrap(), now).expect("its beginning is known")
+        let mut job = Job { turn: TurnId(turn), capsule: b"sealed".to_vec(), ..job(&[1], delivered, 100) };
+        let entry = kept.begin(&mut job, &"m.0".parse().unwrap(), Some(NumericsId(1)), now);
+        assert!(job.capsule.is_empty(), "no worker gets it");
+        entry
     }
 
     #[test]
@@ -234,8 +258,10 @@ mod tests {
         let (first, second) = (begin(&kept, 1, &[], now), begin(&kept, 2, &[], now));
         kept.push(&first, &JobEvent::Failed { reason: "x".into(), retryable: true }, now);
         assert!(kept.find(TurnId(1), 0).is_none(), "what failed is begun anew");
-        kept.forget(&second);
+        kept.push(&second, &tokens(0, &[1, 2]), now);
+        kept.forget(&second, now);
         assert!(kept.find(TurnId(2), 0).is_none() && matches!(second.after(0), Some(JobEvent::Failed { .. })));
+        assert_eq!(kept.recall(TurnId(2)).unwrap(), b"sealed", "its client may come back");
         let third = begin(&kept, 3, &[], now);
         kept.push(&third, &tokens(0, &[1]), now);
         let done = JobEvent::Done { finish: izar_common::chat::Finish::Stop, usage: Default::default() };
@@ -245,6 +271,30 @@ mod tests {
         begin(&kept, 5, &[], now + GRACE);
         assert!(kept.find(TurnId(3), 0).is_none() && kept.find(TurnId(4), 0).is_some());
         assert_eq!(kept.all().order.len(), 2);
+        assert_eq!((kept.recall(TurnId(2)), kept.recall(TurnId(9))), (None, None));
+    }
+
+    #[test]
+    fn an_answer_that_other_numerics_began_says_so() {
+        let (kept, now) = (Kept::default(), Instant::now());
+        let begin = |turn, delivered: &[Token], by, here| {
+            let mut job = Job { turn: TurnId(turn), numerics: by, ..job(&[1], delivered, 100) };
+            kept.begin(&mut job, &"m.0".parse().unwrap(), here, now).numerics
+        };
+        let (one, two) = (Some(NumericsId(1)), Some(NumericsId(2)));
+        assert_eq!((begin(1, &[], one, two), begin(2, &[5], one, one)), (two, one));
+        assert_eq!(begin(3, &[5], one, two), Some(NumericsId::SEVERAL));
+    }
+
+    #[test]
+    fn of_an_answer_whose_beginning_is_unknown_only_the_capsule_is_kept() {
+        let (kept, now) = (Kept::default(), Instant::now());
+        let mut job = Job { turn: TurnId(1), capsule: b"sealed".to_vec(), ..job(&[1], &[5], 100) };
+        job.sampling.logprobs = Some(0);
+        let entry = kept.begin(&mut job, &"m.0".parse().unwrap(), None, now);
+        kept.push(&entry, &tokens(1, &[6]), now);
+        assert!(kept.find(TurnId(1), 0).is_none() && kept.recall(TurnId(1)).is_some());
+        assert_eq!(kept.all().bytes, ENTRY_BYTES + 6);
     }
 
     #[test]

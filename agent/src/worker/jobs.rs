@@ -253,6 +253,7 @@ mod tests {
             cache_salt: [0; 16],
             numerics: None,
             class: Class::default(),
+            capsule: Vec::new(),
         }
     }
 

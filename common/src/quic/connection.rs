@@ -234,9 +234,8 @@ fn allowed(opener: Role, other: Role, open: Open) -> Option<Direction> {
     use Role::{Agent, Controller};
     match (opener, other, open) {
         (Agent, Controller, Open::Session | Open::Blob) => Some(Direction::Both),
-        (Controller, Agent, Open::Job | Open::Resume) | (Controller, Controller, Open::Blob | Open::Explain) => {
-            Some(Direction::Both)
-        }
+        (Controller, Agent, Open::Job | Open::Resume | Open::Recall)
+        | (Controller, Controller, Open::Blob | Open::Explain) => Some(Direction::Both),
         (Controller, Controller, Open::RaftUrgent | Open::RaftBulk | Open::Propose) => Some(Direction::One),
         _ => None,
     }

@@ -6,9 +6,9 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use super::Wire;
-use crate::chat::{Job, JobEvent};
+use crate::chat::{CAPSULE_BYTES, Job, JobEvent};
 use crate::health::{Generation, Report};
-use crate::id::{DeploymentId, Hash, TurnId, WorkerId};
+use crate::id::{DeploymentId, Hash, NumericsId, TurnId, WorkerId};
 use crate::manifest::Manifest;
 use crate::prefix::Sketch;
 
@@ -255,12 +255,36 @@ impl Wire for Resume {
 /// The answer; after `Found` the events of the job follow from its beginning.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Resumed {
-    Found { worker: WorkerId },
+    Found {
+        worker: WorkerId,
+        /// What computed the answer so far, as far as its worker said.
+        numerics: Option<NumericsId>,
+    },
     Missing,
 }
 impl Wire for Resumed {
     const TYPE: u16 = 21;
     const LIMIT: usize = 256;
+}
+
+/// The first frame of a stream for the request of a turn, which another controller began.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Recall {
+    pub turn: TurnId,
+}
+impl Wire for Recall {
+    const TYPE: u16 = 24;
+    const LIMIT: usize = 64;
+}
+
+/// The answer, and the only frame: the capsule of the turn's jobs, if one is kept.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Recalled {
+    pub capsule: Option<Vec<u8>>,
+}
+impl Wire for Recalled {
+    const TYPE: u16 = 25;
+    const LIMIT: usize = CAPSULE_BYTES + 64;
 }
 
 /// The frames that come back on a job stream; the last one is `Done` or `Failed`.

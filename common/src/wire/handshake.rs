@@ -54,6 +54,8 @@ pub enum Open {
     Resume,
     /// Controller to controller, bidirectional: what happened to a request there (`wire::peer`).
     Explain,
+    /// Controller to agent, bidirectional: the request of a turn that another controller began (`wire::agent`).
+    Recall,
 }
 impl Wire for Open {
     const TYPE: u16 = 3;

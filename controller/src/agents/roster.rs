@@ -14,7 +14,7 @@ use izar_common::id::{DeploymentId, Hash, NodeId, TurnId, WorkerId};
 use izar_common::manifest::Kind;
 use izar_common::prefix::{BLOCK, Name, Namer, Sketch};
 use izar_common::quic::{self, Connection};
-use izar_common::wire::agent::{Resume, Resumed, Submit};
+use izar_common::wire::agent::{Recall, Recalled, Resume, Resumed, Submit};
 use izar_common::wire::handshake::Open;
 use tokio::sync::{Notify, watch};
 
@@ -170,10 +170,29 @@ impl Roster {
 
     /// Finds the agent that keeps the answer of a job which another controller began, and reads it from its beginning.
     pub async fn attach(self: &Arc<Self>, turn: TurnId, choice: u32) -> Option<JobStream> {
+        self.ask_all(|agent, connection| self.ask(agent, connection, turn, choice)).await
+    }
+
+    /// Finds the capsule of a turn which another controller began.
+    pub async fn recall(&self, turn: TurnId) -> Option<Vec<u8>> {
+        let recall = |_, connection: Connection| async move {
+            let asking = async {
+                let (mut tx, mut rx) = connection.open_bi(Open::Recall).await.ok()?;
+                tx.send(&Recall { turn }).await.ok()?;
+                quic::finish(&mut tx);
+                rx.expect::<Recalled>().await.ok()?.capsule
+            };
+            tokio::time::timeout(ATTACH_LIMIT, asking).await.ok()?
+        };
+        self.ask_all(recall).await
+    }
+
+    /// Asks all agents at once, for the first answer.
+    async fn ask_all<T, F: Future<Output = Option<T>>>(&self, ask: impl Fn(NodeId, Connection) -> F) -> Option<T> {
         let sessions: Vec<(NodeId, Connection)> =
             self.soft().sessions.iter().map(|(agent, connection)| (agent.clone(), connection.clone())).collect();
         let mut asked: FuturesUnordered<_> =
-            sessions.into_iter().map(|(agent, connection)| self.ask(agent, connection, turn, choice)).collect();
+            sessions.into_iter().map(|(agent, connection)| ask(agent, connection)).collect();
         while let Some(found) = asked.next().await {
             if found.is_some() {
                 return found;
@@ -194,16 +213,12 @@ impl Roster {
             tx.send(&Resume { turn, choice }).await.ok()?;
             quic::finish(&mut tx);
             match rx.expect::<Resumed>().await.ok()? {
-                Resumed::Found { worker } => Some((worker, tx, rx)),
+                Resumed::Found { worker, numerics } => Some((worker, numerics, tx, rx)),
                 Resumed::Missing => None,
             }
         };
-        let (worker, tx, rx) = tokio::time::timeout(ATTACH_LIMIT, asking).await.ok()??;
-        let mut soft = self.soft();
-        let report = soft.fleet.agents.get(&agent)?.workers().iter().find(|report| report.worker == worker);
-        let numerics = report.and_then(|report| report.numerics);
-        soft.fleet.begin(&agent, &worker);
-        drop(soft);
+        let (worker, numerics, tx, rx) = tokio::time::timeout(ATTACH_LIMIT, asking).await.ok()??;
+        self.soft().fleet.begin(&agent, &worker);
         Some(JobStream::running(Counted { roster: self.clone(), agent, worker, numerics, why: None }, tx, rx))
     }
 

@@ -97,6 +97,7 @@ fn job() -> Job {
         cache_salt: [0; 16],
         numerics: None,
         class: Class::default(),
+        capsule: Vec::new(),
     }
 }
 

@@ -66,6 +66,8 @@ impl From<Refusal> for Error {
             Refusal::KeyExists(_)
             | Refusal::KeyRevoked(_)
             | Refusal::TurnExists(_)
+            | Refusal::Repeats(_)
+            | Refusal::OtherRequest(_)
             | Refusal::OtherTenant { .. }
             | Refusal::IsDeployment(_)
             | Refusal::IsAlias(_)

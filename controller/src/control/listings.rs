@@ -92,6 +92,7 @@ pub async fn status(Extract(control): Shared) -> Json<view::Status> {
         agents: fleet.agents.iter().map(|(id, agent)| view::agent_summary(id, agent)).collect(),
         deployments: config.deployments.values().map(summary).collect(),
         running: parts.gateway.running().len(),
+        draining: *parts.gateway.draining().borrow(),
         refused,
     })
 }

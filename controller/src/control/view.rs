@@ -37,9 +37,22 @@ pub struct Status {
     pub deployments: Vec<DeploymentSummary>,
     /// Requests that run on this controller.
     pub running: usize,
+    /// Clients are told to move on to another controller.
+    #[serde(default)]
+    pub draining: bool,
     /// What was turned away since the start: peers by their certificate, role or schema (`peers`), callers of this
     /// socket (`admin`).
     pub refused: BTreeMap<String, u64>,
+}
+
+/// `POST /v1/drain` and `POST /v1/undrain`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Drain {
+    pub node: NodeId,
+    pub draining: bool,
+    pub leader: Option<NodeId>,
+    /// Requests that run on this controller.
+    pub running: usize,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]

@@ -4,6 +4,7 @@
 //! and placing its job run side by side, and no byte of an answer leaves before the opening is committed.
 
 mod pump;
+mod repeat;
 mod wait;
 
 use std::future::poll_fn;
@@ -14,7 +15,7 @@ use std::time::Duration;
 use futures_util::future::{self, FutureExt, MaybeDone};
 use izar_common::chat::{Finish, Grammar, Job, Message, Sampling, Token, Usage};
 use izar_common::clock::wall_ms;
-use izar_common::id::DeploymentId;
+use izar_common::id::{DeploymentId, NumericsId, TurnId};
 use izar_common::{grammar, text};
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 use tokio::time::Instant;
@@ -31,12 +32,12 @@ use super::openai::sse::{Events, OTHER_EVENTS};
 use super::outlet::{OutletBody, outlet};
 use super::permits::Permit;
 use super::queues::{Facts, Pass};
-use super::running::{Begun, Stage};
+use super::running::{self, Begun, Stage};
 use super::trace::{self, What};
 use super::turn::Scored;
 use crate::agents::{JobStream, NoPlace};
 use crate::state::command::{Command, Refusal, Reply};
-use crate::state::turns::{Opening, Outcome};
+use crate::state::turns::{Once, Opening, Outcome, Turn};
 use pump::pump;
 
 /// Longest prompt in bytes that is tokenized on the spot: well under a millisecond. Longer ones would hold up the
@@ -135,6 +136,44 @@ pub struct Choice {
     pub finish: Finish,
 }
 
+/// How a request comes to its turn.
+#[derive(Debug, Clone)]
+pub enum Claim {
+    /// It begins one; `once` if its client may ask again.
+    Begin { once: Option<Once> },
+    /// Its client goes on with a stream, wherever that was begun.
+    Resume(Cursor),
+    /// The same request was begun before, as this turn.
+    Repeat(Box<Turn>),
+}
+
+impl Claim {
+    /// The turn, if there is one already.
+    pub fn turn(&self) -> Option<TurnId> {
+        match self {
+            Claim::Begin { .. } => None,
+            Claim::Resume(cursor) => Some(cursor.turn),
+            Claim::Repeat(first) => Some(first.opening.turn),
+        }
+    }
+
+    /// What computed an answer that shall be given again.
+    fn computed_by(&self) -> Option<NumericsId> {
+        match self {
+            Claim::Repeat(first) => match first.closed {
+                Some((_, Outcome::Finished { numerics, .. })) => numerics,
+                _ => None,
+            },
+            _ => None,
+        }
+    }
+
+    /// Its client may ask again for the very same.
+    fn once(&self) -> bool {
+        matches!(self, Claim::Begin { once: Some(_) } | Claim::Repeat(_))
+    }
+}
+
 /// A request that may run.
 pub struct Order {
     arrival: Arrival,
@@ -148,13 +187,16 @@ pub struct Order {
     permit: Option<Permit>,
     /// Where the client is in the stream: at its beginning, or where another controller left it.
     cursor: Cursor,
-    resumed: bool,
     /// Its turn at the workers, and how it came to it.
     pass: Option<Pass>,
     facts: Option<Facts>,
+    claim: Claim,
+    /// The request, sealed, for agents to keep.
+    capsule: Vec<u8>,
     /// The controller's, kept until the end is recorded: so closings that wait for a quorum are bounded too.
     _place: OwnedSemaphorePermit,
-    _memory: Charge,
+    /// For its tokens and what goes with them.
+    memory: Charge,
 }
 
 impl Order {
@@ -164,7 +206,19 @@ impl Order {
 
     /// Nothing of it was computed before.
     fn is_new(&self) -> bool {
-        !self.resumed
+        matches!(self.claim, Claim::Begin { .. })
+    }
+
+    /// Has agents keep the sealed request beside the answer, if there is room for it: here, and in the job that is sent.
+    pub fn keep(&mut self, capsule: Vec<u8>) {
+        if self.memory.grow(2 * capsule.len()) {
+            self.capsule = capsule;
+        }
+    }
+
+    /// Whether the whole answer must be the one that was given before.
+    fn exact(&self) -> bool {
+        matches!(&self.claim, Claim::Repeat(first) if matches!(first.closed, Some((_, Outcome::Finished { .. }))))
     }
 }
 
@@ -176,7 +230,7 @@ pub async fn prepare(
     model: &str,
     prompt: Prompt,
     asked: Asked,
-    resume: Option<Cursor>,
+    claim: Claim,
 ) -> Result<Order, Error> {
     let config = gateway.config();
     let served = models::find(&config, &gateway.agents, &gateway.catalog, model)?;
@@ -225,13 +279,13 @@ pub async fn prepare(
     };
     // Who gets the whole answer at once has nothing to go on with.
     let seal = if stream { Seal::of(&gateway.pepper, &request) } else { Seal::default() };
-    let cursor = match &resume {
-        None => Cursor::begin(arrival.turn, seal, choices),
-        Some(cursor) if cursor.seal == seal && cursor.events.len() == choices as usize => cursor.clone(),
-        Some(_) => return Err(Error::UnknownStream),
+    let cursor = match &claim {
+        Claim::Resume(cursor) if cursor.seal == seal && cursor.events.len() == choices as usize => cursor.clone(),
+        Claim::Resume(_) => return Err(Error::UnknownStream),
+        _ => Cursor { numerics: claim.computed_by(), ..Cursor::begin(arrival.turn, seal, choices) },
     };
-    let (permit, resumed) = (Some(permit), resume.is_some());
-    Ok(Order {
+    let (permit, capsule) = (Some(permit), Vec::new());
+    let order = Order {
         arrival,
         caller,
         served,
@@ -241,12 +295,15 @@ pub async fn prepare(
         stops,
         permit,
         cursor,
-        resumed,
         pass: None,
         facts: None,
+        claim,
+        capsule,
         _place: place,
-        _memory: memory,
-    })
+        memory,
+    };
+    repeat::check(&order)?;
+    Ok(order)
 }
 
 fn check_bias(served: &Served, bias: &[(Token, f32)]) -> Result<(), Error> {
@@ -338,6 +395,7 @@ enum Ended {
         finish: Finish,
         recorded: Finish,
         inexact: bool,
+        numerics: Option<NumericsId>,
     },
     Gone,
     Failed(Error),
@@ -346,15 +404,19 @@ enum Ended {
 /// The task of a turn.
 async fn run(gateway: Gateway, mut order: Order, mut exit: Exit, streamed: bool) {
     let _running = gateway.metrics.running_requests.hold();
-    let listed = gateway.list.begin(Begun {
+    let begun = Begun {
         turn: order.arrival.turn,
         key: order.caller.key.id.clone(),
         deployment: order.served.deployment.clone(),
         stream: streamed,
         prompt_tokens: order.prompt.len() as u32,
         started_ms: wall_ms(),
-    });
-    if order.resumed {
+    };
+    let listed = match repeat::reads_along(&order) {
+        false => gateway.list.begin(begun),
+        true => running::List::unlisted(begun),
+    };
+    if !order.is_new() {
         listed.note(What::Resumed);
     }
     let begun = match wait::wait(&gateway, &mut order, &listed, &mut exit).await {
@@ -364,17 +426,17 @@ async fn run(gateway: Gateway, mut order: Order, mut exit: Exit, streamed: bool)
     if let Some(Facts { class, ahead, waited_ms, .. }) = order.facts.filter(Facts::waited) {
         listed.note(What::Waited { class, ahead, waited_ms });
     }
-    let (ended, usage, recorded) = match begun {
-        Ok(streams) => {
+    let (ended, usage, hold) = match begun {
+        Ok((streams, hold)) => {
             let (ended, usage) = pump(&gateway, &order, &listed, streams, &mut exit).await;
-            (ended, usage, true)
+            (ended, usage, hold)
         }
         Err(stopped) => {
             if let Ended::Failed(error) = &stopped.ended {
                 let (code, reason) = (error.row().code.to_owned(), trace::reason(&error.to_string()));
                 listed.note(What::Refused { code, reason });
             }
-            (stopped.ended, Usage::default(), stopped.recorded)
+            (stopped.ended, Usage::default(), if stopped.recorded { Hold::Ours } else { Hold::Others })
         }
     };
     if let Some(pass) = order.pass.take() {
@@ -385,14 +447,21 @@ async fn run(gateway: Gateway, mut order: Order, mut exit: Exit, streamed: bool)
         }
     }
     listed.enter(Stage::Closing);
-    order.permit = None;
+    // A client that came back to this very controller has its end told by the task that goes on.
+    let ours = hold == Hold::Ours && listed.is_current();
+    let mut settled = false;
     let (outcome, word, rest) = match ended {
-        Ended::Finished { choice, finish, recorded, inexact } => {
-            (Outcome::Finished { finish: recorded, usage, inexact }, "finished", exit.finish(choice, finish, usage))
+        Ended::Finished { choice, finish, recorded, inexact, numerics } => {
+            let outcome = Outcome::Finished { finish: recorded, usage, inexact, numerics };
+            // Who asks again after the last byte shall find what computed it.
+            settled = ours && order.claim.once() && try_record_end(&gateway, &order, &outcome).await;
+            order.permit = None;
+            (outcome, "finished", exit.finish(choice, finish, usage))
         }
         Ended::Gone => (Outcome::Cancelled { usage }, "cancelled", None),
         Ended::Failed(error) => {
             log::debug!(turn:% = order.arrival.turn, error:%; "a turn failed");
+            order.permit = None;
             (Outcome::Failed { reason: error.to_string(), usage }, "failed", exit.fail(error))
         }
     };
@@ -402,10 +471,14 @@ async fn run(gateway: Gateway, mut order: Order, mut exit: Exit, streamed: bool)
         let seconds = gateway.metrics.request_seconds.with(&[label.dialect, label.route]);
         seconds.observe(order.arrival.at.elapsed());
     }
-    // A client that came back to this very controller has its end told by the task that goes on.
-    if recorded && listed.is_current() {
+    order.permit = None;
+    if ours {
         gateway.metrics.turns.with(&[word]).add(1);
-        record_end(&gateway, &order, outcome).await;
+        if !settled {
+            record_end(&gateway, &order, outcome).await;
+        }
+    } else if hold == Hold::Others {
+        repeat::settle(&gateway, &order, outcome).await;
     }
     drop((listed, order));
     if let Some(rest) = rest {
@@ -426,13 +499,24 @@ impl Stopped {
     }
 }
 
+/// Whose turn it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Hold {
+    /// This task records its end.
+    Ours,
+    /// Nobody's, or of a request that was here before.
+    Others,
+}
+
+/// The jobs of a turn, and who records its end.
+type Placed = (Vec<JobStream>, Hold);
+
 /// Records the turn and places its jobs, side by side.
-async fn begin(gateway: &Gateway, order: &Order, exit: &mut Exit, streamed: bool) -> Result<Vec<JobStream>, Stopped> {
-    if order.resumed {
-        record_begin(gateway, order, streamed).await?;
-        let going_on = (0..order.choices).map(|choice| go_on(gateway, order, choice));
-        let placed: Result<_, NoPlace> = future::join_all(going_on).await.into_iter().collect();
-        return placed.map_err(|no_place| Stopped::failed(no_place.into(), true));
+async fn begin(gateway: &Gateway, order: &Order, exit: &mut Exit, streamed: bool) -> Result<Placed, Stopped> {
+    match &order.claim {
+        Claim::Begin { .. } => {}
+        Claim::Resume(_) => return take_over(gateway, order, streamed).await,
+        Claim::Repeat(first) => return repeat::begin(gateway, order, first, streamed).await,
     }
     let submit = |choice| Box::pin(gateway.agents.submit(job(gateway, order, choice, 0)));
     // Placing is decided at once; a job that goes nowhere needs no record.
@@ -464,7 +548,17 @@ async fn begin(gateway: &Gateway, order: &Order, exit: &mut Exit, streamed: bool
     opened?;
     let placed = jobs.iter_mut().map(|job| Pin::new(job).take_output().expect("all jobs were waited for"));
     let placed: Result<_, NoPlace> = placed.collect();
-    placed.map_err(|no_place| Stopped::failed(no_place.into(), true))
+    let placed = placed.map_err(|no_place| Stopped::failed(no_place.into(), true))?;
+    Ok((placed, Hold::Ours))
+}
+
+/// Makes a turn this controller's and goes on with its answer.
+async fn take_over(gateway: &Gateway, order: &Order, streamed: bool) -> Result<Placed, Stopped> {
+    record_begin(gateway, order, streamed).await?;
+    let going_on = (0..order.choices).map(|choice| go_on(gateway, order, choice));
+    let placed: Result<_, NoPlace> = future::join_all(going_on).await.into_iter().collect();
+    let placed = placed.map_err(|no_place| Stopped::failed(no_place.into(), true))?;
+    Ok((placed, Hold::Ours))
 }
 
 /// Reads on what an agent keeps of a choice; if none does, it is computed again from its beginning.
@@ -489,6 +583,7 @@ fn job(gateway: &Gateway, order: &Order, choice: u32, attempt: u32) -> Job {
         // What a client has of a stream goes on exactly where the same computes it.
         numerics: order.cursor.numerics,
         class: order.arrival.urgency.class,
+        capsule: order.capsule.clone(),
     }
 }
 
@@ -507,10 +602,11 @@ async fn record_begin(gateway: &Gateway, order: &Order, stream: bool) -> Result<
         max_tokens: order.sampling.max_tokens,
         stream,
         origin: gateway.raft.origin().clone(),
+        once: if let Claim::Begin { once } = order.claim { once } else { None },
     };
-    let command = match order.resumed {
-        false => Command::OpenTurn(opening),
-        true => Command::ResumeTurn { turn: opening.turn, key: opening.key, origin: opening.origin },
+    let command = match &order.claim {
+        Claim::Begin { .. } => Command::OpenTurn(opening),
+        _ => Command::ResumeTurn { turn: opening.turn, key: opening.key, origin: opening.origin },
     };
     let begun = Instant::now();
     match gateway.raft.propose(command).await {
@@ -528,25 +624,31 @@ async fn record_begin(gateway: &Gateway, order: &Order, stream: bool) -> Result<
 /// Records how a turn ended, however long that takes: what is not recorded by the time the process ends is closed as
 /// abandoned by the next one.
 async fn record_end(gateway: &Gateway, order: &Order, outcome: Outcome) {
-    let turn = order.arrival.turn;
     let mut pause = RECORD_AGAIN;
-    loop {
-        match gateway.raft.propose(Command::CloseTurn { turn, outcome: outcome.clone() }).await {
-            Ok(Reply::Done) => return,
-            // Never opened after all, or closed by an attempt whose answer was lost.
-            Ok(Reply::Refused(Refusal::UnknownTurn(_))) => return log::debug!(turn:%; "no such turn was open"),
-            Ok(Reply::Refused(refusal)) => return log::error!(turn:%, refusal:%; "the end of a turn was refused"),
-            Err(unavailable) => {
-                log::debug!(turn:%, reason = unavailable.reason; "the end of a turn waits for a quorum")
-            }
-        }
+    while !try_record_end(gateway, order, &outcome).await {
         tokio::select! {
             () = tokio::time::sleep(pause) => pause = (2 * pause).min(RECORD_AGAIN_MOST),
             () = gateway.kill.cancelled() => {
-                return log::warn!(turn:%; "stopping before the end of a turn was recorded");
+                return log::warn!(turn:% = order.arrival.turn; "stopping before the end of a turn was recorded");
             }
         }
     }
+}
+
+/// Returns whether nothing is left to record.
+async fn try_record_end(gateway: &Gateway, order: &Order, outcome: &Outcome) -> bool {
+    let turn = order.arrival.turn;
+    match gateway.raft.propose(Command::CloseTurn { turn, outcome: outcome.clone() }).await {
+        Ok(Reply::Done) => {}
+        // Never opened after all, closed by an attempt whose answer was lost, or another's by now.
+        Ok(Reply::Refused(Refusal::UnknownTurn(_))) => log::debug!(turn:%; "no such turn was open"),
+        Ok(Reply::Refused(refusal)) => log::error!(turn:%, refusal:%; "the end of a turn was refused"),
+        Err(unavailable) => {
+            log::debug!(turn:%, reason = unavailable.reason; "the end of a turn waits for a quorum");
+            return false;
+        }
+    }
+    true
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@
 
 use axum::http::StatusCode;
 use izar_common::chat::Class;
+use izar_common::id::TurnId;
 
 use crate::scheduler::NoPlace;
 use crate::state::command::Refusal;
@@ -59,10 +60,24 @@ pub enum Error {
     #[error("the request cannot be recorded: {reason}")]
     Unavailable { reason: String },
     #[error(
-        "Last-Event-ID names no stream that can go on here: it is unknown, too old, of another key, or the request is \
+        "the event id names no stream that can go on here: it is unknown, too old, of another key, or the request is \
          not the one that was begun; ask anew without it"
     )]
     UnknownStream,
+    #[error(
+        "the stream cannot go on from its event id alone: {reason}; repeat the POST that began it, with the same body \
+         and the id as Last-Event-ID"
+    )]
+    NoRequest { reason: &'static str },
+    #[error("the first request with this Idempotency-Key still runs, and its answer cannot be read here; ask again")]
+    InProgress,
+    /// Of `turn`; who can, goes on with it.
+    #[error("a request with this Idempotency-Key was begun already as {turn}; ask again")]
+    Repeats { turn: TurnId },
+    #[error("this Idempotency-Key was used for another request; a key belongs to one route and body")]
+    OtherRequest,
+    #[error("the first answer to this Idempotency-Key cannot be given again: {reason}; ask with another key")]
+    AnswerLost { reason: String },
     /// The answer broke off, and the same request may succeed.
     #[error("the answer was interrupted: {reason}")]
     Interrupted { reason: String },
@@ -135,6 +150,12 @@ impl Error {
             // An election is over within a second.
             Error::Unavailable { .. } => row(StatusCode::SERVICE_UNAVAILABLE, SERVER, "unavailable", Some(1)),
             Error::UnknownStream => row(StatusCode::CONFLICT, REQUEST, "unknown_stream", None),
+            Error::NoRequest { .. } => row(StatusCode::CONFLICT, REQUEST, "unknown_stream", None),
+            Error::InProgress | Error::Repeats { .. } => {
+                row(StatusCode::CONFLICT, REQUEST, "idempotency_in_progress", Some(1))
+            }
+            Error::OtherRequest => row(StatusCode::UNPROCESSABLE_ENTITY, REQUEST, "idempotency_mismatch", None),
+            Error::AnswerLost { .. } => row(StatusCode::CONFLICT, REQUEST, "idempotency_lost", None),
             Error::Interrupted { .. } => row(StatusCode::SERVICE_UNAVAILABLE, SERVER, "interrupted", Some(1)),
             Error::Stopping => row(StatusCode::SERVICE_UNAVAILABLE, SERVER, "stopping", Some(1)),
             Error::Failed { .. } => row(StatusCode::INTERNAL_SERVER_ERROR, SERVER, "internal_error", None),
@@ -149,6 +170,7 @@ impl Error {
             Error::UnknownModel { .. } => Some("model"),
             Error::ClassNotAllowed { .. } => Some("X-Izar-Class"),
             Error::ContextTooShort { .. } => Some("max_tokens"),
+            Error::OtherRequest => Some("Idempotency-Key"),
             _ => None,
         }
     }
@@ -173,6 +195,8 @@ impl From<Refusal> for Error {
             Refusal::KeyRevoked(_) | Refusal::UnknownKey(_) => Error::WrongKey,
             Refusal::UnknownDeployment(id) => Error::UnknownModel { name: id.to_string(), models: Vec::new() },
             Refusal::Full { .. } => Error::Overloaded,
+            Refusal::Repeats(turn) => Error::Repeats { turn },
+            Refusal::OtherRequest(_) => Error::OtherRequest,
             // The deployment moved to another revision between reading and recording: the same request will pass.
             Refusal::UnknownModel(_) => Error::Interrupted { reason: refusal.to_string() },
             other => Error::Failed { reason: other.to_string() },
@@ -214,6 +238,11 @@ mod tests {
         check(raised, 403, "class_not_allowed", false);
         check(Error::NoReplica { reason: text() }, 503, "no_replica_ready", true);
         check(Error::Unavailable { reason: text() }, 503, "unavailable", true);
+        check(Error::UnknownStream, 409, "unknown_stream", false);
+        check(Error::NoRequest { reason: "x" }, 409, "unknown_stream", false);
+        check(Error::InProgress, 409, "idempotency_in_progress", true);
+        check(Error::OtherRequest, 422, "idempotency_mismatch", false);
+        check(Error::AnswerLost { reason: text() }, 409, "idempotency_lost", false);
         check(Error::Interrupted { reason: text() }, 503, "interrupted", true);
         check(Error::Stopping, 503, "stopping", true);
         check(Error::Failed { reason: text() }, 500, "internal_error", false);

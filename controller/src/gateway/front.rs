@@ -53,6 +53,7 @@ fn label(path: &str) -> Label {
         "/v1/completions" => ("openai", "/v1/completions"),
         "/v1/models" => ("openai", "/v1/models"),
         path if path.starts_with("/v1/models/") => ("openai", "/v1/models/{id}"),
+        path if path.starts_with("/v1/streams/") => ("openai", "/v1/streams/{id}"),
         path if path.starts_with("/v1/") => ("openai", "other"),
         "/healthz" => ("none", "/healthz"),
         "/readyz" => ("none", "/readyz"),
@@ -131,6 +132,7 @@ mod tests {
     #[test]
     fn a_label_never_holds_what_a_client_made_up() {
         assert_eq!(label("/v1/models/whatever").route, "/v1/models/{id}");
+        assert_eq!(label("/v1/streams/whatever").route, "/v1/streams/{id}");
         assert_eq!(label("/v1/secret-thing"), Label { dialect: "openai", route: "other" });
         assert_eq!(label("/wp-admin.php"), Label { dialect: "none", route: "other" });
     }

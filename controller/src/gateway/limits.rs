@@ -43,6 +43,9 @@ pub struct Limits {
     /// Milliseconds that a turn whose worker failed waits for a replica that can go on with it. Default 60000: a worker is
     /// started again and loads its model meanwhile.
     pub replica_wait_ms: u64,
+    /// Milliseconds that connections which clients hold are served on when the daemon stops, each until its next answer: closing
+    /// an idle one could cross with a request. A part of `shutdown_ms`. Default 1000.
+    pub drain_ms: u64,
     /// Milliseconds that running requests get to end when the daemon stops; it must stay below the 10 s that
     /// the daemon gives all of its parts. Default 8000.
     pub shutdown_ms: u64,
@@ -65,6 +68,7 @@ impl Default for Limits {
             memory_bytes: 1 << 30,
             worker_silence_ms: 300_000,
             replica_wait_ms: 60_000,
+            drain_ms: 1_000,
             shutdown_ms: 8_000,
         }
     }
@@ -119,6 +123,9 @@ impl Limits {
     }
     pub(super) fn replica_wait(&self) -> Duration {
         Duration::from_millis(self.replica_wait_ms)
+    }
+    pub(super) fn drain(&self) -> Duration {
+        Duration::from_millis(self.drain_ms.min(self.shutdown_ms))
     }
     pub(super) fn shutdown(&self) -> Duration {
         Duration::from_millis(self.shutdown_ms)

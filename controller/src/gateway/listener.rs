@@ -3,6 +3,9 @@
 //! All that a stranger can cost before it is known is bounded here: connections, handshakes, slow heads, idle
 //! connections, and clients that take nothing. Speaking TLS 1.2 is left to no setting: the configuration that comes
 //! in has 1.3 alone.
+//!
+//! While the controller drains, clients are told to move on: an HTTP/1.1 connection ends with its next answer, an HTTP/2
+//! connection is told at once that it takes no more, which no request can cross.
 
 use std::net::SocketAddr;
 use std::pin::{Pin, pin};
@@ -12,7 +15,7 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use axum::body::Body;
-use axum::http::Request;
+use axum::http::{HeaderValue, Request, header};
 use bytes::Bytes;
 use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
 use hyper::service::service_fn;
@@ -20,7 +23,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::{Instant, Sleep};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::ServerConfig;
@@ -71,6 +74,8 @@ pub struct Acceptor {
     connections: Arc<Semaphore>,
     handshakes: Semaphore,
     tasks: TaskTracker,
+    /// Clients shall move on.
+    draining: watch::Receiver<bool>,
     /// No new requests: connections end after the running ones.
     stop: CancellationToken,
     /// Connections end at once.
@@ -78,7 +83,12 @@ pub struct Acceptor {
 }
 
 impl Acceptor {
-    pub fn new(front: Front, stop: CancellationToken, abort: CancellationToken) -> Arc<Self> {
+    pub fn new(
+        front: Front,
+        draining: watch::Receiver<bool>,
+        stop: CancellationToken,
+        abort: CancellationToken,
+    ) -> Arc<Self> {
         let limits = &front.limits;
         Arc::new(Self {
             builder: builder(limits),
@@ -86,6 +96,7 @@ impl Acceptor {
             handshakes: Semaphore::new(limits.handshakes.min(Semaphore::MAX_PERMITS)),
             front: Arc::new(front),
             tasks: TaskTracker::new(),
+            draining,
             stop,
             abort,
         })
@@ -162,11 +173,14 @@ impl Acceptor {
     async fn serve<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(&self, stream: S, http2: bool) {
         let active = Arc::new(AtomicUsize::new(0));
         let service = {
-            let (front, active) = (self.front.clone(), active.clone());
+            let (front, active, draining) = (self.front.clone(), active.clone(), self.draining.clone());
             service_fn(move |request: Request<Incoming>| {
-                let (front, active) = (front.clone(), Active::new(&active));
+                let (front, active, draining) = (front.clone(), Active::new(&active), draining.clone());
                 async move {
-                    let response = front.handle(request.map(Body::new)).await;
+                    let mut response = front.handle(request.map(Body::new)).await;
+                    if !http2 && *draining.borrow() {
+                        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+                    }
                     Ok::<_, std::convert::Infallible>(response.map(|body| Answer { body, _active: active }))
                 }
             })
@@ -174,6 +188,8 @@ impl Acceptor {
         let builder = self.builder.clone();
         let builder = if http2 { builder.http2_only() } else { builder.http1_only() };
         let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), service));
+        let mut draining = self.draining.clone();
+        let mut moving = pin!(async move { draining.wait_for(|draining| *draining).await.is_ok() });
         let (mut stop, mut abort) = (pin!(self.stop.cancelled()), pin!(self.abort.cancelled()));
         let mut idle = pin!(tokio::time::sleep(self.front.limits.idle()));
         let (mut stopping, mut unused) = (false, false);
@@ -186,6 +202,10 @@ impl Acceptor {
                         log::debug!(error:%; "a connection ended early");
                     }
                     return;
+                }
+                _ = &mut moving, if http2 && !stopping => {
+                    stopping = true;
+                    connection.as_mut().graceful_shutdown();
                 }
                 () = &mut stop, if !stopping => {
                     stopping = true;

@@ -8,16 +8,20 @@ use axum::body::Body;
 use axum::extract::{Path, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Request, Response, header};
 use axum::routing::{get, post};
-use izar_common::chat::{Finish, Usage};
+use bytes::Bytes;
+use izar_common::chat::{CAPSULE_BYTES, Finish, Usage};
 use izar_common::id::{DeploymentId, TurnId};
 use serde::Serialize;
 
 use super::Gateway;
-use super::chat::{self as line, Order};
+use super::auth::Caller;
+use super::capsule::{self, Content};
+use super::chat::{self as line, Claim, Order};
 use super::cursor::Cursor;
 use super::error::Error;
 use super::front::{Arrival, REQUEST_ID, Streamed};
-use super::{auth, intake, urgency};
+use super::{auth, intake, memory, once, urgency};
+use crate::state::turns::Once;
 use parameters::Parameters;
 use sse::{Events, Kind};
 
@@ -31,12 +35,22 @@ pub mod sse;
 
 /// With it a client repeats a request whose stream broke off: the id of the last event that it has.
 const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
+/// On an answer to a request that was begun before.
+const REPLAYED: HeaderName = HeaderName::from_static("idempotent-replayed");
+
+/// How often a request is looked at anew because another one with its Idempotency-Key was faster, or has just ended.
+const ROUNDS: usize = 3;
+
+/// Why a stream cannot be read on by its id alone.
+const NOT_KEPT: &str = "no agent keeps its request (until 30 s after its end, or after the loss of its controller), or it is of another key";
+const TOO_LONG: &str = "its request was too long to be kept";
 
 /// The routes of this dialect.
 pub fn routes() -> Router<Gateway> {
     Router::new()
         .route("/v1/chat/completions", post(chat_completions))
         .route("/v1/completions", post(plain_completions))
+        .route("/v1/streams/{id}", get(read_on))
         .route("/v1/models", get(list_models))
         .route("/v1/models/{id}", get(show_model))
 }
@@ -117,6 +131,79 @@ async fn answer(
     let (class, deadline_ms) = (caller.project.class, caller.project.deadline_ms);
     let arrival = Arrival { urgency: urgency::read(headers, class, deadline_ms, arrival.at)?, ..arrival };
     let (body, _charge) = intake::read(body, &gateway.limits, &gateway.memory).await?;
+    if let Some(cursor) = last_event(headers)? {
+        return attempt(gateway, kind, arrival, caller, body, Claim::Resume(cursor)).await;
+    }
+    match once::read(headers, &gateway.pepper, &caller.key.id, kind, &body)? {
+        None => attempt(gateway, kind, arrival, caller, body, Claim::Begin { once: None }).await,
+        Some(once) => answer_once(gateway, kind, arrival, caller, body, once).await,
+    }
+}
+
+/// Gives the answer of the turn that the first such request began, whichever controller it came to.
+async fn answer_once(
+    gateway: &Gateway,
+    kind: Kind,
+    arrival: Arrival,
+    caller: Caller,
+    body: Bytes,
+    once: Once,
+) -> Result<Response<Body>, Error> {
+    let mut round = 0;
+    loop {
+        let first = gateway.raft.state().read(|state| state.named_turn(&once.name).cloned());
+        let claim = match first {
+            None => Claim::Begin { once: Some(once) },
+            Some(first) if first.opening.once == Some(once) => Claim::Repeat(Box::new(first)),
+            Some(_) => return Err(Error::OtherRequest),
+        };
+        round += 1;
+        match attempt(gateway, kind, arrival, caller.clone(), body.clone(), claim).await {
+            Err(Error::Repeats { .. }) if round < ROUNDS => {}
+            answered => return answered,
+        }
+    }
+}
+
+/// Goes on with a stream whose request an agent keeps. The id in the path says where; the one in the header, which
+/// browsers send when they connect again, is newer.
+async fn read_on(State(gateway): State<Gateway>, Path(id): Path<String>, request: Request<Body>) -> Response<Body> {
+    let (parts, body) = request.into_parts();
+    let arrival = *parts.extensions.get::<Arrival>().expect("every request came through the front");
+    let read_on = async {
+        let caller = auth::authenticate(&parts.headers, &gateway.pepper, &gateway.config())?;
+        let begun: Cursor = id.parse().map_err(|_| Error::UnknownStream)?;
+        let cursor = match last_event(&parts.headers)? {
+            None => begun,
+            Some(newer) if newer.turn == begun.turn => newer,
+            Some(_) => return Err(Error::invalid("Last-Event-ID", "Last-Event-ID is of another stream than the path")),
+        };
+        let _charge = gateway.memory.charge(memory::BODY_COPIES * CAPSULE_BYTES).ok_or(Error::Overloaded)?;
+        let sealed = gateway.agents.recall(cursor.turn).await;
+        let open = |sealed: Vec<u8>| capsule::open(&gateway.capsules, cursor.turn, &caller.key.id, &sealed);
+        match sealed.and_then(open) {
+            Some(Content::Request(kind, body)) => {
+                attempt(&gateway, kind, arrival, caller, body, Claim::Resume(cursor)).await
+            }
+            Some(Content::TooLong) => Err(Error::NoRequest { reason: TOO_LONG }),
+            None => Err(Error::NoRequest { reason: NOT_KEPT }),
+        }
+    };
+    match read_on.await {
+        Ok(response) => response,
+        Err(error) => gateway.refuse(&error, body),
+    }
+}
+
+/// Answers a request whose body is there.
+async fn attempt(
+    gateway: &Gateway,
+    kind: Kind,
+    arrival: Arrival,
+    caller: Caller,
+    body: Bytes,
+    claim: Claim,
+) -> Result<Response<Body>, Error> {
     let parameters = Parameters::parse(&body)?;
     let include_usage = parameters.include_usage();
     let model = parameters.model()?.to_owned();
@@ -124,34 +211,42 @@ async fn answer(
         Kind::Chat => chat::prompt(&body)?,
         Kind::Completion => completions::prompt(&body)?,
     };
-    drop(body);
     let mut asked = parameters.check(kind)?;
     if kind == Kind::Completion {
         asked.max_tokens.get_or_insert(completions::MAX_TOKENS);
     }
     let stream = asked.stream;
-    let resume = resume(headers, stream)?;
-    let arrival = Arrival { turn: resume.as_ref().map_or(arrival.turn, |cursor| cursor.turn), ..arrival };
-    let key = caller.key.id.clone();
-    let prepared = line::prepare(gateway, arrival, caller, &model, prompt, asked, resume).await;
-    let order = prepared.inspect_err(|error| {
-        let at_ms = arrival.at.elapsed().as_millis() as u64;
-        gateway.list.refused(arrival.turn, &key, &model, at_ms, error.row().code, &error.to_string());
-    })?;
-    let head = Head { turn: arrival.turn, created: arrival.turn.ms() / 1000, model: order.deployment().clone() };
-    if stream {
-        streamed(gateway, kind, &head, order, include_usage).await
-    } else {
-        whole(gateway, kind, &head, order).await
+    if matches!(claim, Claim::Resume(_)) && !stream {
+        return Err(Error::invalid("Last-Event-ID", "Last-Event-ID goes on with a stream, and `stream` is not true"));
     }
+    let (turn, repeated) = (claim.turn().unwrap_or(arrival.turn), matches!(claim, Claim::Repeat(_)));
+    let arrival = Arrival { turn, ..arrival };
+    let owner = caller.key.id.clone();
+    let prepared = line::prepare(gateway, arrival, caller, &model, prompt, asked, claim).await;
+    let mut order = prepared.inspect_err(|error| {
+        let at_ms = arrival.at.elapsed().as_millis() as u64;
+        gateway.list.refused(arrival.turn, &owner, &model, at_ms, error.row().code, &error.to_string());
+    })?;
+    if stream {
+        order.keep(capsule::seal(&gateway.capsules, turn, &owner, kind, &body));
+    }
+    drop(body);
+    let head = Head { turn, created: turn.ms() / 1000, model: order.deployment().clone() };
+    let mut response = match stream {
+        true => streamed(gateway, kind, &head, order, include_usage).await?,
+        false => whole(gateway, kind, &head, order).await?,
+    };
+    let headers = response.headers_mut();
+    headers.insert(REQUEST_ID, HeaderValue::try_from(turn.to_string()).expect("a turn id is plain ASCII"));
+    if repeated {
+        headers.insert(REPLAYED, HeaderValue::from_static("true"));
+    }
+    Ok(response)
 }
 
 /// Where a client that comes back was in its stream.
-fn resume(headers: &HeaderMap, stream: bool) -> Result<Option<Cursor>, Error> {
+fn last_event(headers: &HeaderMap) -> Result<Option<Cursor>, Error> {
     let Some(id) = headers.get(LAST_EVENT_ID) else { return Ok(None) };
-    if !stream {
-        return Err(Error::invalid("Last-Event-ID", "Last-Event-ID goes on with a stream, and `stream` is not true"));
-    }
     let cursor = id.to_str().ok().and_then(|id| id.parse().ok());
     cursor.map(Some).ok_or(Error::UnknownStream)
 }
@@ -176,7 +271,6 @@ async fn streamed(
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
-    headers.insert(REQUEST_ID, HeaderValue::try_from(head.turn.to_string()).expect("a turn id is plain ASCII"));
     response.extensions_mut().insert(Streamed);
     Ok(response)
 }

@@ -19,6 +19,15 @@ pub struct Readiness {
     pub reasons: Vec<String>,
 }
 
+impl Readiness {
+    /// What a controller says that clients shall leave.
+    pub fn draining(mut self) -> Self {
+        self.ready = false;
+        self.reasons.insert(0, "this controller is draining; use another one".to_owned());
+        self
+    }
+}
+
 /// Asks the scheduler about every deployment. `has_text`: whether the tokenizer of a deployment's revision is here.
 pub fn readiness(
     config: &Config,
@@ -72,5 +81,7 @@ mod tests {
         assert!(!readiness.ready);
         assert_eq!(readiness.reasons, ["no leader is known", "no model is deployed"]);
         assert!(!super::readiness(&config, &fleet, &led(), |_| true, 0).ready);
+        let well = Readiness { ready: true, deployments: vec!["m".into()], reasons: Vec::new() };
+        assert!(!well.clone().draining().ready && well.draining().reasons[0].contains("draining"));
     }
 }

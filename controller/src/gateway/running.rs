@@ -171,6 +171,11 @@ impl List {
         Listed { entry, list: self.clone() }
     }
 
+    /// Begins an entry that is not listed: for who reads along with a turn that is.
+    pub fn unlisted(begun: Begun) -> Listed {
+        List::default().begin(begun)
+    }
+
     /// Keeps why a request of a known key was refused before it became a turn.
     pub fn refused(&self, turn: TurnId, key: &KeyId, model: &str, at_ms: u64, code: &str, reason: &str) {
         let mut events = Events::default();

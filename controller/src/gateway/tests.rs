@@ -11,7 +11,11 @@ use crate::gateway::Limits;
 use crate::gateway::running::Stage;
 use crate::state::command::Command;
 use crate::state::turns::{Outcome, Turn};
-use world::{CACHED_TOKENS, KEY, LIMIT, MAX_CONCURRENT, Response, World, chat_body, until};
+use world::{CACHED_TOKENS, KEY, LIMIT, MAX_CONCURRENT, OTHER_KEY, Response, World, chat_body, until};
+
+fn finished(usage: Usage) -> Outcome {
+    Outcome::Finished { finish: Finish::Stop, usage, inexact: false, numerics: None }
+}
 
 /// Tokens of the prompt `user: say\n` in the echo model.
 const SAY_TOKENS: u32 = 10;
@@ -39,7 +43,7 @@ async fn an_answer_comes_whole_or_streamed_and_is_recorded_once() {
     for (answer, stream) in [(&streamed, true), (&whole, false)] {
         let named = |turn: &&Turn| answer.head.contains(&format!("x-request-id: {}", turn.opening.turn));
         let turn = turns.iter().find(named).expect("the answer names its turn");
-        assert_eq!(turn.closed.as_ref().unwrap().1, Outcome::Finished { finish: Finish::Stop, usage, inexact: false });
+        assert_eq!(turn.closed.as_ref().unwrap().1, finished(usage));
         assert_eq!(turn.opening.stream, stream);
     }
     until("nothing to run", || world.gateway.running().is_empty()).await;
@@ -117,7 +121,7 @@ async fn several_choices_are_told_apart_mended_one_by_one_and_recorded_as_one_tu
     assert_eq!(world.gateway.metrics().placed_again.get(), 6);
     let usage = Usage { prompt_tokens: SAY_TOKENS + 3, cached_tokens: CACHED_TOKENS, completion_tokens: 5 };
     for turn in world.closed(2).await {
-        assert_eq!(turn.closed.as_ref().unwrap().1, Outcome::Finished { finish: Finish::Stop, usage, inexact: false });
+        assert_eq!(turn.closed.as_ref().unwrap().1, finished(usage));
     }
     world.stop().await;
 }
@@ -244,6 +248,112 @@ async fn a_stream_goes_on_after_any_event_for_who_repeats_the_request() {
     let whole = world.chat_after(ids[0], KEY, "say", json!({})).await;
     assert_eq!(whole.status, 400, "{whole:?}");
     assert_eq!(world.closed(1).await.len(), 1, "one turn, recorded once");
+    world.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stream_goes_on_by_its_event_id_alone_for_the_key_that_began_it() {
+    let world = World::start(Limits::default()).await;
+    let all = world.chat("say", json!({"stream": true, "stream_options": {"include_usage": true}})).await;
+    let ids = all.ids();
+    let read_on = |id: &str, key: &str| {
+        let (path, key) = (format!("/v1/streams/{id}"), key.to_owned());
+        let world = &world;
+        async move { world.ask("GET", &path, Some(&key), "").await }
+    };
+    for (had, id) in (1..).zip(&ids) {
+        let rest = read_on(id, KEY).await;
+        assert_eq!((rest.status, rest.ids()), (200, ids[had..].to_vec()), "{rest:?}");
+        let after = all.body.split_once(&format!("id: {id}\n")).unwrap().1.split_once("\n\n").unwrap().1;
+        assert_eq!(rest.body, after, "every byte that followed");
+        assert_eq!(rest.turn(), all.turn());
+    }
+    // What a browser's EventSource sends when it connects again.
+    let newer = read_on(ids[0], &format!("{KEY}\r\nlast-event-id: {}", ids[5])).await;
+    assert_eq!(newer.ids(), ids[6..], "{newer:?}");
+    let refused = |answer: Response, words: &str| {
+        assert_eq!((answer.status, answer.error("code").as_str()), (409, "unknown_stream"), "{answer:?}");
+        assert!(answer.error("message").contains(words), "{answer:?}");
+    };
+    refused(read_on(ids[0], OTHER_KEY).await, "repeat the POST");
+    let unknown = ids[0].replacen(|digit: char| digit != '0', "0", 1);
+    refused(read_on(&unknown, KEY).await, "repeat the POST");
+    let (turn, rest) = ids[0].split_at(33);
+    let seal = rest.replacen(|digit: char| digit != '0', "0", 1);
+    refused(read_on(&format!("{turn}{seal}"), KEY).await, "not the one that was begun");
+    refused(read_on("nonsense", KEY).await, "names no stream");
+    let long = json!({"stream": true, "user": "x".repeat(70_000)});
+    let long = world.chat("say", long).await;
+    refused(read_on(long.ids()[0], KEY).await, "too long");
+    let nobody = world.ask("GET", &format!("/v1/streams/{}", ids[0]), None, "").await;
+    assert_eq!(nobody.status, 401, "{nobody:?}");
+    let mixed = read_on(ids[0], &format!("{KEY}\r\nlast-event-id: {}", long.ids()[0])).await;
+    assert_eq!((mixed.status, mixed.error("param").as_str()), (400, "Last-Event-ID"), "{mixed:?}");
+    assert_eq!(world.closed(2).await.len(), 2, "each turn is recorded once");
+    world.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_request_with_an_idempotency_key_has_one_turn_and_one_answer() {
+    let world = World::start(Limits::default()).await;
+    for stream in [false, true] {
+        let (name, ask) = (format!("order-{stream}"), json!({"stream": stream}));
+        let first = world.chat_once(&name, "say", ask.clone()).await;
+        assert!(first.status == 200 && !first.head.contains("idempotent-replayed"), "{first:?}");
+        for _ in 0..2 {
+            let again = world.chat_once(&name, "say", ask.clone()).await;
+            assert_eq!((again.status, &again.body, again.turn()), (200, &first.body, first.turn()));
+            assert!(again.head.contains("idempotent-replayed: true"), "{again:?}");
+        }
+        let other = world.chat_once(&name, "say it", ask.clone()).await;
+        assert_eq!((other.status, other.error("code").as_str()), (422, "idempotency_mismatch"), "{other:?}");
+    }
+    let bad = world.chat_once("two words", "say", json!({})).await;
+    assert_eq!((bad.status, bad.error("param").as_str()), (400, "Idempotency-Key"), "{bad:?}");
+    let (one, two) = tokio::join!(world.chat_once("c", "say", json!({})), world.chat_once("c", "say", json!({})));
+    assert_eq!((one.status, &one.body, one.turn()), (200, &two.body, two.turn()), "whichever came first");
+    let turns = world.closed(3).await;
+    assert!(turns.iter().all(|turn| turn.closed.as_ref().unwrap().1
+        == finished(Usage { prompt_tokens: 10, cached_tokens: CACHED_TOKENS, completion_tokens: 7 })));
+    world.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_repeated_request_waits_for_the_first_and_runs_what_came_to_nothing_again() {
+    let world = World::start(Limits::default()).await;
+    let body = chat_body("hold", json!({}));
+    let key = format!("{KEY}\r\nidempotency-key: h");
+    let first = world.send("POST", "/v1/chat/completions", Some(&key), &body).await;
+    until("the first token", || world.gateway.running().iter().any(|turn| turn.state == Stage::Answering)).await;
+    let second = world.chat_once("h", "hold", json!({})).await;
+    assert_eq!((second.status, second.error("code").as_str()), (409, "idempotency_in_progress"), "{second:?}");
+    assert!(second.head.contains("retry-after: 1"), "{second:?}");
+    world.go.notify_one();
+    let first = Response::read(first).await;
+    assert_eq!(first.status, 200, "{first:?}");
+    world.go.notify_one();
+    let third = world.chat_once("h", "hold", json!({})).await;
+    assert_eq!((&third.body, third.turn()), (&first.body, first.turn()));
+    for _ in 0..2 {
+        let broken = world.chat_once("b", "broken", json!({})).await;
+        assert_eq!(broken.status, 500, "{broken:?}");
+    }
+    let turns = world.closed(2).await;
+    assert!(matches!(turns[0].closed, Some((_, Outcome::Failed { .. }))), "it may be asked again: {turns:?}");
+    world.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_controller_that_drains_says_so_and_serves_on() {
+    let world = World::start(Limits::default()).await;
+    let ready = async || world.ask("GET", "/readyz", None, "").await;
+    assert_eq!(ready().await.status, 200);
+    world.gateway.drain(true);
+    let answer = ready().await;
+    assert!(answer.status == 503 && answer.body.contains("this controller is draining"), "{answer:?}");
+    assert_eq!(world.chat("say", json!({})).await.status, 200);
+    world.gateway.drain(false);
+    assert_eq!(ready().await.status, 200);
     world.stop().await;
 }
 

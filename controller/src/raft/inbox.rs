@@ -39,6 +39,8 @@ pub struct Inputs {
     pub unreachable: BTreeSet<u64>,
     /// The state wants to become durable, and needs its commit index in the log first.
     pub log_commit: bool,
+    /// If this node leads, another one shall.
+    pub hand_over: bool,
     pub shutdown: bool,
     /// Something was put since the last take.
     pub(super) filled: bool,
@@ -83,6 +85,9 @@ impl Inbox {
     }
     pub fn log_commit(&self) {
         self.put(|inputs| inputs.log_commit = true);
+    }
+    pub fn hand_over(&self) {
+        self.put(|inputs| inputs.hand_over = true);
     }
     pub fn shutdown(&self) {
         self.put(|inputs| inputs.shutdown = true);

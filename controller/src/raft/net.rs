@@ -92,6 +92,11 @@ impl Net {
         self.peers.values().filter_map(away).collect()
     }
 
+    /// Whether there is no other member.
+    pub fn is_alone(&self) -> bool {
+        self.peers.is_empty()
+    }
+
     /// Raft's number of a peer.
     pub fn id_of(&self, node: &NodeId) -> Option<u64> {
         self.peers.values().find(|peer| peer.member.node == *node).map(|peer| peer.id)

@@ -177,6 +177,9 @@ impl Node {
         if let Some(context) = inputs.read {
             self.raw.read_index(context);
         }
+        if inputs.hand_over {
+            self.hand_over();
+        }
         if ticks > 0 {
             self.raw.tick();
         }
@@ -226,6 +229,20 @@ impl Node {
         }
         if let Err(error) = self.raw.propose(Vec::new(), batch.into()) {
             log::debug!(error:%; "a proposal was dropped");
+        }
+    }
+
+    /// Lets the follower that is furthest lead: it is asked to begin an election at once, which nobody's patience delays.
+    /// Proposals are dropped until then, and sent again to the new leader.
+    fn hand_over(&mut self) {
+        let raft = &self.raw.raft;
+        if raft.state != StateRole::Leader {
+            return;
+        }
+        let others = raft.prs().iter().filter(|(id, _)| **id != raft.id);
+        let best = others.max_by_key(|(_, progress)| (progress.recent_active, progress.matched)).map(|(id, _)| *id);
+        if let Some(id) = best {
+            self.raw.transfer_leader(id);
         }
     }
 
@@ -484,6 +501,20 @@ mod tests {
         let wait = follower.node.ticks_to_wait();
         follower.step(Inputs::default(), wait);
         assert!(follower.node.lead.leader == 0, "the leader is given up on time");
+    }
+
+    #[test]
+    fn a_leader_that_shall_not_lead_asks_the_furthest_follower_at_once() {
+        let mut leader = bench(&[1, 2, 3]);
+        elect(&mut leader);
+        let last = leader.node.raw.raft.raft_log.last_index();
+        let term = leader.node.raw.raft.term;
+        leader.hears(Message { from: 3, index: last, ..message(MessageType::MsgAppendResponse, term) });
+        let effects = leader.step(Inputs { hand_over: true, ..Inputs::default() }, 0);
+        let asked: Vec<_> = effects.messages.iter().filter(|m| m.msg_type == MessageType::MsgTimeoutNow).collect();
+        assert_eq!(asked.iter().map(|m| m.to).collect::<Vec<_>>(), [3]);
+        let mut follower = bench(&[1, 2, 3]);
+        assert!(follower.step(Inputs { hand_over: true, ..Inputs::default() }, 0).messages.is_empty());
     }
 
     #[test]

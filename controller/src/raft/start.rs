@@ -199,7 +199,8 @@ fn start_tasks(common: Common, told: Told, endpoint: &Arc<Endpoint>, threads: Ve
         tasks.spawn(async move { end.run_until_cancelled(dialer).await.unwrap_or_default() });
     }
     tasks.spawn(compact(compactable, commands.clone(), end.clone()));
-    let raft = Raft { commands, readers, config, leadership, state, origin, clock, net: net.clone() };
+    let (net_too, inbox_too) = (net.clone(), inbox.clone());
+    let raft = Raft { commands, readers, config, leadership, state, origin, clock, net: net_too, inbox: inbox_too };
     (raft, Driver { me, inbox, net, tasks, end, threads: Mutex::new(threads) })
 }
 

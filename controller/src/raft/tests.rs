@@ -170,6 +170,7 @@ fn turn(id: u128, origin: &Origin) -> Command {
         max_tokens: 4,
         stream: true,
         origin: origin.clone(),
+        once: None,
     })
 }
 
@@ -254,6 +255,35 @@ async fn a_lost_leader_is_replaced_and_catches_up_when_it_returns() {
     for member in all.into_iter().chain([returned]) {
         member.stop().await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn leadership_is_handed_over_under_load_and_nothing_is_lost() {
+    let group = Group::new(3).await;
+    let all = group.start_all().await;
+    let members: Vec<&Running> = all.iter().collect();
+    let mut led = leader(&members).await;
+    all[led].done(key("k")).await;
+    for round in 0..5 {
+        let ids = round * 200..round * 200 + 200;
+        let (from, term) = (&all[led], all[led].raft.leadership().borrow().term);
+        let (next, ()) = tokio::join!(from.raft.hand_over(LIMIT), open_turns(&all[(led + 1) % 3], ids));
+        let next = next.expect("another one leads");
+        led = leader(&members).await;
+        assert_eq!(group.members[led].node, next);
+        assert_eq!(all[led].raft.leadership().borrow().term, term + 1, "one election, which nobody lost");
+        assert_eq!(from.raft.hand_over(LIMIT).await, Some(next), "there is nothing to hand over");
+    }
+    all[led].raft.read_index().await.unwrap();
+    assert!(has_turns(&all[led], 0..1000));
+    for member in all {
+        member.stop().await;
+    }
+    let group = Group::new(1).await;
+    let alone = group.start(0).await;
+    alone.done(key("k")).await;
+    assert_eq!(alone.raft.hand_over(LIMIT).await, None, "nobody else is there");
+    alone.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -157,4 +157,8 @@ pub enum Refusal {
     OutdatedPlan,
     #[error("the limit of {limit} {what} is reached")]
     Full { what: String, limit: u64 },
+    #[error("the same request was begun as turn {0}")]
+    Repeats(TurnId),
+    #[error("another request with this idempotency key was begun as turn {0}")]
+    OtherRequest(TurnId),
 }

@@ -32,6 +32,7 @@ fn open(turn: u128, key: &str, incarnation: u64) -> Command {
         max_tokens: 4,
         stream: true,
         origin: origin(incarnation),
+        once: None,
     })
 }
 
@@ -39,7 +40,7 @@ fn close(turn: u128) -> Command {
     let usage = Usage { prompt_tokens: 3, cached_tokens: 0, completion_tokens: 2 };
     Command::CloseTurn {
         turn: TurnId(turn),
-        outcome: Outcome::Finished { finish: Finish::Stop, usage, inexact: false },
+        outcome: Outcome::Finished { finish: Finish::Stop, usage, inexact: false, numerics: None },
     }
 }
 
@@ -212,6 +213,32 @@ fn a_turn_that_another_controller_went_on_with_is_closed_by_that_one_alone() {
     let batch = Batch { origin: origin(2), seq: 1, floor: 1, at: Hlc::from_ms(99), commands: vec![close(1), close(3)] };
     assert_eq!(state.apply(index, &batch).replies, [Reply::Done, Reply::Done]);
     assert_eq!(state.open_turns(), 0);
+}
+
+#[test]
+fn a_request_of_one_name_opens_one_turn_as_long_as_it_is_remembered() {
+    let state = &mut state();
+    let once = |turn: u128, name: u8, request: u8| {
+        let Command::OpenTurn(opening) = open(turn, "k", 1) else { unreachable!("it opens a turn") };
+        let once = turns::Once { name: Hash([name; 32]), request: Hash([request; 32]) };
+        Command::OpenTurn(Opening { once: Some(once), ..opening })
+    };
+    check(state, once(1, 7, 1), Ok(()));
+    check(state, once(1, 7, 1), Err(Refusal::TurnExists(TurnId(1))));
+    check(state, once(2, 7, 1), Err(Refusal::Repeats(TurnId(1))));
+    check(state, once(3, 7, 2), Err(Refusal::OtherRequest(TurnId(1))));
+    check(state, once(4, 8, 2), Ok(()));
+    check(state, close(1), Ok(()));
+    check(state, once(5, 7, 1), Err(Refusal::Repeats(TurnId(1))));
+    assert_eq!(state.named_turn(&Hash([7; 32])).unwrap().opening.turn, TurnId(1));
+    // A member that starts again knows it, too.
+    let rows: Vec<_> = state.all_rows().iter().map(|row| state.row(row).unwrap()).collect();
+    let again = &mut State::from_rows(name("east"), state.applied(), rows).unwrap();
+    check(again, once(6, 7, 1), Err(Refusal::Repeats(TurnId(1))));
+    for turn in 100..100 + turns::REMEMBERED as u128 {
+        apply(state, vec![open(turn, "k", 1), close(turn)]);
+    }
+    check(state, once(7, 7, 2), Ok(()));
 }
 
 #[test]

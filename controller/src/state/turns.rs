@@ -1,12 +1,12 @@
 //! Turns: the record of every request, opened before the first byte of its answer and closed once.
 //!
-//! Open turns are all kept; of closed ones the newest are remembered for `izar turns list` and against a turn id that
-//! comes twice. The audit segments keep every one for ever.
+//! Open turns are all kept; of closed ones the newest are remembered for `izar turns list` and against a turn id, or a
+//! client's idempotency key, that comes twice. The audit segments keep every one for ever.
 
 use std::collections::BTreeMap;
 
 use izar_common::chat::{Finish, Usage};
-use izar_common::id::{DeploymentId, Hash, KeyId, ProjectId, TenantId, TurnId};
+use izar_common::id::{DeploymentId, Hash, KeyId, NumericsId, ProjectId, TenantId, TurnId};
 use serde::{Deserialize, Serialize};
 
 use super::command::{Origin, Refusal};
@@ -33,6 +33,18 @@ pub struct Opening {
     pub max_tokens: u32,
     pub stream: bool,
     pub origin: Origin,
+    /// A client that may ask twice says so.
+    pub once: Option<Once>,
+}
+
+/// A request that shall have one answer however often it is asked. Keyed hashes alone: what a client chose as its
+/// idempotency key, and what it asked, cannot be guessed from them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Once {
+    /// Of the API key's id and the idempotency key.
+    pub name: Hash,
+    /// Of the route and the body.
+    pub request: Hash,
 }
 
 /// How a turn ended.
@@ -44,6 +56,8 @@ pub enum Outcome {
         usage: Usage,
         /// Part of it was computed by other numerics than its beginning: valid, but not what an undisturbed run had given.
         inexact: bool,
+        /// What computed it, as far as it is known; several if more than one did.
+        numerics: Option<NumericsId>,
     },
     /// The client left; `usage` is what was computed for it.
     Cancelled {
@@ -79,6 +93,8 @@ pub(super) struct Remembered {
 pub(super) struct Turns {
     by_id: BTreeMap<TurnId, Remembered>,
     closed: BTreeMap<u64, TurnId>,
+    /// The turns that may be asked for twice, by the name of the request.
+    once: BTreeMap<Hash, TurnId>,
 }
 
 impl Turns {
@@ -97,15 +113,32 @@ impl Turns {
         if remembered.order > 0 {
             self.closed.insert(remembered.order, id);
         }
+        if let Some(once) = remembered.turn.opening.once {
+            self.once.insert(once.name, id);
+        }
         self.by_id.insert(id, remembered);
+    }
+    /// The turn that a client's request of this name began.
+    pub fn named(&self, name: &Hash) -> Option<&Turn> {
+        self.by_id.get(self.once.get(name)?).map(|remembered| &remembered.turn)
     }
     pub fn open(&mut self, opening: Opening, at: Hlc) -> Result<(), Refusal> {
         let id = opening.turn;
         if self.by_id.contains_key(&id) {
             return Err(Refusal::TurnExists(id));
         }
+        if let Some(once) = opening.once
+            && let Some(first) = self.named(&once.name)
+        {
+            let same = first.opening.once.is_some_and(|first| first.request == once.request);
+            let turn = first.opening.turn;
+            return Err(if same { Refusal::Repeats(turn) } else { Refusal::OtherRequest(turn) });
+        }
         if self.open_count() >= OPEN_LIMIT {
             return Err(Refusal::Full { what: "open turns".into(), limit: OPEN_LIMIT as u64 });
+        }
+        if let Some(once) = opening.once {
+            self.once.insert(once.name, id);
         }
         self.by_id.insert(id, Remembered { turn: Turn { opening, opened: at, closed: None }, order: 0 });
         Ok(())
@@ -133,8 +166,9 @@ impl Turns {
             return Ok(None);
         }
         let forgotten = self.closed.pop_first().map(|(_, id)| id);
-        if let Some(id) = &forgotten {
-            self.by_id.remove(id);
+        let once = forgotten.and_then(|id| self.by_id.remove(&id)).and_then(|forgotten| forgotten.turn.opening.once);
+        if let Some(once) = once {
+            self.once.remove(&once.name);
         }
         Ok(forgotten)
     }

@@ -48,7 +48,7 @@ struct Given {
 fn begin(kept: &Kept, turn: u128, delivered: &[Token], scored: bool, now: Instant) -> Arc<Entry> {
     let mut job = Job { turn: TurnId(turn), ..job(&[1], delivered, 100) };
     job.sampling.logprobs = scored.then_some(1);
-    kept.begin(&job, &"m.0".parse().unwrap(), now).expect("its beginning is known")
+    kept.begin(&mut job, &"m.0".parse().unwrap(), None, now)
 }
 
 fn logprobs(tokens: &[Token]) -> Vec<Logprobs> {
@@ -117,7 +117,7 @@ fn check(acts: &[Act]) {
             }
             Act::Cancel { job } => {
                 let Some(given) = pick(&mut all, job) else { continue };
-                kept.forget(&given.entry);
+                kept.forget(&given.entry, now);
                 given.cancelled = true;
             }
         }

@@ -9,6 +9,7 @@ mod admin;
 mod bench;
 mod chat;
 mod dev;
+mod drain;
 mod http;
 mod keys;
 mod listings;
@@ -95,6 +96,10 @@ enum Command {
     /// The record of requests
     #[command(subcommand)]
     Turns(listings::Turns),
+    /// Prepare this controller for a stop: clients move on, another controller leads
+    Drain,
+    /// Take a drain back
+    Undrain,
     /// Talk to a model in the terminal
     Chat(chat::Options),
     /// The private CA and the certificates of nodes
@@ -138,6 +143,8 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
             Command::Requests(command) => listings::requests(command, &common).await,
             Command::Explain { request } => listings::explain(&request, &common).await,
             Command::Turns(command) => listings::turns(command, &common).await,
+            Command::Drain => drain::run(true, &common).await,
+            Command::Undrain => drain::run(false, &common).await,
             Command::Chat(options) => chat::run(options).await,
             Command::Dev(options) => dev::run(options).await,
             Command::Bench(_) | Command::Pki(_) => unreachable!("returned above"),

@@ -29,6 +29,9 @@ fn human(status: &Status) -> String {
         out += &format!(" and {plain}");
     }
     out += &format!("; {} requests run here", status.running);
+    if status.draining {
+        out += "; DRAINING: clients are told to move on (izar undrain takes it back)";
+    }
     let refused: Vec<String> =
         status.refused.iter().filter(|(_, n)| **n > 0).map(|(what, n)| format!("{n} {what}")).collect();
     if !refused.is_empty() {

@@ -38,8 +38,8 @@ pub async fn pump(
     streams: Vec<JobStream>,
     exit: &mut Exit,
 ) -> (Ended, Usage) {
-    exit.computed_by(streams.first().and_then(|stream| stream.numerics));
     let mut pump = Pump::new(gateway, order, listed, streams);
+    exit.computed_by(pump.numerics());
     let silence = gateway.limits.worker_silence();
     let mut killed = pin!(gateway.kill.cancelled());
     let mut tick = pin!(tokio::time::sleep_until(pump.next_tick(exit, silence)));
@@ -66,7 +66,7 @@ pub async fn pump(
         };
         let ended = match happened {
             Happened::Event(event) => pump.event(at, event, exit),
-            Happened::Placed(placed) => pump.placed(at, placed),
+            Happened::Placed(placed) => pump.placed(at, placed, exit),
         };
         if let Some(ended) = ended {
             return (ended, pump.usage());
@@ -128,8 +128,10 @@ struct Branch<'a> {
     /// When it gave something, or was placed, for the last time.
     last: Instant,
     tokens: u32,
-    /// What computes it.
+    /// What computed what its client has of it, and computes the rest.
     numerics: Option<NumericsId>,
+    /// Its client has some of it from an earlier stream.
+    resumed: bool,
     /// Workers that failed it since its last token.
     failed: Vec<WorkerId>,
 }
@@ -149,6 +151,12 @@ enum Happened {
 }
 
 impl Branch<'_> {
+    /// Notes what computes it from now on; returns whether it is something else than before.
+    fn computed_by(&mut self, numerics: Option<NumericsId>) -> bool {
+        let inexact = (self.resumed || self.tokens > 0) && self.numerics != numerics;
+        self.numerics = if inexact { Some(NumericsId::SEVERAL) } else { numerics };
+        inexact
+    }
     /// Looks for what comes next. Each look begins anew, which waiting for an event allows.
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Happened> {
         match &mut self.source {
@@ -191,15 +199,18 @@ impl<'a> Pump<'a> {
             max_tokens: order.sampling.max_tokens,
             scored: order.sampling.logprobs.is_some(),
         };
+        let mut inexact = false;
         let branch = |(choice, stream): (u32, JobStream)| {
             listed.placed(choice, &stream.agent, &stream.worker, stream.why.as_ref());
             let (turn, last) = (Turn::new(order.served.text.clone(), form.clone()), Instant::now());
-            let numerics = stream.numerics;
-            let source = Source::Worker(Box::new(stream));
-            Branch { choice, source, turn, last, tokens: 0, numerics, failed: Vec::new() }
+            let begun_by = order.cursor.numerics;
+            let resumed = begun_by.is_some() && order.cursor.events[choice as usize] > 0;
+            let (by, source) = (stream.numerics, Source::Worker(Box::new(stream)));
+            let mut branch =
+                Branch { choice, source, turn, last, tokens: 0, numerics: begun_by, resumed, failed: Vec::new() };
+            inexact |= branch.computed_by(by);
+            branch
         };
-        let begun_by = order.cursor.numerics;
-        let inexact = begun_by.is_some() && streams.iter().any(|stream| stream.numerics != begun_by);
         let branches = (0..).zip(streams).map(branch).collect();
         Self {
             gateway,
@@ -222,6 +233,13 @@ impl<'a> Pump<'a> {
             }
         }
         Poll::Pending
+    }
+
+    /// What has computed all that a client has of the choices.
+    fn numerics(&self) -> Option<NumericsId> {
+        let first = self.branches[0].numerics;
+        let one = self.branches.iter().all(|branch| branch.numerics == first);
+        if one { first } else { Some(NumericsId::SEVERAL) }
     }
 
     /// Of all choices; the prompt counts once, and of it what every choice found in a cache: the first computes it for the
@@ -281,7 +299,8 @@ impl<'a> Pump<'a> {
             let deployment = self.order.served.deployment.as_str();
             let cached = u64::from(self.usage().cached_tokens);
             self.gateway.metrics.cached_prompt_tokens.with(&[deployment]).add(cached);
-            return Some(Ended::Finished { choice, finish, recorded: self.finish, inexact: self.inexact });
+            let (recorded, inexact, numerics) = (self.finish, self.inexact, self.numerics());
+            return Some(Ended::Finished { choice, finish, recorded, inexact, numerics });
         }
         exit.ended(choice, finish).err().map(|_| Ended::Gone)
     }
@@ -301,23 +320,26 @@ impl<'a> Pump<'a> {
         let mut job = job(gateway, order, branch.choice, attempt);
         job.delivered = branch.turn.delivered().to_vec();
         // What nothing has come of yet may begin anywhere.
-        job.numerics = branch.numerics.filter(|_| !job.delivered.is_empty());
+        job.numerics = branch.numerics.filter(|_| branch.resumed || !job.delivered.is_empty() || order.exact());
         let pause = AGAIN[(branch.turn.fruitless() as usize - 1).min(AGAIN.len() - 1)];
         branch.source = Source::Placing(Box::pin(place_again(gateway, job, branch.failed.clone(), pause)));
     }
 
-    fn placed(&mut self, at: usize, placed: Result<Box<JobStream>, NoPlace>) -> Option<Ended> {
+    fn placed(&mut self, at: usize, placed: Result<Box<JobStream>, NoPlace>, exit: &mut Exit) -> Option<Ended> {
         let stream = match placed {
             Ok(stream) => stream,
             Err(no_place) => return Some(Ended::Failed(no_place.into())),
         };
-        let branch = &mut self.branches[at];
-        self.listed.placed(branch.choice, &stream.agent, &stream.worker, stream.why.as_ref());
-        if branch.tokens > 0 && branch.numerics != stream.numerics {
+        self.listed.placed(self.branches[at].choice, &stream.agent, &stream.worker, stream.why.as_ref());
+        if self.order.exact() && stream.numerics != self.order.cursor.numerics {
+            return Some(Ended::Failed(super::repeat::elsewhere()));
+        }
+        if self.branches[at].computed_by(stream.numerics) {
             self.inexact = true;
             self.gateway.metrics.inexact_moves.add(1);
         }
-        branch.numerics = stream.numerics;
+        exit.computed_by(self.numerics());
+        let branch = &mut self.branches[at];
         // The new worker has as long as the first one had.
         branch.last = Instant::now();
         branch.source = Source::Worker(stream);

@@ -23,6 +23,7 @@ struct Server {
     address: SocketAddr,
     front: Front,
     acceptor: Arc<Acceptor>,
+    draining: watch::Sender<bool>,
     stop: CancellationToken,
 }
 
@@ -51,11 +52,12 @@ fn front(limits: Limits) -> Front {
 async fn serve(limits: Limits) -> Server {
     let front = front(limits);
     let (stop, abort) = (CancellationToken::new(), CancellationToken::new());
-    let acceptor = Acceptor::new(front.clone(), stop.clone(), abort);
+    let draining = watch::Sender::new(false);
+    let acceptor = Acceptor::new(front.clone(), draining.subscribe(), stop.clone(), abort);
     let socket = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
     let address = socket.local_addr().unwrap();
     tokio::spawn(acceptor.clone().accept(Listener::plain(socket).unwrap().unwrap()));
-    Server { address, front, acceptor, stop }
+    Server { address, front, acceptor, draining, stop }
 }
 
 impl Server {
@@ -192,6 +194,52 @@ async fn stopping_closes_idle_connections_and_lets_running_requests_end() {
     running.write_all(b"i").await.unwrap();
     assert!(rest(&mut running).await.ends_with("hi"));
     tokio::time::timeout(PATIENCE, server.acceptor.ended()).await.expect("every connection has ended");
+}
+
+#[tokio::test]
+async fn a_drain_serves_on_and_ends_each_connection_with_its_next_answer() {
+    let server = serve(Limits::default()).await;
+    let ask = b"POST /v1/models HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\nhi";
+    let (mut held, mut kept) = (server.connect().await, server.connect().await);
+    for stream in [&mut held, &mut kept] {
+        stream.write_all(ask).await.unwrap();
+        let answer = until(stream, "hi").await;
+        assert!(!answer.contains("connection: close"), "{answer}");
+    }
+    server.draining.send_replace(true);
+    held.write_all(ask).await.unwrap();
+    let answer = rest(&mut held).await;
+    assert!(answer.starts_with("HTTP/1.1 200") && answer.contains("connection: close"), "{answer}");
+    let answer = server.exchange("POST /v1/models HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\nhi").await;
+    assert!(answer.starts_with("HTTP/1.1 200") && answer.ends_with("hi"), "a new one is served, too: {answer}");
+    server.draining.send_replace(false);
+    kept.write_all(ask).await.unwrap();
+    assert!(!until(&mut kept, "hi").await.contains("connection: close"), "it may stay after all");
+}
+
+#[tokio::test]
+async fn an_http2_connection_is_told_of_a_drain_at_once() {
+    let server = serve(Limits::default()).await;
+    let (mut ours, theirs) = tokio::io::duplex(1 << 16);
+    let acceptor = server.acceptor.clone();
+    let serving = tokio::spawn(async move { acceptor.serve(theirs, true).await });
+    // The preface and empty settings.
+    ours.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.unwrap();
+    let frame = async |ours: &mut tokio::io::DuplexStream| {
+        let mut head = [0; 9];
+        ours.read_exact(&mut head).await.unwrap();
+        let mut body = vec![0; usize::from(head[1]) << 8 | usize::from(head[2])];
+        ours.read_exact(&mut body).await.unwrap();
+        head[3]
+    };
+    const SETTINGS: u8 = 4;
+    const GO_AWAY: u8 = 7;
+    assert_eq!(frame(&mut ours).await, SETTINGS);
+    server.draining.send_replace(true);
+    let told = async { while frame(&mut ours).await != GO_AWAY {} };
+    tokio::time::timeout(PATIENCE, told).await.expect("the client is told");
+    drop(ours);
+    tokio::time::timeout(PATIENCE, serving).await.expect("the connection ends").unwrap();
 }
 
 #[tokio::test]

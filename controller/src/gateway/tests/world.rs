@@ -3,9 +3,10 @@
 //! Raft, sessions and tokenizer are the real ones, on loopback sockets and a temporary folder; only the agent's worker
 //! is a script. The tests speak raw HTTP to the plaintext listener.
 
+use std::collections::HashMap;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use izar_common::blob;
@@ -16,7 +17,7 @@ use izar_common::id::{Identity, KeyId, NodeId, ProjectId, Role, TurnId};
 use izar_common::quic::{self, Endpoint, Profile, Sender};
 use izar_common::seal::Pepper;
 use izar_common::tls::{Files, NodeTls, pki};
-use izar_common::wire::agent::{Assignment, Down, EngineOptions, Submit, Up};
+use izar_common::wire::agent::{Assignment, Down, EngineOptions, Recall, Recalled, Resume, Resumed, Submit, Up};
 use izar_common::wire::handshake::Open;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -37,6 +38,7 @@ use crate::state::{Deployment, Key, KeyStatus};
 /// No test waits longer for what must come.
 pub const LIMIT: Duration = Duration::from_secs(20);
 pub const KEY: &str = "izar-test-key";
+pub const OTHER_KEY: &str = "izar-other-key";
 /// The model's name, and how many requests of the key may run at once.
 pub const MODEL: &str = "echo";
 pub const MAX_CONCURRENT: u32 = 2;
@@ -133,15 +135,16 @@ impl World {
     /// Makes the key and deploys the model; returns when it can generate.
     async fn furnish(&self, pepper: &Pepper, store: &blob::Store) {
         until("a leader", || self.raft.leadership().borrow().here).await;
-        let key = Key {
-            id: KeyId::new("k1").unwrap(),
+        let key = |id: &str, secret: &str| Key {
+            id: KeyId::new(id).unwrap(),
             project: ProjectId::new("default").unwrap(),
-            secret_hash: pepper.keyed_hash(KEY),
+            secret_hash: pepper.keyed_hash(secret),
             max_concurrent: MAX_CONCURRENT,
             status: KeyStatus::Active,
             created: Hlc::default(),
             note: String::new(),
         };
+        let (key, other) = (key("k1", KEY), key("k2", OTHER_KEY));
         let manifest = import::echo(MODEL, 0, 0, store).unwrap();
         let engine = EngineOptions { max_context: 1000, ..EngineOptions::default() };
         let deployment = Deployment {
@@ -151,7 +154,8 @@ impl World {
             engine,
             constraints: Default::default(),
         };
-        for command in [Command::CreateKey(key), Command::RegisterModel(manifest), Command::Deploy(deployment)] {
+        let keys = [Command::CreateKey(key), Command::CreateKey(other)];
+        for command in keys.into_iter().chain([Command::RegisterModel(manifest), Command::Deploy(deployment)]) {
             assert_eq!(self.raft.propose(command).await.unwrap(), Reply::Done);
         }
         until("a ready replica", || self.gateway.readiness().ready).await;
@@ -191,6 +195,12 @@ impl World {
     /// Repeats a streamed chat whose stream broke off after an event.
     pub async fn chat_after(&self, id: &str, key: &str, say: &str, more: Value) -> Response {
         let key = format!("{key}\r\nlast-event-id: {id}");
+        self.ask("POST", "/v1/chat/completions", Some(&key), &chat_body(say, more)).await
+    }
+
+    /// Asks for a chat that may be asked for again.
+    pub async fn chat_once(&self, name: &str, say: &str, more: Value) -> Response {
+        let key = format!("{KEY}\r\nidempotency-key: {name}");
         self.ask("POST", "/v1/chat/completions", Some(&key), &chat_body(say, more)).await
     }
 
@@ -249,6 +259,11 @@ impl Response {
         serde_json::from_str(&self.body).unwrap_or_else(|error| panic!("{error}: {}", self.body))
     }
 
+    /// The request's id.
+    pub fn turn(&self) -> &str {
+        self.head.lines().find_map(|line| line.strip_prefix("x-request-id: ")).expect("every answer has one")
+    }
+
     /// What is said in `error`.
     pub fn error(&self, field: &str) -> String {
         self.json()["error"][field].as_str().unwrap_or_default().to_owned()
@@ -294,6 +309,7 @@ impl Agent {
         let connection = endpoint.connect(controller, Role::Controller, None, Profile::Requests).await.unwrap();
         let (mut tx, mut rx) = connection.open_bi(Open::Session).await.unwrap();
         let mut workers = Vec::new();
+        let capsules = Arc::new(Mutex::new(HashMap::new()));
         let mut again = tokio::time::interval(Duration::from_millis(200));
         loop {
             tokio::select! {
@@ -309,11 +325,25 @@ impl Agent {
                     }
                 }
                 job = connection.accept_bi() => {
-                    let Ok((_, tx, mut rx)) = job else { return };
-                    let (go, cancel) = (self.go.clone(), self.cancel.clone());
+                    let Ok((open, mut tx, mut rx)) = job else { return };
+                    let (go, cancel, capsules) = (self.go.clone(), self.cancel.clone(), capsules.clone());
                     tokio::spawn(async move {
-                        if let Ok(Submit { job, .. }) = rx.expect().await {
-                            act(job, tx, &go, &cancel).await;
+                        match open {
+                            Open::Recall => {
+                                let Recall { turn } = rx.expect().await.unwrap();
+                                let capsule = capsules.lock().unwrap().get(&turn).cloned();
+                                tx.send(&Recalled { capsule }).await.unwrap();
+                            }
+                            // It keeps no answers.
+                            Open::Resume => {
+                                rx.expect::<Resume>().await.unwrap();
+                                tx.send(&Resumed::Missing).await.unwrap();
+                            }
+                            _ => {
+                                let Ok(Submit { mut job, .. }) = rx.expect().await else { return };
+                                capsules.lock().unwrap().insert(job.turn, std::mem::take(&mut job.capsule));
+                                act(job, tx, &go, &cancel).await;
+                            }
                         }
                     });
                 }
