@@ -42,7 +42,7 @@ pub fn wedge(pid: u32, thread: &str) {
     let mut ids = tasks.filter_map(|task| task.file_name().to_str()?.parse().ok()).filter(named);
     let id = ids.next().unwrap_or_else(|| panic!("{pid} has no thread `{thread}`"));
     let id = Pid::from_raw(i32::try_from(id).expect("a thread id fits"));
-    let (held, holds) = std::sync::mpsc::channel();
+    let (held, holds) = std::sync::mpsc::sync_channel(1);
     // Whoever attaches must stay, and wait for the thread's death, or the process cannot end.
     std::thread::spawn(move || {
         let wait = || waitpid(id, Some(WaitPidFlag::__WALL));

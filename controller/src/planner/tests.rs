@@ -1,3 +1,5 @@
+//! What the planner decides, from words; and that no change takes a ready worker away before another is there.
+
 use izar_common::id::Hash;
 
 use super::*;
