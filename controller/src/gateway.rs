@@ -34,7 +34,7 @@ use listener::{Acceptor, Listener};
 use memory::Memory;
 use permits::Permits;
 use queues::Queues;
-use ready::Readiness;
+use ready::{Leaderless, Readiness};
 
 pub mod auth;
 mod capsule;
@@ -84,6 +84,7 @@ pub struct Inner {
     metrics: Arc<Metrics>,
     /// Requests of each key.
     permits: Permits,
+    leaderless: Leaderless,
     /// What requests hold in memory.
     memory: Arc<Memory>,
     /// Turns of all keys.
@@ -128,6 +129,7 @@ impl Gateway {
             pepper,
             metrics,
             permits: Permits::default(),
+            leaderless: Leaderless::default(),
             memory: memory.clone(),
             places: Arc::new(Semaphore::new(limits.turns.min(Semaphore::MAX_PERMITS))),
             encoders: Semaphore::new(cores),

@@ -588,7 +588,7 @@ fn job(gateway: &Gateway, order: &Order, choice: u32, attempt: u32) -> Job {
 }
 
 async fn record_begin(gateway: &Gateway, order: &Order, stream: bool) -> Result<(), Stopped> {
-    if gateway.leadership.borrow().leader.is_none() {
+    if !gateway.leaderless.ends(&gateway.leadership).await {
         return Err(Stopped::failed(Error::Unavailable { reason: "no leader is known".into() }, false));
     }
     let opening = Opening {

@@ -1,6 +1,11 @@
 //! Whether this controller can really generate: for `/readyz`, and for whoever asks why not.
 
+use std::sync::{Mutex, MutexGuard};
+use std::time::Duration;
+
 use serde::Serialize;
+use tokio::sync::watch;
+use tokio::time::Instant;
 
 use crate::catalog::Catalog;
 use crate::fleet::Fleet;
@@ -58,6 +63,32 @@ pub fn readiness(
         }
     }
     Readiness { ready: leadership.leader.is_some() && !deployments.is_empty(), deployments, reasons }
+}
+
+/// How long a leader may be missing before new requests are refused at once: an election takes less, and one that is
+/// handed over takes a moment.
+const LEADERLESS: Duration = Duration::from_secs(1);
+
+/// Since when no leader has been known, as far as requests have looked.
+#[derive(Debug, Default)]
+pub struct Leaderless(Mutex<Option<Instant>>);
+
+impl Leaderless {
+    /// Returns whether a leader is known, now or in a moment.
+    pub async fn ends(&self, leadership: &watch::Receiver<Leadership>) -> bool {
+        let mut leadership = leadership.clone();
+        if leadership.borrow_and_update().leader.is_some() {
+            *self.since() = None;
+            return true;
+        }
+        let limit = *self.since().get_or_insert_with(Instant::now) + LEADERLESS;
+        let known = tokio::time::timeout_at(limit, leadership.wait_for(|known| known.leader.is_some())).await;
+        matches!(known, Ok(Ok(_)))
+    }
+
+    fn since(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.0.lock().expect("no panic while a time is held")
+    }
 }
 
 /// Whether a tokenizer is here.

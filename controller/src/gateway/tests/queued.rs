@@ -12,7 +12,7 @@ const PATH: &str = "/v1/chat/completions";
 /// A model whose worker computes one answer at a time; one more job is sent ahead.
 const NARROW: &str = "narrow";
 const PLACES: usize = 2;
-const OTHER_KEY: &str = "izar-other-key";
+const OTHER_KEY: &str = "izar-narrow-key";
 
 /// A world with a narrow model and a key that may ask for as much as it likes.
 async fn narrow() -> World {
@@ -23,7 +23,7 @@ async fn narrow() -> World {
     deployment.engine.max_batch = 1;
     let first = config.keys_by_hash.values().next().unwrap().clone();
     let secret_hash = world.gateway.pepper.keyed_hash(OTHER_KEY);
-    let key = Key { id: "k2".parse().unwrap(), secret_hash, max_concurrent: 1000, ..first };
+    let key = Key { id: "k3".parse().unwrap(), secret_hash, max_concurrent: 1000, ..first };
     for command in [Command::CreateKey(key), Command::Deploy(deployment)] {
         assert_eq!(world.raft.propose(command).await.unwrap(), Reply::Done);
     }
