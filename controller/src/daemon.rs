@@ -219,7 +219,7 @@ impl Peers {
                     tasks.spawn(async move {
                         let served = match open {
                             Open::Explain => control::explain::serve(&peers.gateway, sender, receiver).await,
-                            _ => blob::serve(&peers.store, sender, receiver).await.map_err(Into::into),
+                            _ => blob::serve(&peers.store, sender, receiver).await,
                         };
                         if let Err(error) = served {
                             log::debug!(error:%; "a peer's request ended early");
