@@ -24,6 +24,8 @@ mod idle;
 mod openai_client;
 #[path = "stories/planned_work.rs"]
 mod planned_work;
+#[path = "stories/quorum_lost.rs"]
+mod quorum_lost;
 #[path = "stories/real_model.rs"]
 mod real_model;
 #[path = "stories/refusals.rs"]
