@@ -22,6 +22,8 @@ mod golden_rows;
 mod idle;
 #[path = "stories/openai_client.rs"]
 mod openai_client;
+#[path = "stories/overload.rs"]
+mod overload;
 #[path = "stories/planned_work.rs"]
 mod planned_work;
 #[path = "stories/quorum_lost.rs"]
@@ -34,6 +36,8 @@ mod refusals;
 mod sampling;
 #[path = "stories/secrets.rs"]
 mod secrets;
+#[path = "stories/shared_prefixes.rs"]
+mod shared_prefixes;
 #[path = "stories/strangers.rs"]
 mod strangers;
 #[path = "stories/streams_resumed.rs"]

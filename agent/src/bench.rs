@@ -11,6 +11,7 @@ mod local;
 mod logits;
 mod machine;
 mod quality;
+mod urgent;
 
 use std::io::{ErrorKind, Write as _};
 
@@ -27,6 +28,8 @@ pub enum Command {
     Quality(quality::Options),
     /// Greedy answers beside those of another program for the same weights
     Greedy(greedy::Options),
+    /// How long urgent jobs take beside a full load of batch jobs
+    Urgent(urgent::Options),
 }
 
 /// Measures and prints.
@@ -34,6 +37,7 @@ pub fn run(command: Command) -> anyhow::Result<()> {
     match command {
         Command::Engine(options) => print(options.json, &engine::measure(&options)?, engine::Report::text),
         Command::Quality(options) => print(options.json, &quality::measure(&options)?, quality::Report::text),
+        Command::Urgent(options) => print(options.json, &urgent::measure(&options)?, urgent::Report::text),
         Command::Greedy(options) => {
             let report = greedy::measure(&options)?;
             print(options.json, &report, greedy::Report::text)?;

@@ -13,8 +13,9 @@ pub mod sequence;
 
 use std::time::Instant;
 
-use izar_common::chat::{Job, JobEvent};
+use izar_common::chat::{Class, Job, JobEvent};
 use izar_common::health::Load;
+use izar_common::prefix::Sketch;
 
 use batch::Batcher;
 use executor::{Executor, Outcome};
@@ -46,6 +47,10 @@ pub trait Engine {
     fn due(&self) -> Option<Instant>;
     fn state(&self) -> &State;
     fn load(&self) -> Load;
+    /// Counts the changes of what its cache holds for later prompts; 0 for ever if it has none.
+    fn held(&self) -> u64;
+    /// A note of what its cache holds for later prompts.
+    fn sketch(&self) -> Sketch;
     /// Steps that were computed so far: they tell a long prompt from an engine that hangs.
     fn steps(&self) -> u64;
 }
@@ -86,6 +91,11 @@ impl Lm {
                 let batcher = self.batcher.as_mut().expect("a step follows the load");
                 events.extend(batcher.finish(drawn, seconds));
             }
+            Outcome::GivenUp => {
+                self.stepping = false;
+                self.steps += 1;
+                self.batcher.as_mut().expect("a step follows the load").give_up();
+            }
             Outcome::Broken(reason) => {
                 self.stepping = false;
                 if let Some(batcher) = &mut self.batcher {
@@ -99,8 +109,15 @@ impl Lm {
 
 impl Engine for Lm {
     fn submit(&mut self, _now: Instant, number: u64, job: Job) {
+        let urgent = job.class == Class::Urgent;
         let answer = match (&mut self.batcher, &self.state) {
-            (Some(batcher), State::Ready) => batcher.submit(number, job),
+            (Some(batcher), State::Ready) => {
+                let answer = batcher.submit(number, job);
+                if urgent && answer.is_none() && self.stepping && batcher.may_give_up() {
+                    self.executor.give_up();
+                }
+                answer
+            }
             _ => Some(JobEvent::Failed { reason: "the model is not ready".into(), retryable: true }),
         };
         self.answers.extend(answer.map(|event| (number, event)));
@@ -131,6 +148,12 @@ impl Engine for Lm {
     }
     fn load(&self) -> Load {
         self.batcher.as_ref().map_or(Load::default(), Batcher::load)
+    }
+    fn held(&self) -> u64 {
+        self.batcher.as_ref().map_or(0, Batcher::held)
+    }
+    fn sketch(&self) -> Sketch {
+        self.batcher.as_ref().map_or(Sketch::default(), Batcher::sketch)
     }
     fn steps(&self) -> u64 {
         self.steps

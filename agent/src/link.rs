@@ -3,13 +3,14 @@
 //! A session that is lost is dialled again with growing waits. Controllers are equals here: each gets the same
 //! reports, and of all assignments the newest counts, whoever sent it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use izar_common::health::Report;
-use izar_common::id::Role;
+use izar_common::id::{Role, WorkerId};
+use izar_common::prefix::Sketch;
 use izar_common::quic::{Connection, Endpoint, Profile, Receiver, Sender};
 use izar_common::wire;
 use izar_common::wire::agent::{Down, Up};
@@ -174,13 +175,23 @@ async fn session(parts: &Arc<Parts>, connection: &Connection) -> anyhow::Result<
     ended
 }
 
-/// Sends a report on every change and every second, four times a second with jobs, never more than 20 times.
+/// Sends a report on every change and every second, four times a second with jobs, never more than 20 times; and what
+/// workers hold for later prompts when that has changed.
 async fn send_reports(parts: &Parts, mut tx: Sender) -> std::io::Result<()> {
     let mut changes = parts.workers.changes();
+    let mut held: HashMap<WorkerId, Arc<Sketch>> = HashMap::new();
     loop {
         changes.mark_unchanged();
         let sent = Instant::now();
+        // First, so that the report names every worker that is spoken of.
+        let sketches = parts.workers.sketches();
         tx.send(&Up::Report(report(parts))).await?;
+        for (worker, sketch) in &sketches {
+            if held.get(worker).is_none_or(|sent| !Arc::ptr_eq(sent, sketch)) {
+                tx.send(&Up::Sketch { worker: worker.clone(), sketch: (**sketch).clone() }).await?;
+            }
+        }
+        held = sketches.into_iter().collect();
         sleep_until(sent + REPORT_GAP).await;
         tokio::select! {
             changed = changes.changed() => if changed.is_err() { return Ok(()) },

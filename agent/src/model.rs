@@ -15,6 +15,7 @@ pub mod layers;
 pub mod weights;
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 
 use izar_common::chat::Token;
 use izar_common::manifest::{Kind, Manifest};
@@ -115,6 +116,12 @@ pub trait CausalLm: Send {
     ///
     /// A table with blocks that the cache does not have is a bug of the planner and panics.
     fn forward(&mut self, batch: &Batch) -> Logits;
+    /// Like `forward`, but gives the step up soon after `stop` is set (`None`). Blocks are cleared and copied all the same;
+    /// what else it has written, whoever computes the same tokens writes again. One that cannot stop need not.
+    fn forward_unless(&mut self, batch: &Batch, stop: &AtomicBool) -> Option<Logits> {
+        let _ = stop;
+        Some(self.forward(batch))
+    }
     /// Memory that the weights take.
     fn weight_bytes(&self) -> usize;
 }

@@ -8,7 +8,7 @@ use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use bytes::{Buf, BytesMut};
@@ -36,6 +36,10 @@ const READ_BYTES: usize = 64 << 10;
 
 /// Events in a frame at most: with all their alternatives they take 210 bytes each, and a frame stays below its 4 MiB.
 const FRAME_EVENTS: usize = 16_384;
+
+/// Time between two notes of what the cache holds. Under load that changes with every step; for this long, controllers
+/// remember themselves what they have sent where.
+const SKETCH_EVERY: Duration = Duration::from_secs(1);
 
 /// What can happen to a worker.
 enum Happening {
@@ -65,8 +69,8 @@ pub fn run(stream: UnixStream) -> anyhow::Result<()> {
         // A planner that is gone needs no waking.
         let _ = say.send(Happening::Wake);
     };
-    let mut worker =
-        Worker { engine: start(manifest, files, text, &engine, cpus, wake)?, numerics, told: State::Loading };
+    let engine = start(manifest, files, text, &engine, cpus, wake)?;
+    let mut worker = Worker { engine, numerics, told: State::Loading, told_held: 0, sketch_due: Instant::now() };
     let mut output = Output { stream, buffer: BytesMut::new(), busy: 0, steps: 0 };
     frames.try_for_each(|frame| worker.take(frame))?;
     let end = worker.serve(&happenings, &mut output);
@@ -151,6 +155,9 @@ struct Worker {
     numerics: NumericsId,
     /// The state that the agent knows.
     told: State,
+    /// The state of the cache that the agent knows, and when it may hear of another one.
+    told_held: u64,
+    sketch_due: Instant,
 }
 
 impl Worker {
@@ -161,7 +168,8 @@ impl Worker {
             if !self.tell(output)? {
                 return Ok(());
             }
-            let Some(first) = wait(happenings, self.engine.due())? else { continue };
+            let due = [self.engine.due(), self.tell_held(output)?].into_iter().flatten().min();
+            let Some(first) = wait(happenings, due)? else { continue };
             // Whatever else has come is taken before the next step, so that it can be part of it.
             for happening in std::iter::once(first).chain(happenings.try_iter()) {
                 match happening {
@@ -198,6 +206,17 @@ impl Worker {
             State::Broken(reason) => bail!("the engine broke: {reason}"),
         }
         Ok(true)
+    }
+
+    /// Tells the agent what the cache holds, if that has changed; returns when to try again if it is too soon.
+    fn tell_held(&mut self, output: &mut Output) -> anyhow::Result<Option<Instant>> {
+        let (held, now) = (self.engine.held(), Instant::now());
+        if held == self.told_held || now < self.sketch_due {
+            return Ok((held != self.told_held).then_some(self.sketch_due));
+        }
+        (self.told_held, self.sketch_due) = (held, now + SKETCH_EVERY);
+        output.send(&FromWorker::Sketch(self.engine.sketch()))?;
+        Ok(None)
     }
 }
 

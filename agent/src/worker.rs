@@ -11,6 +11,7 @@ use izar_common::blob::Store;
 use izar_common::chat::Job;
 use izar_common::health::{Generation, WorkerReport};
 use izar_common::id::{NumericsId, WorkerId};
+use izar_common::prefix::Sketch;
 use izar_common::wire::agent::{Assignment, WorkerSpec};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -108,6 +109,12 @@ impl Workers {
     /// What each worker is doing.
     pub fn report(&self) -> Vec<WorkerReport> {
         self.inner.slots().running.values().map(|slot| slot.replica.report()).collect()
+    }
+
+    /// What each worker holds for later prompts, as far as it has said so.
+    pub fn sketches(&self) -> Vec<(WorkerId, Arc<Sketch>)> {
+        let slots = self.inner.slots();
+        slots.running.iter().filter_map(|(id, slot)| Some((id.clone(), slot.replica.sketch()?))).collect()
     }
 
     /// Changes whenever a report would look different.

@@ -1,5 +1,5 @@
 //! The numerics contract: what a sequence gives depends on its own tokens alone. The same bits come out whatever else is in
-//! the batch, however a prompt is cut, after a prefix was shared, after blocks ran out and everything was computed
+//! the batch, in any class, however a prompt is cut, after a prefix was shared, after blocks ran out and everything was computed
 //! again, and when an answer goes on from its delivered tokens.
 //!
 //! Random, with seeds in the messages; for every decoder of `tests/golden` and every kernel set of this processor.
@@ -17,7 +17,7 @@ use izar_agent::model::{self, Batch, CausalLm, Options, Wants};
 use izar_agent::ops::cpu::isa::Isa;
 use izar_agent::ops::cpu::pool::Threads;
 use izar_agent::ops::{self, Format, TOKENS};
-use izar_common::chat::{Job, JobEvent, Sampling, Token};
+use izar_common::chat::{Class, Job, JobEvent, Sampling, Token};
 use izar_common::id::{DeploymentId, Hash, TurnId};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -172,6 +172,8 @@ fn job(prompt: Vec<Token>, delivered: &[Token], seed: u64, max_tokens: u32) -> J
         sampling: Sampling { temperature: 1.0, seed, max_tokens, ignore_eos: true, ..Sampling::default() },
         cache_salt: [(seed % 2) as u8; 16],
         numerics: None,
+        // Urgent ones give up steps of the others, which wait for them.
+        class: Class::ALL[seed as usize % 3],
         capsule: Vec::new(),
     }
 }

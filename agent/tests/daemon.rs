@@ -74,7 +74,7 @@ key = "a1.key"
         session.tx.send(&Down::Assignment(echo())).await.unwrap();
         let ready = async {
             loop {
-                let Up::Report(report) = session.rx.expect::<Up>().await.unwrap();
+                let Up::Report(report) = session.rx.expect::<Up>().await.unwrap() else { continue };
                 if let Some(worker) = report.workers.iter().find(|worker| worker.state == WorkerState::Ready) {
                     return worker.pid.unwrap();
                 }

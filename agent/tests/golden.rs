@@ -16,7 +16,7 @@ use izar_agent::model::{self, Batch, CausalLm, Loaded, Options, Wants};
 use izar_agent::ops::cpu::isa::Isa;
 use izar_agent::ops::cpu::pool::Threads;
 use izar_agent::ops::{self, CacheFormat, Format};
-use izar_common::chat::{Job, JobEvent, Sampling, Token};
+use izar_common::chat::{Class, Job, JobEvent, Sampling, Token};
 use izar_common::id::{DeploymentId, Hash, TurnId};
 use izar_common::wire::agent::Device;
 use serde::Deserialize;
@@ -206,6 +206,7 @@ fn job(case: &Case, delivered: usize) -> Job {
         },
         cache_salt: [0; 16],
         numerics: None,
+        class: Class::default(),
         capsule: Vec::new(),
     }
 }

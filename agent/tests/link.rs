@@ -9,7 +9,7 @@ use izar_agent::link::{Facts, Link};
 use izar_agent::worker::files::Sources;
 use izar_agent::worker::{Options, Workers};
 use izar_common::blob::{self, Store};
-use izar_common::chat::{Job, JobEvent, Sampling};
+use izar_common::chat::{Class, Job, JobEvent, Sampling};
 use izar_common::health::{Generation, Report, WorkerState};
 use izar_common::id::{ClusterId, Hash, Identity, Role, TurnId};
 use izar_common::manifest::{File, Kind, Manifest};
@@ -83,7 +83,7 @@ impl Session {
     async fn report_until(&mut self, what: &str, test: impl Fn(&Report) -> bool) -> Report {
         let reading = async {
             loop {
-                let Up::Report(report) = self.rx.expect::<Up>().await.unwrap();
+                let Up::Report(report) = self.rx.expect::<Up>().await.unwrap() else { continue };
                 if test(&report) {
                     return report;
                 }
@@ -115,6 +115,7 @@ impl Session {
             sampling,
             cache_salt: [0; 16],
             numerics: None,
+            class: Class::default(),
             capsule: Vec::new(),
         };
         let (mut tx, rx) = self.connection.open_bi(Open::Job).await.unwrap();

@@ -5,7 +5,7 @@ use std::time::Duration;
 use izar_agent::worker::files::Sources;
 use izar_agent::worker::{Options, RunningJob, Workers};
 use izar_common::blob::Store;
-use izar_common::chat::{Finish, Job, JobEvent, Sampling};
+use izar_common::chat::{Class, Finish, Job, JobEvent, Sampling};
 use izar_common::health::{Generation, WorkerReport, WorkerState};
 use izar_common::id::{Hash, TurnId, WorkerId};
 use izar_common::manifest::{File, Kind, Manifest};
@@ -55,6 +55,7 @@ fn job(manifest: &Manifest, max_tokens: u32) -> Job {
         sampling,
         cache_salt: [0; 16],
         numerics: None,
+        class: Class::default(),
         capsule: Vec::new(),
     }
 }

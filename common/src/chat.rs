@@ -1,5 +1,8 @@
 //! The nouns of a request: messages, sampling, the job that a worker is given and the events that come back.
 
+use std::fmt;
+use std::str::FromStr;
+
 use serde::{Deserialize, Serialize};
 
 use crate::id::{DeploymentId, Hash, NumericsId, TurnId};
@@ -96,17 +99,50 @@ pub enum Grammar {
     Regex(String),
 }
 
-/// How soon an answer is wanted. The order is the order in which jobs go.
+/// How much a request's time counts against that of others; from most to least urgent.
+///
+/// It decides when an answer is computed, never what it says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Class {
-    /// At once or not at all: short answers that a payment waits for.
+    /// Somebody's payment hangs on it: it passes everybody, and others pause while it is computed. For short prompts and
+    /// answers.
     Urgent,
-    /// A person waits.
+    /// Somebody reads along.
     #[default]
     Interactive,
-    /// Whenever there is room.
+    /// Nobody waits: it takes what others leave.
     Batch,
+}
+
+impl Class {
+    pub const ALL: [Self; 3] = [Self::Urgent, Self::Interactive, Self::Batch];
+
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Urgent => "urgent",
+            Self::Interactive => "interactive",
+            Self::Batch => "batch",
+        }
+    }
+}
+
+impl fmt::Display for Class {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// A word that is no class.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("`{0}` is not one of urgent, interactive, batch")]
+pub struct UnknownClass(pub String);
+
+impl FromStr for Class {
+    type Err = UnknownClass;
+    fn from_str(word: &str) -> Result<Self, UnknownClass> {
+        Self::ALL.into_iter().find(|class| class.as_str() == word).ok_or_else(|| UnknownClass(word.to_owned()))
+    }
 }
 
 /// What a worker needs to begin or to continue an answer.
@@ -129,6 +165,8 @@ pub struct Job {
     /// What computed the delivered tokens; `None` for a new answer. A worker with another id goes on all the same: what
     /// was delivered stays, the rest is a valid answer and not the very one.
     pub numerics: Option<NumericsId>,
+    /// When it is computed, beside others.
+    pub class: Class,
     /// The request of a streamed answer, sealed by the controller for another one to go on with; at most
     /// [`CAPSULE_BYTES`]. Agents keep it beside the answer and cannot open it. Empty if there is none.
     pub capsule: Vec<u8>,
@@ -151,6 +189,9 @@ pub enum Finish {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Usage {
     pub prompt_tokens: u32,
+    /// Those of them that were not computed, because the worker's cache held them. Known once a worker has ended an answer
+    /// itself: 0 for one that was cut off at a stop string or that a client left.
+    pub cached_tokens: u32,
     pub completion_tokens: u32,
 }
 
@@ -181,4 +222,20 @@ pub enum JobEvent {
         reason: String,
         retryable: bool,
     },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn classes_are_the_same_words_everywhere_and_the_most_urgent_comes_first() {
+        for class in Class::ALL {
+            assert_eq!(class.to_string().parse(), Ok(class));
+            assert_eq!(serde_json::to_value(class).unwrap(), class.as_str());
+        }
+        assert!(Class::ALL.is_sorted() && Class::Urgent < Class::default() && Class::default() < Class::Batch);
+        let unknown = "Urgent".parse::<Class>().unwrap_err().to_string();
+        assert_eq!(unknown, "`Urgent` is not one of urgent, interactive, batch");
+    }
 }

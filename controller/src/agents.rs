@@ -8,13 +8,14 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use izar_common::blob::Store;
 use izar_common::chat::Job;
-use izar_common::id::{Hash, SiteId, TurnId, WorkerId};
+use izar_common::id::{DeploymentId, Hash, SiteId, TurnId, WorkerId};
 use izar_common::quic::Connection;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::fleet::Fleet;
+use crate::queue::Room;
 use crate::raft::Raft;
 use crate::state::{Config, Deployment};
 
@@ -92,7 +93,7 @@ impl Agents {
         session::serve(self, connection).await;
     }
 
-    /// Sends a job to the least loaded worker that can do it, or says why none can.
+    /// Sends a job to the worker that has the least to do for it, or says why none can.
     ///
     /// Dropping the future or the stream cancels the job.
     pub async fn submit(&self, job: Job) -> Result<JobStream, NoPlace> {
@@ -102,6 +103,16 @@ impl Agents {
     /// Like `submit`, for a job that some workers have just failed: they get it only if there is no other.
     pub async fn submit_avoiding(&self, job: Job, avoid: &[WorkerId]) -> Result<JobStream, NoPlace> {
         self.inner.roster.submit(job, avoid).await
+    }
+
+    /// How many jobs the workers of a deployment have room for.
+    pub fn room(&self, deployment: &DeploymentId, revision: Hash) -> Room {
+        self.inner.roster.room(deployment, revision)
+    }
+
+    /// Resolves when there may be more room than before. For one waiter.
+    pub async fn freed(&self) {
+        self.inner.roster.freed.notified().await;
     }
 
     /// Reads the answer of a job that another controller began, if an agent keeps it.

@@ -30,12 +30,20 @@ pub struct AgentView {
     pub report: Option<Report>,
     /// Jobs of this controller that have not ended, by worker. A worker without any has no entry.
     pub in_flight: HashMap<WorkerId, u32>,
+    /// Jobs that workers had in the last two reports beyond this controller's own: other controllers'.
+    #[serde(skip)]
+    pub others: HashMap<WorkerId, [u32; 2]>,
 }
 
 impl AgentView {
     /// What the agent last said of its workers.
     pub fn workers(&self) -> &[WorkerReport] {
         self.report.as_ref().map_or(&[], |report| &report.workers)
+    }
+    /// Jobs of other controllers on a worker. The smaller of two numbers: jobs of ours that ended while a report was on
+    /// its way look like others', but hardly twice.
+    pub fn others(&self, worker: &WorkerId) -> u32 {
+        self.others.get(worker).map_or(0, |[last, before]| *last.min(before))
     }
     /// Jobs of this controller on this agent.
     pub fn jobs(&self) -> u32 {
@@ -63,6 +71,7 @@ impl Fleet {
         view.last_report_ms = now_ms;
         // A new session may be a new process: what the old one said of its workers is no longer believed.
         view.report = None;
+        view.others.clear();
         true
     }
 
@@ -76,6 +85,12 @@ impl Fleet {
     pub fn report(&mut self, agent: &NodeId, report: Report, now_ms: u64) {
         if let Some(view) = self.agents.get_mut(agent).filter(|view| view.connected) {
             view.last_report_ms = now_ms;
+            let excess = |worker: &WorkerReport| {
+                let ours = view.in_flight.get(&worker.worker).copied().unwrap_or(0);
+                let before = view.others.get(&worker.worker).map_or(0, |[last, _]| *last);
+                (worker.worker.clone(), [worker.load.jobs().saturating_sub(ours), before])
+            };
+            view.others = report.workers.iter().map(excess).collect();
             view.report = Some(report);
         }
     }

@@ -34,7 +34,8 @@ use listener::{Acceptor, Listener};
 use memory::Memory;
 use permits::Permits;
 use provisional::Provisional;
-use ready::Readiness;
+use queues::Queues;
+use ready::{Leaderless, Readiness};
 
 pub mod auth;
 mod capsule;
@@ -53,10 +54,12 @@ pub mod openai;
 mod outlet;
 mod permits;
 pub mod provisional;
+pub mod queues;
 mod ready;
 pub mod running;
 pub mod trace;
 pub mod turn;
+mod urgency;
 
 pub use limits::Limits;
 pub use listener::NotLoopback;
@@ -83,12 +86,15 @@ pub struct Inner {
     metrics: Arc<Metrics>,
     /// Requests of each key.
     permits: Permits,
+    leaderless: Leaderless,
     /// What requests hold in memory.
     memory: Arc<Memory>,
     /// Turns of all keys.
     places: Arc<Semaphore>,
     /// Long prompts that are tokenized at once: one for each processor.
     encoders: Semaphore,
+    /// Turns that wait for workers.
+    queues: Queues,
     list: running::List,
     /// Turns, and what lingers after an answer.
     tasks: TaskTracker,
@@ -123,6 +129,7 @@ impl Gateway {
         let help = "Bytes that requests hold: bodies, turns, answers that wait for their clients.";
         metrics.number("izar_requests_memory_bytes", help, Kind::Gauge, move || measured.used() as f64);
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let queues = Queues::new(agents.clone(), metrics.clone(), limits.replica_wait());
         Self(Arc::new(Inner {
             config: raft.config(),
             leadership: raft.leadership(),
@@ -133,10 +140,12 @@ impl Gateway {
             pepper,
             metrics,
             permits: Permits::default(),
+            leaderless: Leaderless::default(),
             memory: memory.clone(),
             places: Arc::new(Semaphore::new(limits.turns.min(Semaphore::MAX_PERMITS))),
             encoders: Semaphore::new(cores),
             limits: Arc::new(limits),
+            queues,
             list: running::List::default(),
             tasks: TaskTracker::new(),
             provisional,
@@ -207,6 +216,8 @@ impl Gateway {
             Some(Ok(Err(refused))) => log::error!(refused:%; "the plaintext listener is refused"),
             Some(Err(error)) => log::error!(error:%; "the plaintext listener has no address"),
         }
+        let (queues, end) = (self.queues.clone(), abort.clone());
+        let verdicts = tokio::spawn(async move { end.run_until_cancelled(queues.run()).await });
         shutdown.cancelled().await;
         let limit = Instant::now() + self.limits.shutdown();
         self.drain(true);
@@ -225,6 +236,7 @@ impl Gateway {
             let _ = tokio::time::timeout(LAST_WORDS, ended()).await;
         }
         abort.cancel();
+        let _ = verdicts.await;
     }
 
     fn config(&self) -> Arc<Config> {

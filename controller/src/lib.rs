@@ -1,8 +1,8 @@
 //! The controller: decides and remembers.
 //!
 //! `gateway` answers users, `control` answers operators, `agents` talks to agents; `scheduler` and `planner` decide as
-//! pure functions over `fleet` (what agents last said) and `state` (what is replicated by `raft`); `daemon` builds all
-//! of it, starts it, and stops it in reverse.
+//! pure functions over `fleet` and `prefixes` (what agents last said) and `state` (what is replicated by `raft`);
+//! `daemon` builds all of it, starts it, and stops it in reverse.
 #![forbid(unsafe_code)]
 
 pub mod agents;
@@ -15,6 +15,9 @@ pub mod gateway;
 pub mod import;
 pub mod metrics;
 pub mod planner;
+pub mod prefixes;
+pub mod queue;
 pub mod raft;
+pub mod room;
 pub mod scheduler;
 pub mod state;

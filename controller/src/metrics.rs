@@ -163,6 +163,8 @@ pub struct Metrics {
     pub between_tokens_seconds: Family<Histogram>,
     /// Tokens by kind (`prompt`, `completion`) and deployment.
     pub tokens: Family<Counter>,
+    /// Prompt tokens that workers found in their caches, by deployment.
+    pub cached_prompt_tokens: Family<Counter>,
     /// Turns by how they ended.
     pub turns: Family<Counter>,
     /// Jobs that were placed again after a worker or an agent failed.
@@ -175,6 +177,12 @@ pub struct Metrics {
     pub connections: Arc<Gauge>,
     /// Connections and requests refused, by reason.
     pub refused: Family<Counter>,
+    /// From asking for a turn to its dispatch, by deployment and class.
+    pub queue_wait_seconds: Family<Histogram>,
+    /// Requests that a queue refused, by deployment, class and reason.
+    pub queue_refused: Family<Counter>,
+    /// Ends of turns that had a deadline, by deployment, class and outcome (`met`, `missed`).
+    pub deadlines: Family<Counter>,
     read: Mutex<Vec<Read>>,
 }
 
@@ -186,6 +194,7 @@ impl Default for Metrics {
             first_token_seconds: Family::new(&["deployment"], || Histogram::new(LONG)),
             between_tokens_seconds: Family::new(&["deployment"], || Histogram::new(SHORT)),
             tokens: Family::new(&["kind", "deployment"], Counter::default),
+            cached_prompt_tokens: Family::new(&["deployment"], Counter::default),
             turns: Family::new(&["outcome"], Counter::default),
             placed_again: Counter::default(),
             inexact_moves: Counter::default(),
@@ -193,6 +202,9 @@ impl Default for Metrics {
             commit_seconds: Histogram::new(SHORT),
             connections: Arc::default(),
             refused: Family::new(&["reason"], Counter::default),
+            queue_wait_seconds: Family::new(&["deployment", "class"], || Histogram::new(LONG)),
+            queue_refused: Family::new(&["deployment", "class", "reason"], Counter::default),
+            deadlines: Family::new(&["deployment", "class", "outcome"], Counter::default),
             read: Mutex::default(),
         }
     }
@@ -246,8 +258,20 @@ impl Metrics {
             &self.between_tokens_seconds,
         );
         page.counters("izar_tokens_total", "Tokens of prompts and of answers.", &self.tokens);
+        page.counters(
+            "izar_prompt_tokens_cached_total",
+            "Prompt tokens that workers found in their caches.",
+            &self.cached_prompt_tokens,
+        );
         page.counters("izar_turns_total", "Turns by how they ended.", &self.turns);
         page.counters("izar_refused_total", "Connections and requests refused, by reason.", &self.refused);
+        page.histograms(
+            "izar_queue_wait_seconds",
+            "From asking for a place in a worker's batch to being sent there.",
+            &self.queue_wait_seconds,
+        );
+        page.counters("izar_queue_refused_total", "Requests that a queue refused, by reason.", &self.queue_refused);
+        page.counters("izar_deadlines_total", "Turns with a deadline, by whether they met it.", &self.deadlines);
         page.head("izar_placed_again_total", "Jobs placed again after a worker or an agent failed.", "counter");
         page.sample("izar_placed_again_total", "", self.placed_again.get());
         page.head("izar_inexact_moves_total", "Answers that went on with other numerics.", "counter");

@@ -8,7 +8,7 @@
 //! has begun. So a deployment never has fewer ready workers than it had or wants, unless nobody has room for both. An
 //! agent that stays away loses its workers if another can take them. Planning again on the result changes nothing.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use izar_common::health::WorkerState;
@@ -213,7 +213,8 @@ impl<'a> Draft<'a> {
                 right.iter().filter(|other| self.workers[*other].agent == *agent).count() > 1
             };
             // One that came for the sake of another agent is waited for: then one of those that share goes.
-            let awaited = |id: &WorkerId| !self.ready(id) && !shares(id) && right.iter().any(shares);
+            let stand_in = || right.iter().any(|id| shares(id) && self.ready(id));
+            let awaited = |id: &WorkerId| !self.ready(id) && !shares(id) && stand_in();
             let surplus = right.len().saturating_sub(deployment.replicas as usize);
             if surplus == 0 || (surplus == 1 && right.iter().any(awaited)) {
                 return;
@@ -316,7 +317,10 @@ impl<'a> Draft<'a> {
 
     fn free_id(&self, deployment: &Deployment) -> Option<WorkerId> {
         let mut ids = (0..2 * REPLICA_LIMIT).map_while(|number| worker_id(&deployment.id, number));
-        ids.find(|id| !self.workers.contains_key(id))
+        // One that an agent still speaks of is not free yet: its word would be taken for its successor's.
+        let reported: BTreeSet<&WorkerId> =
+            self.fleet.agents.values().flat_map(|view| view.workers()).map(|worker| &worker.worker).collect();
+        ids.find(|id| !self.workers.contains_key(id) && !reported.contains(id))
     }
 
     /// Agents that a worker can go to: what they have is known.

@@ -1,15 +1,23 @@
-//! Which worker gets a job: the least loaded ready one that has the right model revision, or the reason why none.
+//! Which worker gets a job: the ready one with the right model revision that has the least to do for it, or the reason
+//! why none.
 //!
-//! Pure: the fleet, the configuration, the time and the tie-breaker come in as arguments. It sees what agents last
+//! What a worker has to do is told in prompt tokens: those of the job that its cache does not hold, and what its other
+//! jobs cost beside them. Among workers that are about equal, two are drawn and the less loaded one is taken (Mitzenmacher
+//! 2001): controllers that look at the same reports do not all send to the same worker.
+//!
+//! Pure: the fleet, the configuration, the time and the number that draws come in as arguments. It sees what agents last
 //! said and what this controller has asked since; other controllers' newest jobs it learns of with the next report.
 
-use std::cmp::Ordering;
 use std::fmt;
 
+use izar_common::chat::Class;
 use izar_common::health::{WorkerReport, WorkerState};
 use izar_common::id::{DeploymentId, Hash, NodeId, NumericsId, WorkerId};
+use izar_common::prefix::{BLOCK, Name};
+use serde::{Deserialize, Serialize};
 
 use crate::fleet::{AgentView, Fleet};
+use crate::prefixes::Prefixes;
 use crate::state::{Config, Deployment};
 
 /// Jobs on a worker at most, in batches: one runs, the others wait. More would wait longer than a client does, so
@@ -17,12 +25,32 @@ use crate::state::{Config, Deployment};
 pub const BATCHES_PER_WORKER: u64 = 8;
 
 /// Jobs of this controller on an agent at most. Each has a QUIC stream, of which a connection allows 1024; the rest
-/// is room for streams that have ended but are not yet acknowledged.
+/// is room for streams that have ended but are not yet acknowledged, and for urgent jobs.
 pub const JOBS_PER_AGENT: u32 = 960;
+
+/// What urgent jobs get beyond these limits: a batch on a worker, and so many on an agent. Workers compute them first, so
+/// it does not matter how many others wait there.
+pub const URGENT_BATCHES: u64 = 1;
+pub const URGENT_PER_AGENT: u32 = 32;
 
 /// An agent reports at least once a second. One that is silent for longer than this may be dead before its
 /// connection times out, so others are preferred.
 pub const LATE_MS: u64 = 1_500;
+
+/// First blocks of a prompt that are looked for in caches: 8,192 tokens. Naming one takes under a microsecond; a prompt
+/// that is longer has shown by then whose it is.
+pub const PREFIX_BLOCKS: usize = 512;
+
+/// What a full batch on a worker counts, in prompt tokens that it would compute in the same time.
+///
+/// On the machine of docs/performance.md an answer of 128 tokens takes 4.2 s longer in a batch of 32 than alone, the time
+/// of 7,600 prompt tokens. Half of that: a prompt that is computed twice slows down everybody there, which what one job
+/// waits does not show. So a shared beginning of 1,000 tokens weighs as much as eight jobs more in a batch of 32.
+pub const FULL_BATCH_TOKENS: u64 = 4_096;
+
+/// Workers whose cost is within so many tokens of the best are equals: one job in a batch of 32, which is as much as
+/// reports are behind.
+pub const SLACK_TOKENS: u64 = 128;
 
 /// What is asked of the scheduler.
 #[derive(Debug, Clone, Copy)]
@@ -35,9 +63,22 @@ pub struct Ask<'a> {
     pub numerics: Option<NumericsId>,
     /// Workers that have just failed this job: taken only if there is no other of those numerics.
     pub avoid: &'a [WorkerId],
+    pub class: Class,
+    /// Tokens that are known already: the prompt, and what was delivered of the answer.
+    pub tokens: u32,
+    /// Names of their first full blocks, [`PREFIX_BLOCKS`] at most.
+    pub names: &'a [Name],
     pub now_ms: u64,
-    /// Counts the asks, so that equally loaded workers take turns.
+    /// Another number for each ask: it draws between equals.
     pub rotation: u64,
+}
+
+impl<'a> Ask<'a> {
+    /// Asks for a place for any job of a deployment.
+    pub fn any(deployment: &'a DeploymentId, revision: Hash, now_ms: u64) -> Self {
+        let (class, numerics) = (Class::default(), None);
+        Self { deployment, revision, numerics, avoid: &[], class, tokens: 0, names: &[], now_ms, rotation: 0 }
+    }
 }
 
 /// Where a job goes.
@@ -47,6 +88,62 @@ pub struct Place {
     pub worker: WorkerId,
     /// What computes there.
     pub numerics: Option<NumericsId>,
+    pub why: Why,
+}
+
+/// Why a job was placed where it was.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Why {
+    /// Tokens that were known already: the prompt, and what had come of the answer.
+    pub tokens: u32,
+    pub chosen: Offer,
+    /// The best of the others, if there was one that could have taken it.
+    pub other: Option<Offer>,
+    /// Workers that could have taken it.
+    pub offers: u32,
+}
+
+/// What speaks for and against a worker.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Offer {
+    pub worker: WorkerId,
+    /// Known tokens that its cache holds.
+    pub cached_tokens: u32,
+    /// Jobs that it has, and how many run at once.
+    pub jobs: u32,
+    pub max_batch: u32,
+    /// What the job costs there, in prompt tokens.
+    pub cost: u64,
+    /// It would go on with other tokens than those that were begun.
+    pub inexact: bool,
+    /// It failed this job before, its agent is late or shall get no new work, or it retires.
+    pub doubtful: bool,
+}
+
+impl fmt::Display for Why {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}, best of {}", self.chosen.words(self.tokens), self.offers)?;
+        self.other.as_ref().map_or(Ok(()), |other| write!(f, "; then {}", other.words(self.tokens)))
+    }
+}
+
+impl Offer {
+    /// Exactness comes first, then what is sure to work.
+    fn tier(&self) -> (bool, bool) {
+        (self.inexact, self.doubtful)
+    }
+    /// Jobs per place, compared without division.
+    fn less_loaded(&self, other: &Self) -> bool {
+        u64::from(self.jobs) * u64::from(other.max_batch) < u64::from(other.jobs) * u64::from(self.max_batch)
+    }
+    fn words(&self, tokens: u32) -> String {
+        let Self { worker, cached_tokens, jobs, max_batch, .. } = self;
+        let inexact = if self.inexact { ", with other numerics" } else { "" };
+        let doubtful = if self.doubtful { ", late, leaving or after a failure" } else { "" };
+        format!(
+            "{worker} ({cached_tokens} of {tokens} tokens cached, {jobs} jobs for {max_batch} places{inexact}{doubtful})"
+        )
+    }
 }
 
 /// Why a job goes nowhere.
@@ -97,34 +194,46 @@ impl fmt::Display for States {
 }
 
 /// Chooses the worker for a job.
-pub fn place(fleet: &Fleet, config: &Config, ask: &Ask<'_>) -> Result<Place, NoPlace> {
+pub fn place(fleet: &Fleet, prefixes: &Prefixes, config: &Config, ask: &Ask<'_>) -> Result<Place, NoPlace> {
     if !config.deployments.contains_key(ask.deployment) {
         return Err(NoPlace::NoDeployment(ask.deployment.clone()));
     }
-    let mut best: Option<Rank> = None;
-    let (mut ties, mut full) = (0, 0);
+    let (mut offers, mut full) = (Vec::new(), 0);
     for (agent, view, worker) in candidates(fleet, config, ask) {
-        let Some(rank) = rank(config, agent, view, worker, ask) else {
-            full += 1;
-            continue;
-        };
-        match best.map_or(Ordering::Less, |best| rank.cmp(&best)) {
-            Ordering::Less => (best, ties) = (Some(rank), 1),
-            Ordering::Equal => ties += 1,
-            Ordering::Greater => {}
+        match offer(config, prefixes, agent, view, worker, ask) {
+            Some(offer) => offers.push((offer, agent, worker.numerics)),
+            None => full += 1,
         }
     }
-    let Some(best) = best else {
+    let Some(best) = offers.iter().map(|(offer, ..)| (offer.tier(), offer.cost)).min() else {
         return Err(match full {
             0 => not_ready(fleet, config, ask),
             replicas => NoPlace::AllFull { deployment: ask.deployment.clone(), replicas },
         });
     };
-    let mut equals = candidates(fleet, config, ask)
-        .filter(|(agent, view, worker)| rank(config, agent, view, worker, ask).is_some_and(|rank| rank == best));
-    let (agent, _, worker) =
-        equals.nth((ask.rotation % ties) as usize).expect("the second look finds what the first one counted");
-    Ok(Place { agent: agent.clone(), worker: worker.worker.clone(), numerics: worker.numerics })
+    let (tier, most) = (best.0, best.1 + SLACK_TOKENS);
+    let equals: Vec<usize> =
+        (0..offers.len()).filter(|i| offers[*i].0.tier() == tier && offers[*i].0.cost <= most).collect();
+    let (first, second) = draw_two(ask.rotation, equals.len());
+    let (first, second) = (equals[first], equals[second]);
+    let chosen = if offers[second].0.less_loaded(&offers[first].0) { second } else { first };
+    let count = offers.len() as u32;
+    let (chosen, agent, numerics) = offers.swap_remove(chosen);
+    let other = offers.into_iter().map(|(offer, ..)| offer).min_by_key(|offer| (offer.tier(), offer.cost));
+    let (agent, worker) = (agent.clone(), chosen.worker.clone());
+    Ok(Place { agent, worker, numerics, why: Why { tokens: ask.tokens, chosen, other, offers: count } })
+}
+
+/// Draws two of so many, different ones if there are.
+fn draw_two(rotation: u64, count: usize) -> (usize, usize) {
+    // SplitMix64's last steps: numbers that follow each other give draws that do not.
+    let mut x = rotation.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    x ^= x >> 31;
+    let first = (x >> 32) as usize % count;
+    let step = 1 + (x as u32) as usize % (count - 1).max(1);
+    (first, (first + step) % count)
 }
 
 /// The revision of a deployment that new requests are for: the wanted one, or while none of its workers is ready, one
@@ -147,7 +256,7 @@ pub fn revision(fleet: &Fleet, config: &Config, deployment: &Deployment) -> Hash
 
 /// Ready workers with the right revision that the plan still wants where they are. Those that retire only go on with
 /// what others have begun, and only where the numerics are the same.
-fn candidates<'a>(
+pub fn candidates<'a>(
     fleet: &'a Fleet,
     config: &'a Config,
     ask: &'a Ask<'a>,
@@ -168,45 +277,41 @@ fn candidates<'a>(
     })
 }
 
-/// How good a worker is; the smallest is best.
-#[derive(Debug, Clone, Copy)]
-struct Rank {
-    /// It would go on with other tokens than those that were begun.
-    inexact: bool,
-    /// It failed this job before, its agent is late or shall get no new work, or it retires.
-    doubtful: bool,
-    jobs: u64,
-    max_batch: u64,
-}
-
-impl Rank {
-    fn cmp(&self, other: &Self) -> Ordering {
-        // jobs / max_batch, compared without division.
-        let load = (self.jobs * other.max_batch).cmp(&(other.jobs * self.max_batch));
-        (self.inexact, self.doubtful).cmp(&(other.inexact, other.doubtful)).then(load)
-    }
-}
-impl PartialEq for Rank {
-    fn eq(&self, other: &Self) -> bool {
-        self.cmp(other) == Ordering::Equal
-    }
-}
-
-/// Ranks a worker, or `None` if it is full.
-fn rank(config: &Config, agent: &NodeId, view: &AgentView, worker: &WorkerReport, ask: &Ask<'_>) -> Option<Rank> {
-    let reported = u64::from(worker.load.jobs());
-    let ours = u64::from(view.in_flight.get(&worker.worker).copied().unwrap_or(0));
+/// Says what a job costs on a worker, or `None` if it is full.
+fn offer(
+    config: &Config,
+    prefixes: &Prefixes,
+    agent: &NodeId,
+    view: &AgentView,
+    worker: &WorkerReport,
+    ask: &Ask<'_>,
+) -> Option<Offer> {
+    let ours = view.in_flight.get(&worker.worker).copied().unwrap_or(0);
     // The report counts ours as well, only later: the larger number is the nearer one.
-    let (jobs, max_batch) = (reported.max(ours), u64::from(worker.max_batch.max(1)));
-    if jobs >= BATCHES_PER_WORKER * max_batch || view.jobs() >= JOBS_PER_AGENT {
+    let (jobs, max_batch) = (worker.load.jobs().max(ours), worker.max_batch.max(1));
+    let (batches, per_agent) = match ask.class {
+        Class::Urgent => (BATCHES_PER_WORKER + URGENT_BATCHES, JOBS_PER_AGENT + URGENT_PER_AGENT),
+        Class::Interactive | Class::Batch => (BATCHES_PER_WORKER, JOBS_PER_AGENT),
+    };
+    if u64::from(jobs) >= batches * u64::from(max_batch) || view.jobs() >= per_agent {
         return None;
     }
+    let blocks = prefixes.held(agent, &worker.worker, ask.names, ask.now_ms);
+    // The last token is always computed: the next one is drawn from what it gives.
+    let cached_tokens = ((blocks * BLOCK) as u32).min(ask.tokens.saturating_sub(1));
+    let load = u64::from(jobs) * FULL_BATCH_TOKENS / u64::from(max_batch);
     let late = ask.now_ms.saturating_sub(view.last_report_ms) > LATE_MS;
-    let inexact = ask.numerics.is_some() && ask.numerics != worker.numerics;
     let leaving = config.standings.contains_key(agent)
         || config.plan.workers.get(&worker.worker).is_some_and(|placement| placement.retiring_ms.is_some());
-    let doubtful = late || leaving || ask.avoid.contains(&worker.worker);
-    Some(Rank { inexact, doubtful, jobs, max_batch })
+    Some(Offer {
+        worker: worker.worker.clone(),
+        cached_tokens,
+        jobs,
+        max_batch,
+        cost: u64::from(ask.tokens - cached_tokens) + load,
+        inexact: ask.numerics.is_some() && ask.numerics != worker.numerics,
+        doubtful: late || leaving || ask.avoid.contains(&worker.worker),
+    })
 }
 
 /// Says in which states the replicas are, when none can take the job.
@@ -240,24 +345,55 @@ mod tests {
 
     const NOW: u64 = 100_000;
 
+    /// A prompt of 125 blocks.
+    const TOKENS: u32 = 2_000;
+
+    fn names() -> Vec<Name> {
+        (0..TOKENS / 16).map(|block| std::array::from_fn(|i| (block as usize * 31 + i * 7) as u8)).collect()
+    }
+
+    /// `held`: `worker:blocks` words, how many of the prompt's first blocks each holds.
+    fn prefixes(fleet: &Fleet, held: &str) -> Prefixes {
+        let mut prefixes = Prefixes::default();
+        fleet.agents.iter().for_each(|(agent, view)| prefixes.report(agent, view.report.as_ref().unwrap()));
+        for word in held.split_whitespace() {
+            let (worker, blocks) = word.split_once(':').unwrap();
+            prefixes.sent(&worker.parse().unwrap(), &names()[..blocks.parse().unwrap()], NOW);
+        }
+        prefixes
+    }
+
     /// `wanted`: `deployment replicas` words; `plan`: `worker@agent`; `said`: `agent worker state running waiting
-    /// in_flight`, one a line. Returns the place as `worker@agent`, or the reason.
-    fn ask(wanted: &str, plan: &str, said: &str, avoid: &[&str], rotation: u64) -> String {
+    /// in_flight`, one a line; `held`: see [`prefixes`].
+    fn placed(
+        wanted: &str,
+        plan: &str,
+        said: &str,
+        held: &str,
+        change: impl Fn(&mut Ask<'_>),
+    ) -> Result<Place, NoPlace> {
         let (config, mut fleet) = (config(wanted, plan), fleet(said, NOW));
         if let Some(view) = fleet.agents.get_mut("late") {
             view.last_report_ms = NOW - LATE_MS - 1;
         }
+        let (deployment, names) = ("m".parse().unwrap(), names());
+        let mut ask = Ask { tokens: TOKENS, names: &names, ..Ask::any(&deployment, Hash([1; 32]), NOW) };
+        ask.numerics = Some(NumericsId(1));
+        change(&mut ask);
+        place(&fleet, &prefixes(&fleet, held), &config, &ask)
+    }
+
+    /// Returns the place as `worker@agent`, or the reason.
+    fn ask(wanted: &str, plan: &str, said: &str, avoid: &[&str], rotation: u64) -> String {
         let avoid: Vec<WorkerId> = avoid.iter().map(|worker| worker.parse().unwrap()).collect();
         let deployment = "m".parse().unwrap();
-        let ask = Ask {
-            deployment: &deployment,
-            revision: Hash([1; 32]),
-            numerics: Some(NumericsId(1)),
-            avoid: &avoid,
-            now_ms: NOW,
-            rotation,
-        };
-        match place(&fleet, &config, &ask) {
+        let (config, mut fleet) = (config(wanted, plan), fleet(said, NOW));
+        if let Some(view) = fleet.agents.get_mut("late") {
+            view.last_report_ms = NOW - LATE_MS - 1;
+        }
+        let ask =
+            Ask { numerics: Some(NumericsId(1)), avoid: &avoid, rotation, ..Ask::any(&deployment, Hash([1; 32]), NOW) };
+        match place(&fleet, &Prefixes::default(), &config, &ask) {
             Ok(place) => format!("{}@{}", place.worker, place.agent),
             Err(reason) => reason.to_string(),
         }
@@ -305,10 +441,89 @@ mod tests {
     }
 
     #[test]
-    fn equals_take_turns() {
+    fn equals_share_the_jobs() {
         let said = "a1 m.0 ready 1 0 0\na1 m.1 ready 1 0 0\na2 m.2 ready 1 0 0";
-        let places: Vec<_> = (0..4).map(|i| ask("m 3", "m.0@a1 m.1@a1 m.2@a2", said, &[], i)).collect();
-        assert_eq!(places, ["m.0@a1", "m.1@a1", "m.2@a2", "m.0@a1"]);
+        let place = |i| ask("m 3", "m.0@a1 m.1@a1 m.2@a2", said, &[], i);
+        let places: Vec<String> = (0..300).map(place).collect();
+        for worker in ["m.0@a1", "m.1@a1", "m.2@a2"] {
+            let share = places.iter().filter(|place| *place == worker).count();
+            assert!((70..130).contains(&share), "{worker} got {share} of 300");
+        }
+        assert!((0..100).all(|i| place(i) == places[i as usize]), "the number alone draws");
+    }
+
+    #[test]
+    fn two_different_ones_are_drawn_where_there_are_two() {
+        for count in 1..7 {
+            let mut seen = vec![0; count];
+            for rotation in 0..1000 {
+                let (first, second) = draw_two(rotation, count);
+                assert!(first != second || count == 1);
+                [first, second].into_iter().for_each(|drawn| seen[drawn] += 1);
+            }
+            assert!(seen.iter().all(|n| *n > 1000 / count), "{seen:?}");
+        }
+    }
+
+    /// `wanted` is two replicas on two agents; `held`: see [`prefixes`].
+    fn check_held(said: &str, held: &str, expected: &str) {
+        let place = placed("m 2", "m.0@a1 m.1@a2", said, held, |_| ()).unwrap();
+        assert_eq!(place.worker.as_str(), expected, "{said} {held}: {}", place.why);
+    }
+
+    #[test]
+    fn a_cached_beginning_outweighs_some_load_and_not_more() {
+        let idle = "a1 m.0 ready 0 0 0\na2 m.1 ready 0 0 0";
+        check_held(idle, "m.0:60", "m.0");
+        check_held(idle, "m.1:60", "m.1");
+        check_held(idle, "m.0:20 m.1:60", "m.1");
+        // A job in a batch of four counts 1,024 tokens.
+        check_held("a1 m.0 ready 1 0 0\na2 m.1 ready 0 0 0", "m.0:125", "m.0");
+        check_held("a1 m.0 ready 3 0 0\na2 m.1 ready 0 0 0", "m.0:125", "m.1");
+        check_held("a1 m.0 ready 3 0 0\na2 m.1 ready 2 0 0", "m.0:125", "m.0");
+    }
+
+    #[test]
+    fn what_is_within_the_slack_goes_to_the_less_loaded_one() {
+        // With two jobs more it costs 2,048 more, and computes 1,999 tokens less: as good as equal, whoever is drawn first.
+        let said = "a1 m.0 ready 2 0 0\na2 m.1 ready 0 0 0";
+        let chosen = |i| placed("m 2", "m.0@a1 m.1@a2", said, "m.0:125", |ask| ask.rotation = i).unwrap().worker;
+        assert!((0..20).all(|i| chosen(i).as_str() == "m.1"), "two of two are drawn");
+    }
+
+    #[test]
+    fn exactness_and_doubt_come_before_what_is_cached() {
+        let said = "a1 m.0 ready 0 0 0 other\na2 m.1 ready 3 0 0";
+        check_held(said, "m.0:62", "m.1");
+        let place = placed("m 2", "m.0@late m.1@a2", "late m.0 ready 0 0 0\na2 m.1 ready 3 0 0", "m.0:62", |_| ());
+        assert_eq!(place.unwrap().worker.as_str(), "m.1");
+    }
+
+    #[test]
+    fn a_place_says_why() {
+        let said = "a1 m.0 ready 1 0 0\na2 m.1 ready 3 1 0";
+        let place = placed("m 2", "m.0@a1 m.1@a2", said, "m.0:10", |_| ()).unwrap();
+        assert_eq!((place.why.chosen.cached_tokens, place.why.chosen.cost), (160, 1840 + 1024));
+        assert_eq!(
+            place.why.to_string(),
+            "m.0 (160 of 2000 tokens cached, 1 jobs for 4 places), best of 2; \
+             then m.1 (0 of 2000 tokens cached, 4 jobs for 4 places)"
+        );
+        let alone = placed("m 1", "m.0@a1", "a1 m.0 ready 0 0 0 other", "m.0:62", |ask| ask.tokens = 992).unwrap();
+        assert_eq!((alone.why.chosen.cached_tokens, &alone.why.other), (991, &None), "the last token is computed");
+        assert!(alone.why.to_string().contains("with other numerics"));
+    }
+
+    #[test]
+    fn an_urgent_job_finds_room_where_others_do_not() {
+        let full = format!("a1 m.0 ready 4 28 0\na1 n.0 ready 0 0 {JOBS_PER_AGENT}");
+        for said in ["a1 m.0 ready 4 28 0", full.as_str()] {
+            let place = |class| placed("m 1", "m.0@a1", said, "", |ask| ask.class = class);
+            assert!(place(Class::Urgent).is_ok(), "{said}");
+            assert!(matches!(place(Class::Interactive), Err(NoPlace::AllFull { .. })), "{said}");
+        }
+        let full = placed("m 1", "m.0@a1", "a1 m.0 ready 4 32 0", "", |ask| ask.class = Class::Urgent);
+        assert!(matches!(full, Err(NoPlace::AllFull { .. })), "even that is bounded");
     }
 
     #[test]
@@ -353,8 +568,8 @@ mod tests {
         config.standings.insert("a1".parse().unwrap(), crate::state::Standing::Cordoned);
         let place = |said: &str| {
             let (deployment, revision) = ("m".parse().unwrap(), Hash([1; 32]));
-            let ask = Ask { deployment: &deployment, revision, numerics: None, avoid: &[], now_ms: NOW, rotation: 0 };
-            super::place(&fleet(said, NOW), &config, &ask).unwrap().worker.to_string()
+            let ask = Ask::any(&deployment, revision, NOW);
+            super::place(&fleet(said, NOW), &Prefixes::default(), &config, &ask).unwrap().worker.to_string()
         };
         assert_eq!(place("a1 m.0 ready 0 0 0\na2 m.1 ready 9 0 0"), "m.1");
         assert_eq!(place("a1 m.0 ready 0 0 0\na2 m.1 loading 0 0 0"), "m.0");

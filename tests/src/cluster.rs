@@ -108,6 +108,10 @@ impl Cluster {
     pub fn logs(&self) -> PathBuf {
         self.dir.join("logs")
     }
+    /// What marks every process of this cluster.
+    pub fn mark(&self) -> &str {
+        &self.mark
+    }
     /// What `izar dev` printed.
     pub fn output(&self) -> String {
         std::fs::read_to_string(self.folder.path().join("dev.out")).unwrap_or_default()

@@ -1,6 +1,6 @@
 //! The harness of the stories: starts the whole system as real processes and looks at it from outside.
 //!
-//! `cluster` runs `izar dev`; `nodes` runs daemons without it, on certificates and configurations of its own; `client`
+//! `cluster` runs `izar dev`; `far` adds an agent to it whose link can be cut; `nodes` runs daemons without it, on certificates and configurations of its own; `client`
 //! speaks HTTPS as a user's program does; `cli` runs the operator's tool; `relay` stands in a path and records it;
 //! `logs` makes every warning that a story did not name a failure; `waiting` waits for a level, never for a time.
 //! Nothing here knows the inside of a daemon.
@@ -10,6 +10,7 @@ pub mod binaries;
 pub mod cli;
 pub mod client;
 pub mod cluster;
+pub mod far;
 pub mod logs;
 pub mod nodes;
 pub mod process;

@@ -282,8 +282,13 @@ pub fn make_ca(folder: &Path, cluster: &str) {
 
 /// Issues a node's certificate; `out` gets `<node>.pem` and `<node>.key`.
 pub fn issue(ca: &Path, role: &str, node: &str, out: &Path) {
+    issue_of(CLUSTER, ca, role, node, out);
+}
+
+/// Like [`issue`], for a cluster of any name.
+pub fn issue_of(cluster: &str, ca: &Path, role: &str, node: &str, out: &Path) {
     let (ca, out) = (ca.to_str().expect("our paths are UTF-8"), out.to_str().expect("our paths are UTF-8"));
-    let node_of = ["--cluster", CLUSTER, "--site", SITE, "--role", role, "--node", node];
+    let node_of = ["--cluster", cluster, "--site", SITE, "--role", role, "--node", node];
     let mut arguments = vec!["pki", "issue", "--dir", ca, "--out", out, "--host", "127.0.0.1"];
     arguments.extend(node_of);
     izar(&arguments);

@@ -3,7 +3,9 @@
 use std::path::Path;
 use std::time::Duration;
 
+use nix::sys::ptrace;
 use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
 /// The environment variable that marks every descendant of a story's cluster.
@@ -27,6 +29,30 @@ pub fn stop(pid: u32) {
 /// Lets a stopped process go on.
 pub fn cont(pid: u32) {
     signal(pid, Signal::SIGCONT).unwrap_or_else(|error| panic!("kill -CONT {pid}: {error}"));
+}
+
+/// Holds one thread of a process by its name for as long as the process lives, as a deadlock or a device that never
+/// answers would; the others go on.
+pub fn wedge(pid: u32, thread: &str) {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).expect("the process runs").flatten();
+    let named = |id: &u32| {
+        let name = std::fs::read_to_string(format!("/proc/{pid}/task/{id}/comm"));
+        name.is_ok_and(|name| name.trim_end() == thread)
+    };
+    let mut ids = tasks.filter_map(|task| task.file_name().to_str()?.parse().ok()).filter(named);
+    let id = ids.next().unwrap_or_else(|| panic!("{pid} has no thread `{thread}`"));
+    let id = Pid::from_raw(i32::try_from(id).expect("a thread id fits"));
+    let (held, holds) = std::sync::mpsc::sync_channel(1);
+    // Whoever attaches must stay, and wait for the thread's death, or the process cannot end.
+    std::thread::spawn(move || {
+        let wait = || waitpid(id, Some(WaitPidFlag::__WALL));
+        held.send(ptrace::attach(id).and_then(|()| wait())).expect("the story waits for it");
+        while wait().is_ok_and(|status| !matches!(status, WaitStatus::Exited(..) | WaitStatus::Signaled(..))) {}
+    });
+    holds
+        .recv()
+        .expect("it says how it went")
+        .unwrap_or_else(|error| panic!("hold thread `{thread}` of {pid}: {error}"));
 }
 
 /// Sends a signal to one process.
@@ -87,6 +113,16 @@ mod tests {
         assert!(runs(pid));
         assert!(cpu_time(pid).is_some());
         assert!(!command_line(pid).is_empty());
+    }
+
+    #[test]
+    fn a_wedged_thread_stands_still_and_the_process_can_still_be_killed() {
+        let mut child = std::process::Command::new("sh").args(["-c", "while :; do :; done"]).spawn().unwrap();
+        crate::waiting::until_true("the shell", crate::waiting::SOON, || command_line(child.id()).starts_with("sh "));
+        wedge(child.id(), "sh");
+        assert_eq!(stat_fields(child.id()).unwrap()[0], "t");
+        kill_hard(child.id());
+        assert!(!child.wait().unwrap().success());
     }
 
     #[test]

@@ -1,9 +1,10 @@
-//! Relays stand in a path between two processes and keep every byte that passes, in both directions.
+//! Relays stand in a path between two processes and keep every byte that passes, in both directions; or keep nothing,
+//! and can be cut as a network is.
 
 use std::collections::HashMap;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -25,17 +26,31 @@ pub struct Relay {
 #[derive(Debug, Default)]
 struct Record {
     bytes: Mutex<Vec<u8>>,
+    forgets: bool,
+    cut: AtomicBool,
+    lost: AtomicUsize,
     stopped: AtomicBool,
 }
 
 impl Record {
     fn keep(&self, bytes: &[u8]) {
+        if self.forgets {
+            return;
+        }
         let mut kept = self.bytes.lock().expect("no panic while the record is held");
         assert!(kept.len() + bytes.len() <= RECORD_LIMIT, "a relay passed more than {RECORD_LIMIT} bytes");
         kept.extend_from_slice(bytes);
     }
     fn stopped(&self) -> bool {
         self.stopped.load(Ordering::Relaxed)
+    }
+    /// Whether a datagram is lost.
+    fn loses(&self) -> bool {
+        let cut = self.cut.load(Ordering::Relaxed);
+        if cut {
+            self.lost.fetch_add(1, Ordering::Relaxed);
+        }
+        cut
     }
 }
 
@@ -61,15 +76,38 @@ impl Relay {
 
     /// Passes datagrams on to `target`, with a socket of its own for each client, so that answers find their way.
     pub fn udp(name: &str, target: SocketAddr) -> Self {
+        Self::datagrams(name, target, Record::default())
+    }
+
+    /// Like [`Relay::udp`], for as long as one likes: it keeps nothing.
+    pub fn link(name: &str, target: SocketAddr) -> Self {
+        Self::datagrams(name, target, Record { forgets: true, ..Record::default() })
+    }
+
+    fn datagrams(name: &str, target: SocketAddr, record: Record) -> Self {
         let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).expect("loopback has a free port");
         let address = socket.local_addr().expect("a bound socket has an address");
-        let record = Arc::new(Record::default());
+        let record = Arc::new(record);
         let shared = record.clone();
         std::thread::spawn(move || pass_udp(&socket, target, &shared));
         Self { name: name.to_owned(), address, record }
     }
 
-    /// How many bytes passed.
+    /// From now on every datagram is lost, in both directions; neither side is told.
+    pub fn cut(&self) {
+        self.record.cut.store(true, Ordering::Relaxed);
+    }
+    /// Lets datagrams pass again.
+    pub fn mend(&self) {
+        self.record.cut.store(false, Ordering::Relaxed);
+    }
+
+    /// How many datagrams were lost.
+    pub fn lost(&self) -> usize {
+        self.record.lost.load(Ordering::Relaxed)
+    }
+
+    /// How many bytes passed, if they are kept.
     pub fn len(&self) -> usize {
         self.record.bytes.lock().expect("no panic while the record is held").len()
     }
@@ -118,6 +156,9 @@ fn pass_udp(socket: &UdpSocket, target: SocketAddr, record: &Arc<Record>) {
     let mut buffer = vec![0; DATAGRAM];
     while !record.stopped() {
         let Ok((n, client)) = socket.recv_from(&mut buffer) else { continue };
+        if record.loses() {
+            continue;
+        }
         record.keep(&buffer[..n]);
         let upstream = clients.entry(client).or_insert_with(|| {
             let upstream = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).expect("loopback has a free port");
@@ -138,6 +179,9 @@ fn pass_answers(upstream: &UdpSocket, back: &UdpSocket, client: SocketAddr, reco
     let mut buffer = vec![0; DATAGRAM];
     while !record.stopped() {
         let Ok(n) = upstream.recv(&mut buffer) else { continue };
+        if record.loses() {
+            continue;
+        }
         record.keep(&buffer[..n]);
         let _ = back.send_to(&buffer[..n], client);
     }
@@ -179,5 +223,22 @@ mod tests {
             assert_eq!(&buffer[..n], format!("hello {i}").as_bytes());
         }
         assert!(relay.saw(b"hello 1"));
+    }
+
+    #[test]
+    fn a_link_that_is_cut_loses_everything_until_it_is_mended() {
+        let server = UdpSocket::bind("127.0.0.1:0").unwrap();
+        server.set_read_timeout(Some(crate::waiting::SOON)).unwrap();
+        let relay = Relay::link("test", server.local_addr().unwrap());
+        let client = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let mut buffer = [0; 64];
+        relay.cut();
+        client.send_to(b"lost", relay.address).unwrap();
+        // The relay takes datagrams in order, so that what comes after the mending proves what was lost.
+        crate::waiting::until_true("the relay to take it", crate::waiting::SOON, || relay.lost() == 1);
+        relay.mend();
+        client.send_to(b"heard", relay.address).unwrap();
+        let (n, _) = server.recv_from(&mut buffer).unwrap();
+        assert_eq!((&buffer[..n], relay.len()), (&b"heard"[..], 0));
     }
 }

@@ -15,6 +15,7 @@ use izar_common::id::{
     ClusterId, DeploymentId, Hash, KeyId, NodeId, NumericsId, ProjectId, TenantId, TurnId, WorkerId,
 };
 use izar_common::manifest::{File, Kind, Manifest};
+use izar_common::prefix::Sketch;
 use izar_common::wire::agent::{
     Activations, Assignment, CacheType, Device, Down, EngineOptions, Kernels, Quant, Recall, Recalled, Resume, Resumed,
     Submit, Up, WorkerSpec,
@@ -137,12 +138,17 @@ pub fn job() -> Job {
         },
         cache_salt: std::array::from_fn(|i| 200 + i as u8),
         numerics: Some(NumericsId(0x0123_4567_89ab_cdef)),
+        class: Class::Batch,
         capsule: b"sealed".to_vec(),
     }
 }
 
 pub fn usage() -> Usage {
-    Usage { prompt_tokens: 300, completion_tokens: 70_000 }
+    Usage { prompt_tokens: 300, cached_tokens: 256, completion_tokens: 70_000 }
+}
+
+fn sketch() -> Sketch {
+    Sketch::of([[7; 16], std::array::from_fn(|i| i as u8)].iter())
 }
 
 #[test]
@@ -283,9 +289,14 @@ fn agent(frames: &mut Frames) {
             workers: vec![worker(s)],
         };
         let up = Up::Report(report);
-        let Up::Report(_) = &up;
         frames.check("up", &format!("report-{}", state(s)), &up);
     }
+    let up = |message: &Up| match message {
+        Up::Report(_) => "report",
+        Up::Sketch { .. } => "sketch",
+    };
+    let message = Up::Sketch { worker: name("echo.1"), sketch: sketch() };
+    frames.check("up", up(&message), &message);
     let kinds = [Kind::Echo { first_token_us: 5000, next_token_us: 1 }, Kind::Gguf, Kind::Safetensors];
     let workers = kinds.map(|kind| WorkerSpec {
         worker: name("echo.1"),
@@ -408,12 +419,14 @@ fn worker(frames: &mut Frames) {
         FromWorker::Ready { .. } => "ready",
         FromWorker::Unloadable { .. } => "unloadable",
         FromWorker::Step { .. } => "step",
+        FromWorker::Sketch(_) => "sketch",
     };
     let events = all_job_events().into_iter().zip(1..).map(|(event, id)| (id, event)).collect();
     for message in [
         FromWorker::Ready { numerics: NumericsId(u64::MAX) },
         FromWorker::Unloadable { reason: "no tensor output.weight".into() },
         FromWorker::Step { events, load: Load { running: 4, waiting: 1, blocks_used: 6, blocks: 9 } },
+        FromWorker::Sketch(sketch()),
     ] {
         frames.check("from-worker", from(&message), &message);
     }

@@ -62,7 +62,7 @@ fn under_load(cluster: &Cluster, during: impl FnOnce()) -> usize {
 #[test]
 fn a_new_revision_takes_over_without_a_failed_request() {
     let _machine = izar_tests::exclusive();
-    let cluster = Options::echo(2, 2).start();
+    let cluster = Options::echo(3, 2).start();
     cluster.deploy_echo("slow", 2, 5, 20);
     let old = deployment(&cluster, "slow").unwrap()["revision"].clone();
     under_load(&cluster, || {
@@ -184,7 +184,7 @@ fn what_no_agent_can_hold_is_shown_as_unmet_and_names_are_checked() {
 #[test]
 fn any_controller_explains_a_request_also_after_the_fact() {
     let _machine = izar_tests::exclusive();
-    let cluster = Options::echo(2, 2).start();
+    let cluster = Options::echo(3, 2).start();
     cluster.deploy_echo("slow", 2, 5, 50);
     let mut admins = cluster.admins();
     let client = cluster.clients().remove(0).1;

@@ -134,6 +134,8 @@ fn oversized_header() -> Vec<u8> {
         version: String::new(),
         cores: 1,
         memory_bytes: 1,
+        gpus: 0,
+        labels: Default::default(),
         workers: Vec::new(),
     };
     let mut header = to_bytes(&Up::Report(report))[..16].to_vec();

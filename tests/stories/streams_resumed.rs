@@ -149,3 +149,43 @@ fn streams_of_a_killed_controller_go_on_on_another_exactly_once() {
     });
     cluster.finish(&[]);
 }
+
+#[test]
+fn the_load_generator_reads_on_by_itself_and_finds_every_answer_exact() {
+    let _machine = izar_tests::exclusive();
+    let cluster = Options::echo(3, 2).start();
+    cluster.deploy_echo("slow", 2, 50, 20);
+    cluster.wait_serving(3, "slow", 2);
+    let victim = cluster.processes("controller").remove(0);
+    let ready = cluster.ready();
+    let endpoints: Vec<String> =
+        cluster.clients().iter().map(|(_, client)| format!("https://{}", client.address())).collect();
+    let (endpoints, ca) = (endpoints.join(","), ready.ca.to_str().unwrap());
+    let mut bench = vec!["bench", "api", "--endpoint", &endpoints, "--ca", ca, "--key", &ready.key, "--model", "slow"];
+    bench.extend([
+        "--stream",
+        "--max-tokens",
+        "50",
+        "--concurrency",
+        "12",
+        "--requests",
+        "60",
+        "--warmup",
+        "0",
+        "--json",
+    ]);
+    let report = std::thread::scope(|scope| {
+        let running = scope.spawn(|| izar_tests::cli::run("izar", &bench));
+        answering(&cluster.admins()[0].1, 4);
+        process::kill_hard(victim.pid);
+        running.join().unwrap()
+    });
+    assert!(report.success, "{}", report.stderr);
+    let report: Value = serde_json::from_str(&report.stdout).unwrap();
+    assert_eq!((&report["requests"], &report["errors"]), (&json!(60), &json!({})), "{report}");
+    let read_on = &report["read_on"];
+    assert!(read_on["exact"].as_u64() > Some(0), "{report}");
+    assert_eq!((&read_on["different"], &read_on["unknown"]), (&json!(0), &json!(0)), "{report}");
+    cluster.wait_successor(&victim);
+    cluster.finish(&[]);
+}

@@ -1,10 +1,11 @@
-//! Workers and agents are killed or stopped while they answer: every answer goes on exactly, the client sees a pause at
-//! most, and the dead come back.
+//! Workers and agents are killed, stopped or cut off while they answer: every answer goes on exactly, the client sees a
+//! pause at most, and the dead come back.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use izar_tests::client::Client;
 use izar_tests::cluster::{Cluster, Options, Process};
+use izar_tests::far::Far;
 use izar_tests::process;
 use izar_tests::waiting::{SOON, until, until_true};
 use serde_json::{Value, json};
@@ -138,6 +139,67 @@ fn answers_on_a_stopped_agent_go_on_elsewhere_and_it_is_welcome_again() {
     while_requests_run(&cluster, || process::stop(victim.pid));
     process::cont(victim.pid);
     cluster.admin().wait_ready("slow", 2);
+    cluster.finish(&["agent is given up"]);
+}
+
+/// The thread that computes stands still, the process lives: only the steps that do not end tell.
+#[test]
+fn an_answer_of_a_worker_that_hangs_in_a_step_goes_on_in_another() {
+    let _machine = izar_tests::exclusive();
+    let cluster = Options::model("smollm2-135m", 1, 2).start();
+    cluster.admin().wait_ready("smollm2-135m", 2);
+    let client = cluster.client();
+    let messages = json!([{ "role": "user", "content": "Tell me a long story about a river and a mill." }]);
+    let body =
+        json!({ "model": "smollm2-135m", "messages": messages, "max_tokens": 300, "temperature": 0, "stream": true });
+    let expected = client.stream(CHAT, &body).unwrap().transcript().unwrap();
+    let told = std::thread::scope(|scope| {
+        let telling = scope.spawn(|| client.stream(CHAT, &body).unwrap().transcript().unwrap());
+        let worker = until("the answer to have some tokens", SOON, || {
+            let requests = cluster.admin().json(&["requests", "list"])?;
+            let request = &requests["requests"][0];
+            // The answer before it may still be in the list, closing.
+            let tokens = request["tokens"].as_u64().unwrap_or(0);
+            anyhow::ensure!(request["state"] == "answering" && (10..200).contains(&tokens), "{requests}");
+            Ok(request["worker"].as_str().expect("it is placed").to_owned())
+        });
+        let victim = cluster.processes("worker").into_iter().find(|process| process.id == worker).expect("it runs");
+        process::wedge(victim.pid, "executor");
+        assert!(!telling.is_finished(), "it is held in the middle");
+        telling.join().unwrap()
+    });
+    assert!(told.done && told.error.is_none(), "{told:?}");
+    assert_eq!(told.text, expected.text, "as if nothing had happened");
+    cluster.admin().wait_ready("smollm2-135m", 2);
+    let hung = izar_tests::logs::surprises(&cluster.logs(), &[]);
+    assert!(hung.iter().any(|line| line.text.contains("the worker hangs")), "{hung:?}");
+    cluster.finish(&["worker failed and will be started again"]);
+}
+
+/// The link loses everything, in both directions, until the agent is given up. Then it brings what the agent computed
+/// meanwhile, and computes still, while the answers are given by another: nobody listens to that.
+#[test]
+fn answers_behind_a_severed_link_go_on_elsewhere_and_late_ones_are_not_heard() {
+    let _machine = izar_tests::exclusive();
+    let cluster = Options::echo(1, 1).start();
+    let far = Far::start(&cluster, "far");
+    // Six seconds an answer: it runs long after the link is mended.
+    cluster.admin().deploy_echo("slow", 2, 5, 100);
+    cluster.admin().wait_ready("slow", 2);
+    while_requests_run(&cluster, || {
+        let requests = cluster.admin().json(&["requests", "list"]).unwrap();
+        let there = requests["requests"].as_array().into_iter().flatten().filter(|r| r["agent"] == "far").count();
+        assert!(there > 0, "{requests}");
+        far.cut();
+        until_true("the agent to be given up", SOON, || {
+            let page = cluster.client().get("/metrics").unwrap().text();
+            page.lines().any(|line| line == "izar_agents_given_up_total 1")
+        });
+        far.mend();
+    });
+    cluster.admin().wait_ready("slow", 2);
+    every_turn_is_closed(&cluster, 2 * EACH + 1);
+    far.stop();
     cluster.finish(&["agent is given up"]);
 }
 

@@ -4,7 +4,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use izar_common::chat::{Job, JobEvent, Sampling, Token};
+use izar_common::chat::{Class, Job, JobEvent, Sampling, Token};
 use izar_common::id::{DeploymentId, Hash, TurnId};
 use izar_common::wire::agent::EngineOptions;
 
@@ -54,6 +54,17 @@ impl Drive {
 
     /// Gives the engine a job; returns its number.
     pub fn submit(&mut self, prompt: &[Token], max_tokens: usize, temperature: f32, ends: Ends) -> u64 {
+        self.submit_as(Class::default(), prompt, max_tokens, temperature, ends)
+    }
+    /// The same for a job of another class.
+    pub fn submit_as(
+        &mut self,
+        class: Class,
+        prompt: &[Token],
+        max_tokens: usize,
+        temperature: f32,
+        ends: Ends,
+    ) -> u64 {
         self.jobs += 1;
         let sampling = Sampling {
             temperature,
@@ -73,6 +84,7 @@ impl Drive {
             sampling,
             cache_salt: [0; 16],
             numerics: None,
+            class,
             capsule: Vec::new(),
         };
         self.engine.submit(Instant::now(), self.jobs, job);
@@ -80,6 +92,26 @@ impl Drive {
     }
     pub fn cancel(&mut self, job: u64) {
         self.engine.cancel(job);
+    }
+
+    /// Sequences in the batch.
+    pub fn running(&self) -> u32 {
+        self.engine.load().running
+    }
+
+    /// The next events, or none if none has come by then.
+    pub fn events_until(&mut self, limit: Option<Instant>) -> anyhow::Result<Events> {
+        let Some(limit) = limit else { return self.events() };
+        loop {
+            let events = self.poll()?;
+            let left = limit.saturating_duration_since(Instant::now());
+            if !events.is_empty() || left.is_zero() {
+                return Ok(events);
+            }
+            if let Err(RecvTimeoutError::Disconnected) = self.woken.recv_timeout(left.min(STALL)) {
+                bail!("the executor ended");
+            }
+        }
     }
 
     /// The next events, at least one. A job that fails is an error: nothing here asks for what cannot be done.

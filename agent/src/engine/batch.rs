@@ -5,11 +5,16 @@
 //! to a budget (`pace`), so that a long prompt slows running answers a little and never stops them. When blocks run out, the youngest
 //! answer gives its own back and waits: it is computed again later, and gives the same tokens. Cancelled sequences
 //! leave at once; the tokens of a step that was under way are dropped.
+//!
+//! Classes decide who comes first, never what is said. Who waits is admitted by class, then by age. An urgent sequence
+//! waits for nobody: it has places of its own, takes blocks from others, has the step under way given up, and while it
+//! is there, steps compute urgent sequences alone. Others pause meanwhile, for a bounded number of steps.
 
 use std::collections::VecDeque;
 
-use izar_common::chat::{Job, JobEvent};
+use izar_common::chat::{Class, Job, JobEvent};
 use izar_common::health::Load;
+use izar_common::prefix::Sketch;
 
 use super::blocks::{Block, Blocks};
 use super::pace::{self, Pace};
@@ -19,7 +24,23 @@ use crate::model::{Batch, Wants};
 
 /// Jobs that wait for a place in the batch. The scheduler of the controllers spreads load long before; a job past this
 /// is sent back as retryable, since another replica or a later time serves it better than a queue of minutes.
+///
+/// It holds for each class apart from those below it, so that a flood of work for which nobody waits keeps nobody out.
 pub const WAITING_LIMIT: usize = 512;
+
+/// Urgent sequences that run at once, beside a batch that may be full. More of them would make each other late: the
+/// second of two prompts begins when the first is computed.
+pub const URGENT_PLACES: usize = 4;
+
+/// Steps of urgent sequences alone, or seconds of them, after which one step takes everybody: so long others pause at
+/// most. An urgent answer of eight tokens takes eight steps, a fifth of a second at most where it is to be in time, so one
+/// that comes alone, or with a few others, is never held up by it; and who reads along takes a second for a hiccup.
+pub const PAUSE_STEPS: u32 = 32;
+pub const PAUSE_SECONDS: f64 = 1.0;
+
+/// Prompt tokens of a step that takes everybody after such a pause. It is not given up, so that others cannot starve, and
+/// an urgent job that comes meanwhile waits for its end.
+const HELD_TOKENS: usize = 64;
 
 /// One step: what to forget, who draws for new answers, what to compute, what to draw.
 #[derive(Debug, Default)]
@@ -42,13 +63,18 @@ pub struct Batcher {
     blocks: Blocks,
     /// In the order in which they were admitted.
     running: Vec<Sequence>,
-    /// New ones with their drawer; those that gave their blocks back have one already.
+    /// By class, then in the order in which they came. New ones with their drawer; those that gave their blocks back have
+    /// one already.
     waiting: VecDeque<(Sequence, Option<Drawer>)>,
     /// Blocks that the step under way copies.
     copying: Vec<Block>,
     pace: Pace,
     /// Answers and prompt tokens in the step under way.
     under_way: (usize, usize),
+    /// The step under way computes urgent sequences alone.
+    urgent_only: bool,
+    /// Such steps since others were last computed, and the seconds that they took.
+    paused: (u32, f64),
     /// Running sequences in the step under way, and how much was computed before it.
     stepping: Vec<(SequenceId, usize)>,
     opened: Vec<(SequenceId, Drawer)>,
@@ -69,6 +95,8 @@ impl Batcher {
             copying: Vec::new(),
             pace: Pace::default(),
             under_way: (0, 0),
+            urgent_only: false,
+            paused: (0, 0.0),
             stepping: Vec::new(),
             opened: Vec::new(),
             closed: Vec::new(),
@@ -81,7 +109,7 @@ impl Batcher {
         if let Err(reason) = sequence::check(&job, &self.limits) {
             return failed(reason, false);
         }
-        if self.waiting.len() >= WAITING_LIMIT {
+        if self.waiting.partition_point(|(s, _)| s.class <= job.class) >= WAITING_LIMIT {
             return failed(format!("{WAITING_LIMIT} jobs wait already"), true);
         }
         let drawer = match Drawer::new(&job, &self.grammars) {
@@ -92,7 +120,8 @@ impl Batcher {
         self.next_id += 1;
         let ended = sequence.ended(&self.limits);
         if ended.is_none() {
-            self.waiting.push_back((sequence, Some(drawer)));
+            let at = self.waiting.partition_point(|(s, _)| s.class <= sequence.class);
+            self.waiting.insert(at, (sequence, Some(drawer)));
         }
         ended
     }
@@ -115,18 +144,30 @@ impl Batcher {
         self.closed.push(sequence.id);
     }
 
-    /// Plans the next step, if there is anything to do. Its results go to [`Batcher::finish`] before the next plan.
+    /// Plans the next step, if there is anything to do. Its results go to [`Batcher::finish`], or its end without any to
+    /// [`Batcher::give_up`], before the next plan.
     pub fn plan(&mut self) -> Option<Step> {
+        let held = self.is_held();
+        self.urgent_only = self.has_urgent() && !held;
         self.make_room();
         let mut copied = Vec::new();
         self.admit(&mut copied);
         let (closed, opened) = (std::mem::take(&mut self.closed), std::mem::take(&mut self.opened));
         let mut step = Step { closed, opened, ..Step::default() };
-        let answers = self.running.iter().filter(|s| s.pending().len() == 1).count();
-        let mut budget =
-            if answers == 0 { pace::MOST } else { self.pace.beside(answers, self.running.len() - answers) };
-        self.under_way = (answers, budget);
-        let (prompts, answers): (Vec<_>, Vec<_>) = self.running.iter_mut().partition(|s| s.pending().len() > 1);
+        let urgent_only = self.urgent_only;
+        let taken = self.running.iter_mut().filter(|s| !urgent_only || s.class == Class::Urgent);
+        let (mut prompts, answers): (Vec<_>, Vec<_>) = taken.partition(|s| s.pending().len() > 1);
+        prompts.sort_by_key(|s| s.class);
+        let mut budget = match answers.len() {
+            0 => pace::MOST,
+            _ if urgent_only => pace::MOST,
+            count => self.pace.beside(count, prompts.len()),
+        };
+        if held {
+            budget = budget.min(HELD_TOKENS);
+        }
+        // What a step without the others takes says nothing about the gap that readers see.
+        self.under_way = (if urgent_only { 0 } else { answers.len() }, budget);
         self.stepping.clear();
         for (sequence, most) in answers.into_iter().map(|s| (s, 1)).chain(prompts.into_iter().map(|s| (s, usize::MAX)))
         {
@@ -143,40 +184,95 @@ impl Batcher {
         step.batch.cleared = self.blocks.take_cleared();
         (!step.batch.chunks.is_empty() || !step.closed.is_empty()).then_some(step)
     }
-    /// Gives every running answer a block for its next token, the oldest first; the youngest give theirs up for it.
+    /// Whether an urgent sequence is here. Waiting ones come first, so the first tells.
+    fn has_urgent(&self) -> bool {
+        let waiting = self.waiting.front().map(|(sequence, _)| sequence);
+        self.running.iter().chain(waiting).any(|s| s.class == Class::Urgent)
+    }
+    /// Whether an urgent job is worth the loss of the step under way.
+    pub fn may_give_up(&self) -> bool {
+        !self.urgent_only && !self.is_held()
+    }
+    /// Whether others have paused for so long that the next step takes everybody.
+    fn is_held(&self) -> bool {
+        let (steps, seconds) = self.paused;
+        steps >= PAUSE_STEPS || seconds >= PAUSE_SECONDS
+    }
+    /// Gives every answer of the next step a block for its next token, the oldest first; those that [`Self::displace`]
+    /// finds give theirs up for it.
     fn make_room(&mut self) {
         let mut at = 0;
         while at < self.running.len() {
-            if self.running[at].grow(&mut self.blocks) {
+            let pauses = self.urgent_only && self.running[at].class != Class::Urgent;
+            if pauses || self.running[at].grow(&mut self.blocks) {
                 at += 1;
-                continue;
+            } else if self.displace(Class::Urgent).expect("one is running") < at {
+                at -= 1;
             }
-            let mut youngest = self.running.pop().expect("one is running");
-            youngest.release(&mut self.blocks);
-            self.waiting.push_front((youngest, None));
         }
     }
-    /// Lets sequences join while there are places and blocks, in the order in which they came.
+    /// Takes the youngest of the least urgent sequences off the batch, if there is one as little urgent as `least`;
+    /// returns where it was. It is computed again later, and gives the same tokens.
+    fn displace(&mut self, least: Class) -> Option<usize> {
+        let victims = (0..self.running.len()).filter(|at| self.running[*at].class >= least);
+        let at = victims.max_by_key(|at| (self.running[*at].class, *at))?;
+        let mut victim = self.running.remove(at);
+        victim.release(&mut self.blocks);
+        let first = self.waiting.partition_point(|(s, _)| s.class < victim.class);
+        self.waiting.insert(first, (victim, None));
+        Some(at)
+    }
+    /// Lets sequences join while there are places and blocks, in the order in which they wait; none that would pause.
     fn admit(&mut self, copied: &mut Vec<(Block, Block)>) {
-        while self.running.len() < self.max_batch {
-            let Some((next, _)) = self.waiting.front_mut() else { return };
-            // What another one is about to compute is not computed twice.
-            if self.running.iter().any(|other| next.could_share_soon(other, &self.blocks)) {
-                return;
+        let urgent = |b: &Self| b.running.iter().filter(|s| s.class == Class::Urgent).count();
+        let first = |b: &Self| b.waiting.partition_point(|(s, _)| s.class == Class::Urgent);
+        while urgent(self) < URGENT_PLACES && first(self) > 0 && self.admit_one(0, copied) {}
+        if self.urgent_only {
+            return;
+        }
+        while self.running.len() - urgent(self) < self.max_batch
+            && first(self) < self.waiting.len()
+            && self.admit_one(first(self), copied)
+        {}
+    }
+    /// Lets one of the waiting sequences join, if there are blocks for it.
+    fn admit_one(&mut self, at: usize, copied: &mut Vec<(Block, Block)>) -> bool {
+        let next = &self.waiting[at].0;
+        let urgent = next.class == Class::Urgent;
+        // An urgent one neither waits for those that pause, nor leaves blocks for them.
+        let beside = || self.running.iter().filter(|s| !urgent || s.class == Class::Urgent);
+        // What another one is about to compute is not computed twice.
+        if beside().any(|other| next.could_share_soon(other, &self.blocks)) {
+            return false;
+        }
+        // Each running answer will want a block before long.
+        let reserve = beside().count();
+        while !self.waiting[at].0.admit(&mut self.blocks, reserve, copied) {
+            if !urgent || self.displace(Class::Interactive).is_none() {
+                return false;
             }
-            // Each running answer will want a block before long.
-            if !next.admit(&mut self.blocks, self.running.len(), copied) {
-                return;
+        }
+        let (next, drawer) = self.waiting.remove(at).expect("it is there");
+        self.opened.extend(drawer.map(|drawer| (next.id, drawer)));
+        self.running.push(next);
+        true
+    }
+    /// Takes it that the step under way was given up: what it was to compute is to be computed still.
+    pub fn give_up(&mut self) {
+        self.blocks.give_back(&std::mem::take(&mut self.copying));
+        for (id, from) in std::mem::take(&mut self.stepping) {
+            if let Some(sequence) = self.running.iter_mut().find(|s| s.id == id) {
+                sequence.take_back(from);
             }
-            let (next, drawer) = self.waiting.pop_front().expect("it is there");
-            self.opened.extend(drawer.map(|drawer| (next.id, drawer)));
-            self.running.push(next);
         }
     }
     /// Takes the tokens that a step drew and the seconds that it took, and returns what the jobs shall hear.
     pub fn finish(&mut self, drawn: Vec<Drawn>, seconds: f64) -> Vec<(u64, JobEvent)> {
         let (answers, prompt) = self.under_way;
         self.pace.learn(answers, prompt, seconds);
+        let others = self.running.len() + self.waiting.len() > self.stepping.len();
+        let (steps, before) = self.paused;
+        self.paused = if self.urgent_only && others { (steps + 1, before + seconds) } else { (0, 0.0) };
         self.blocks.give_back(&std::mem::take(&mut self.copying));
         for (id, from) in std::mem::take(&mut self.stepping) {
             if let Some(sequence) = self.running.iter_mut().find(|s| s.id == id) {
@@ -211,6 +307,14 @@ impl Batcher {
         let waiting = self.waiting.drain(..).map(|(sequence, _)| sequence);
         self.running.drain(..).chain(waiting).map(failed).collect()
     }
+    /// Counts the changes of what the cache holds for later prompts.
+    pub fn held(&self) -> u64 {
+        self.blocks.changes()
+    }
+    /// A note of what the cache holds for later prompts.
+    pub fn sketch(&self) -> Sketch {
+        self.blocks.sketch()
+    }
     pub fn load(&self) -> Load {
         Load {
             running: self.running.len() as u32,
@@ -237,6 +341,7 @@ mod tests {
     use super::super::sequence::tests::job;
     use super::*;
     use izar_common::chat::{Finish, Token, Usage};
+    use proptest::prelude::*;
 
     /// Jobs in the batch, and jobs waiting.
     fn jobs(b: &Batcher) -> (u32, u32) {
@@ -274,7 +379,10 @@ mod tests {
         let step = b.plan().unwrap();
         assert_eq!((chunks(&step), jobs(&b)), (vec![(0, 2, Wants::Last); 2], (2, 1)));
         let events = answer(&mut b, &step, 9);
-        let done = JobEvent::Done { finish: Finish::Length, usage: Usage { prompt_tokens: 2, completion_tokens: 1 } };
+        let done = JobEvent::Done {
+            finish: Finish::Length,
+            usage: Usage { prompt_tokens: 2, cached_tokens: 0, completion_tokens: 1 },
+        };
         assert_eq!(events.iter().filter(|(_, e)| *e == done).count(), 2);
         let next = b.plan().unwrap();
         assert_eq!((next.closed, next.draws.len(), jobs(&b)), (vec![SequenceId(0), SequenceId(1)], 1, (1, 0)));
@@ -337,6 +445,22 @@ mod tests {
         other.cache_salt = [7; 16];
         b.submit(4, other);
         assert_eq!(run(&mut b)[0], [(0, 50, Wants::Last)], "another tenant finds nothing");
+    }
+
+    #[test]
+    fn an_answer_says_how_much_of_its_prompt_came_from_the_cache() {
+        let mut b = batcher(4);
+        let mut cached = |prompt: &[Token], delivered: &[Token]| {
+            b.submit(0, job(prompt, delivered, 1 + delivered.len() as u32));
+            let step = b.plan().unwrap();
+            let last = answer(&mut b, &step, 9).pop();
+            let Some((_, JobEvent::Done { usage, .. })) = last else { panic!("{last:?}") };
+            (usage.prompt_tokens, usage.cached_tokens)
+        };
+        let prompt: Vec<Token> = (10..60).collect();
+        assert_eq!(cached(&prompt, &[]), (50, 0));
+        assert_eq!(cached(&prompt, &[]), (50, 48));
+        assert_eq!(cached(&prompt[..37], &[5; 4]), (37, 37), "what was delivered is no prompt");
     }
 
     #[test]
@@ -431,6 +555,170 @@ mod tests {
         assert!(matches!(events[0], (0, JobEvent::Failed { retryable: true, .. })));
         assert!(matches!(events[1], (1, JobEvent::Tokens { .. })));
         assert_eq!(jobs(&b), (1, 0));
+    }
+
+    fn of_class(class: Class, prompt: &[Token], max_tokens: u32) -> Job {
+        Job { class, ..job(prompt, &[], max_tokens) }
+    }
+
+    #[test]
+    fn an_urgent_job_passes_a_full_batch_and_others_pause_for_it() {
+        let mut b = batcher(2);
+        (0..4).for_each(|i| drop(b.submit(i, of_class(Class::Batch, &[1, 3], 5))));
+        let step = b.plan().unwrap();
+        answer(&mut b, &step, 9);
+        b.submit(7, of_class(Class::Urgent, &[5; 128], 3));
+        let mut steps = Vec::new();
+        for _ in 0..4 {
+            let step = b.plan().unwrap();
+            answer(&mut b, &step, 9);
+            steps.push(chunks(&step));
+        }
+        assert_eq!(steps[0], [(0, 128, Wants::Last)], "its prompt in one go, whoever answers");
+        assert_eq!((&steps[1], &steps[2]), (&vec![(128, 1, Wants::Last)], &vec![(129, 1, Wants::Last)]));
+        assert_eq!(steps[3], [(2, 1, Wants::Last); 2], "the others go on where they were");
+        run(&mut b);
+    }
+
+    #[test]
+    fn who_waits_is_admitted_by_class_then_by_age() {
+        let mut b = batcher(1);
+        b.submit(0, job(&[1], &[], 1));
+        let first = b.plan().unwrap();
+        let waiting = [(1, Class::Batch), (2, Class::Interactive), (3, Class::Batch), (4, Class::Interactive)];
+        waiting.iter().for_each(|(i, class)| drop(b.submit(*i, of_class(*class, &[1], 1))));
+        let mut ended = Vec::new();
+        let mut step = Some(first);
+        while let Some(now) = step {
+            let events = answer(&mut b, &now, 9);
+            ended.extend(events.iter().filter(|(_, e)| matches!(e, JobEvent::Done { .. })).map(|(job, _)| *job));
+            step = b.plan();
+        }
+        assert_eq!(ended, [0, 2, 4, 1, 3]);
+    }
+
+    #[test]
+    fn urgent_jobs_without_end_let_the_others_go_on_now_and_then() {
+        let mut b = batcher(2);
+        b.submit(0, of_class(Class::Batch, &[3; 100], 2));
+        let step = b.plan().unwrap();
+        answer(&mut b, &step, 9);
+        b.submit(1, of_class(Class::Urgent, &[1], 300));
+        b.submit(2, of_class(Class::Interactive, &[4; 100], 2));
+        let (mut steps, mut held) = (Vec::new(), Vec::new());
+        for _ in 0..3 * (PAUSE_STEPS as usize + 1) {
+            let step = b.plan().unwrap();
+            let tokens = step.batch.tokens.len();
+            if tokens > 1 {
+                assert!(!b.may_give_up(), "an urgent job waits for it");
+                assert!(tokens <= 2 + HELD_TOKENS, "{tokens} tokens");
+                held.push(steps.len());
+            }
+            answer(&mut b, &step, 9);
+            steps.push(chunks(&step));
+        }
+        let every = PAUSE_STEPS as usize + 1;
+        assert_eq!(held, [every - 1, 2 * every - 1, 3 * every - 1]);
+        run(&mut b);
+    }
+
+    #[test]
+    fn others_pause_for_a_second_at_most_where_steps_are_long() {
+        let mut b = batcher(2);
+        b.submit(0, of_class(Class::Batch, &[3], 50));
+        let step = b.plan().unwrap();
+        answer(&mut b, &step, 9);
+        b.submit(1, of_class(Class::Urgent, &[1], 50));
+        let mut sizes = Vec::new();
+        for _ in 0..6 {
+            let step = b.plan().unwrap();
+            b.finish(step.draws.iter().map(|id| (*id, Ok(drawn(9)))).collect(), 0.5 * PAUSE_SECONDS);
+            sizes.push(step.draws.len());
+        }
+        assert_eq!(sizes, [1, 1, 2, 1, 1, 2]);
+    }
+
+    #[test]
+    fn an_urgent_job_takes_blocks_from_the_youngest_of_the_least_urgent() {
+        let mut b = with_blocks(4, 12);
+        b.submit(0, of_class(Class::Batch, &[1; 60], 3));
+        b.submit(1, of_class(Class::Interactive, &[3; 60], 3));
+        let step = b.plan().unwrap();
+        answer(&mut b, &step, 9);
+        assert_eq!(jobs(&b), (2, 0));
+        b.submit(2, of_class(Class::Urgent, &[4; 100], 1));
+        let step = b.plan().unwrap();
+        assert_eq!((chunks(&step), jobs(&b)), (vec![(0, 100, Wants::Last)], (2, 1)));
+        assert_eq!(b.waiting[0].0.job, 0);
+        answer(&mut b, &step, 9);
+        run(&mut b);
+    }
+
+    #[test]
+    fn a_flood_of_less_urgent_jobs_keeps_no_urgent_one_out() {
+        let mut b = batcher(1);
+        let mut flood =
+            |class| (0..).map(|i| b.submit(i, of_class(class, &[1], 1))).take_while(Option::is_none).count();
+        let (batch, interactive) = (flood(Class::Batch), flood(Class::Interactive));
+        assert_eq!((batch, interactive), (WAITING_LIMIT, WAITING_LIMIT));
+        assert_eq!(b.submit(9999, of_class(Class::Urgent, &[1], 1)), None);
+    }
+
+    #[test]
+    fn a_step_that_was_given_up_is_planned_again() {
+        let mut b = batcher(4);
+        let prompt: Vec<Token> = (10..60).collect();
+        b.submit(0, job(&prompt, &[], 1));
+        run(&mut b);
+        // One that goes on in a copy of a block, and a new one.
+        b.submit(1, job(&prompt[..37], &[], 3));
+        b.submit(2, job(&[7; 20], &[], 3));
+        let step = b.plan().unwrap();
+        assert!(b.may_give_up() && step.batch.copied.len() == 1);
+        b.give_up();
+        let again = b.plan().unwrap();
+        assert_eq!((chunks(&again), again.draws.len()), (chunks(&step), 2));
+        assert_eq!((again.opened.len(), again.batch.copied.len()), (0, 0), "that was done");
+        answer(&mut b, &again, 9);
+        run(&mut b);
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_happens_every_job_ends_and_no_block_is_lost(acts in proptest::collection::vec((0_u8..6, 0_usize..8), 0..300)) {
+            let mut b = with_blocks(3, 70);
+            let (mut number, mut ended, mut cancelled) = (0, 0, 0);
+            for (act, pick) in acts {
+                match act {
+                    0..=2 => {
+                        let class = Class::ALL[usize::from(act)];
+                        b.submit(number, of_class(class, &vec![pick as Token + 3; 10 + 30 * pick], 1 + 9 * pick as u32));
+                        number += 1;
+                    }
+                    3 => {
+                        let before = b.load().jobs();
+                        b.cancel(number.saturating_sub(1 + pick as u64));
+                        cancelled += before - b.load().jobs();
+                    }
+                    _ => {
+                        let Some(step) = b.plan() else { continue };
+                        if act == 4 && b.may_give_up() {
+                            b.give_up();
+                        } else {
+                            ended += answer(&mut b, &step, 9).iter().filter(|(_, e)| matches!(e, JobEvent::Done { .. })).count();
+                        }
+                    }
+                }
+            }
+            let mut steps = 0;
+            while let Some(step) = b.plan() {
+                ended += answer(&mut b, &step, 9).iter().filter(|(_, e)| matches!(e, JobEvent::Done { .. })).count();
+                steps += 1;
+                prop_assert!(steps < 20_000, "no progress");
+            }
+            prop_assert_eq!(ended as u64 + u64::from(cancelled), number);
+            prop_assert_eq!((b.load().jobs(), b.load().blocks_used), (0, 0));
+        }
     }
 
     #[test]

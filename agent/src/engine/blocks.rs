@@ -1,50 +1,22 @@
 //! Which blocks of the cache belong to whom. Pure.
 //!
-//! A block holds the keys and values of 16 positions. A full block is named by what it holds, a hash over its tokens and
-//! the name of the block before it, keyed by the tenant's salt: a new sequence of the same tenant that begins alike takes
-//! the block over instead of computing it, and nobody else can, or can find out by timing what was asked. Blocks that
-//! nobody uses keep their names until they are needed, the longest unused first. Where only the beginning of a named
-//! block is alike, the new sequence gets a copy and goes on in it. A block that goes from one tenant to another is
-//! cleared.
+//! A block holds the keys and values of 16 positions. A full block is named by what it holds (`izar_common::prefix`): a
+//! new sequence of the same tenant that begins alike takes the block over instead of computing it, and nobody else can,
+//! or can find out by timing what was asked. Blocks that nobody uses keep their names until they are needed, the longest
+//! unused first. Where only the beginning of a named block is alike, the new sequence gets a copy and goes on in it. A
+//! block that goes from one tenant to another is cleared.
 
 use std::collections::{BTreeMap, HashMap};
 
 use izar_common::chat::Token;
-use izar_common::seal;
+use izar_common::prefix::{self, Name, Namer, Sketch};
 
 use crate::ops::TOKENS;
 
+const _: () = assert!(TOKENS == prefix::BLOCK, "what has a name is a block of the cache");
+
 /// A block of the cache.
 pub type Block = u32;
-
-/// Names what a block holds, and all before it.
-pub type Name = [u8; 16];
-
-/// Names blocks for one tenant.
-#[derive(Debug, Clone)]
-pub struct Namer {
-    salt: [u8; 16],
-    key: seal::Namer,
-    /// What comes before a sequence's first block.
-    root: Name,
-}
-
-impl Namer {
-    pub fn new(salt: [u8; 16]) -> Self {
-        let key = seal::Namer::new(&salt);
-        Self { salt, root: key.name(b"root"), key }
-    }
-    /// What comes before a sequence's first block.
-    pub fn root(&self) -> Name {
-        self.root
-    }
-    /// Names the block of these 16 tokens after the block named `before`.
-    pub fn name(&self, before: Name, tokens: &[Token]) -> Name {
-        assert_eq!(tokens.len(), TOKENS, "full blocks have names");
-        let tokens = tokens.iter().flat_map(|token| token.to_le_bytes());
-        self.key.name(&before.into_iter().chain(tokens).collect::<Vec<u8>>())
-    }
-}
 
 /// What a full block is found by.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -82,6 +54,8 @@ pub struct Blocks {
     clock: u64,
     /// Blocks that the next step must clear.
     cleared: Vec<Block>,
+    /// Counts names that came and went.
+    changes: u64,
 }
 
 impl Blocks {
@@ -95,6 +69,7 @@ impl Blocks {
             unused: BTreeMap::new(),
             clock: 0,
             cleared: Vec::new(),
+            changes: 0,
         }
     }
     /// Blocks that a sequence can get.
@@ -115,6 +90,15 @@ impl Blocks {
         titles.map(|title| (title.name, common(title))).filter(|(_, n)| *n > 0).max_by_key(|(_, n)| *n)
     }
 
+    /// Counts the changes of what has a name.
+    pub fn changes(&self) -> u64 {
+        self.changes
+    }
+    /// A note of all names.
+    pub fn sketch(&self) -> Sketch {
+        Sketch::of(self.by_name.keys())
+    }
+
     /// Takes over the block of a name, if there is one.
     pub fn share(&mut self, name: Name) -> Option<Block> {
         let block = *self.by_name.get(&name)?;
@@ -133,6 +117,7 @@ impl Blocks {
         };
         let entry = &mut self.entries[block as usize];
         if let Some(title) = entry.title.take() {
+            self.changes += 1;
             self.by_name.remove(&title.name);
             if let Some(list) = self.after.get_mut(&title.before) {
                 list.retain(|other| *other != block);
@@ -141,10 +126,10 @@ impl Blocks {
                 }
             }
         }
-        if entry.salt.is_some_and(|salt| salt != namer.salt) {
+        if entry.salt.is_some_and(|salt| salt != namer.salt()) {
             self.cleared.push(block);
         }
-        entry.salt = Some(namer.salt);
+        entry.salt = Some(namer.salt());
         entry.users = 1;
         Some(block)
     }
@@ -152,6 +137,7 @@ impl Blocks {
     pub fn name(&mut self, block: Block, title: Title) {
         let entry = &mut self.entries[block as usize];
         if entry.title.is_none() && !self.by_name.contains_key(&title.name) {
+            self.changes += 1;
             self.by_name.insert(title.name, block);
             self.after.entry(title.before).or_default().push(block);
             entry.title = Some(Box::new(title));
@@ -200,18 +186,6 @@ mod tests {
     }
 
     #[test]
-    fn a_name_depends_on_tokens_on_what_is_before_and_on_the_tenant() {
-        let (a, b) = (Namer::new([1; 16]), Namer::new([2; 16]));
-        let name = a.name(a.root(), &[7; TOKENS]);
-        assert_eq!(name, a.name(a.root(), &[7; TOKENS]));
-        assert_ne!(name, b.name(b.root(), &[7; TOKENS]));
-        assert_ne!(name, a.name(name, &[7; TOKENS]));
-        let mut other = [7; TOKENS];
-        other[15] = 8;
-        assert_ne!(name, a.name(a.root(), &other));
-    }
-
-    #[test]
     fn named_blocks_are_shared_while_they_are_used_and_after() {
         let (mut blocks, namer) = (Blocks::new(2), Namer::new([1; 16]));
         let title = titles(&namer, 1).remove(0);
@@ -238,6 +212,8 @@ mod tests {
         assert_eq!(blocks.take(&namer), Some(taken[1]));
         assert_eq!(blocks.take(&namer), Some(taken[0]));
         assert_eq!((blocks.share(names[0]), blocks.share(names[2])), (None, Some(taken[2])));
+        let sketch = blocks.sketch();
+        assert_eq!((blocks.changes(), [0, 1, 2].map(|i| sketch.holds(&names[i]))), (5, [false, false, true]));
         assert_eq!(blocks.take(&namer), None);
     }
 

@@ -7,6 +7,8 @@
 use std::any::Any;
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::Instant;
 
@@ -40,6 +42,8 @@ pub enum Outcome {
         drawn: Vec<Drawn>,
         seconds: f64,
     },
+    /// A step ended before it drew anything, because it was asked to.
+    GivenUp,
     Broken(String),
 }
 
@@ -47,6 +51,8 @@ pub enum Outcome {
 pub struct Executor {
     steps: SyncSender<Step>,
     outcomes: Receiver<Outcome>,
+    /// The step under way shall end without a result.
+    stop: Arc<AtomicBool>,
 }
 
 impl Executor {
@@ -59,23 +65,30 @@ impl Executor {
         let (steps, submitted) = sync_channel(STEPS);
         let (say, outcomes) = sync_channel(OUTCOMES);
         pool::start(&threads);
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = stop.clone();
         let run = move || {
             let say = |outcome| {
                 // A planner that is gone needs no answer; that it is gone shows when no step comes.
                 let _ = say.send(outcome);
                 wake();
             };
-            if let Err(last) = work(&threads, load, &submitted, &say) {
+            if let Err(last) = work(&threads, load, &submitted, &stopped, &say) {
                 say(last);
             }
         };
         std::thread::Builder::new().name("executor".into()).spawn(run)?;
-        Ok(Self { steps, outcomes })
+        Ok(Self { steps, outcomes, stop })
     }
     /// Gives the executor a step. One may be under way at a time.
     pub fn submit(&self, step: Step) {
+        self.stop.store(false, Relaxed);
         // An executor that broke has said so in its last outcome.
         let _ = self.steps.try_send(step);
+    }
+    /// Asks the step under way to end soon, without a result if it can; its outcome tells whether it did.
+    pub fn give_up(&self) {
+        self.stop.store(true, Relaxed);
     }
     /// The next outcome, if there is one.
     pub fn poll(&self) -> Option<Outcome> {
@@ -88,6 +101,7 @@ fn work(
     threads: &Threads,
     load: impl FnOnce() -> Result<Loaded, Error> + Send,
     steps: &Receiver<Step>,
+    stop: &AtomicBool,
     say: &impl Fn(Outcome),
 ) -> Result<(), Outcome> {
     // This thread is one of the pool's: a step begins at once, without waking another.
@@ -104,8 +118,11 @@ fn work(
     let mut drawers = HashMap::new();
     while let Ok(step) = steps.recv() {
         let begun = Instant::now();
-        let drawn = guarded(|| pool.install(|| compute(model.as_mut(), &mut drawers, step)));
-        say(Outcome::Stepped { drawn: drawn.map_err(Outcome::Broken)?, seconds: begun.elapsed().as_secs_f64() });
+        let drawn = guarded(|| pool.install(|| compute(model.as_mut(), &mut drawers, step, stop)));
+        say(match drawn.map_err(Outcome::Broken)? {
+            Some(drawn) => Outcome::Stepped { drawn, seconds: begun.elapsed().as_secs_f64() },
+            None => Outcome::GivenUp,
+        });
     }
     Ok(())
 }
@@ -126,13 +143,14 @@ fn load_warm(load: impl FnOnce() -> Result<Loaded, Error>) -> Result<(Box<dyn Ca
 /// Who draws for each open answer.
 type Drawers = HashMap<SequenceId, Drawer>;
 
-fn compute(model: &mut dyn CausalLm, drawers: &mut Drawers, step: Step) -> Vec<Drawn> {
+/// Computes a step and draws, unless it is given up before.
+fn compute(model: &mut dyn CausalLm, drawers: &mut Drawers, step: Step, stop: &AtomicBool) -> Option<Vec<Drawn>> {
     step.closed.iter().for_each(|sequence| drop(drawers.remove(sequence)));
     drawers.extend(step.opened);
     if step.batch.chunks.is_empty() {
-        return Vec::new();
+        return Some(Vec::new());
     }
-    let logits = model.forward(&step.batch);
+    let logits = model.forward_unless(&step.batch, stop)?;
     let rows: Vec<&[f32]> = logits.rows().collect();
     assert_eq!(rows.len(), step.draws.len(), "a step wants the rows that it draws from");
     let mut take = |id: &SequenceId| drawers.remove(id).expect("an answer was opened before it draws");
@@ -141,7 +159,7 @@ fn compute(model: &mut dyn CausalLm, drawers: &mut Drawers, step: Step) -> Vec<D
     let (drawing, drawn): (Vec<_>, Vec<_>) =
         drawing.into_iter().map(|(drawer, drawn)| (drawer, drawn.expect("every row is drawn from"))).unzip();
     drawers.extend(step.draws.iter().copied().zip(drawing));
-    step.draws.into_iter().zip(drawn).collect()
+    Some(step.draws.into_iter().zip(drawn).collect())
 }
 
 fn draw(drawer: &mut Drawer, row: &[f32]) -> Result<super::sampler::Drawn, Failure> {

@@ -3,9 +3,10 @@
 //! Delivered tokens of an answer that is continued are computed like prompt and counted like answer, and are never
 //! given again: output never becomes prompt.
 
-use izar_common::chat::{Finish, Job, JobEvent, Logprobs, Sampling, TOP_LOGPROBS, Token, Usage};
+use izar_common::chat::{Class, Finish, Job, JobEvent, Logprobs, Sampling, TOP_LOGPROBS, Token, Usage};
+use izar_common::prefix::{Name, Namer};
 
-use super::blocks::{Block, Blocks, Name, Namer, Title};
+use super::blocks::{Block, Blocks, Title};
 use crate::ops::TOKENS;
 
 /// Names an answer between planner and executor; never used again after its end.
@@ -28,9 +29,12 @@ pub struct Sequence {
     /// The agent's number for the job.
     pub job: u64,
     pub id: SequenceId,
+    pub class: Class,
     /// Prompt, then answer.
     tokens: Vec<Token>,
     prompt: usize,
+    /// Tokens of the prompt that the cache held when it first joined.
+    cached: Option<usize>,
     /// Tokens that the cache holds, counting those of a step that is under way.
     computed: usize,
     namer: Namer,
@@ -97,8 +101,10 @@ impl Sequence {
         let mut sequence = Self {
             job: number,
             id,
+            class: job.class,
             tokens,
             prompt,
+            cached: None,
             computed: 0,
             namer: Namer::new(job.cache_salt),
             names: Vec::new(),
@@ -130,6 +136,11 @@ impl Sequence {
     pub fn compute(&mut self, tokens: usize) {
         self.computed += tokens;
         assert!(self.computed <= self.tokens.len(), "only known tokens are computed");
+    }
+    /// Notes that the step which was to compute tokens from here on did not.
+    pub fn take_back(&mut self, to: usize) {
+        assert!(to <= self.computed, "what was not computed is not taken back");
+        self.computed = to;
     }
     pub fn blocks(&self) -> &[Block] {
         &self.blocks
@@ -163,6 +174,7 @@ impl Sequence {
             copied.push((block, self.blocks[shared]));
             self.computed += count;
         }
+        self.cached.get_or_insert(self.computed.min(self.prompt));
         true
     }
     /// Makes sure that there is a block for the next token.
@@ -230,8 +242,9 @@ impl Sequence {
         self.answer().len() >= self.max_tokens || self.tokens.len() >= limits.context
     }
     fn done(&self, finish: Finish) -> JobEvent {
-        let usage = Usage { prompt_tokens: self.prompt as u32, completion_tokens: self.answer().len() as u32 };
-        JobEvent::Done { finish, usage }
+        let (prompt_tokens, completion_tokens) = (self.prompt as u32, self.answer().len() as u32);
+        let cached_tokens = self.cached.unwrap_or(0) as u32;
+        JobEvent::Done { finish, usage: Usage { prompt_tokens, cached_tokens, completion_tokens } }
     }
 }
 
@@ -253,6 +266,7 @@ pub mod tests {
             sampling: Sampling { temperature: 0.0, seed: 9, max_tokens, ..Sampling::default() },
             cache_salt: [0; 16],
             numerics: None,
+            class: Class::default(),
             capsule: Vec::new(),
         }
     }
@@ -263,7 +277,7 @@ pub mod tests {
         Sequence::new(5, SequenceId(0), job)
     }
     fn done(finish: Finish, prompt_tokens: u32, completion_tokens: u32) -> JobEvent {
-        JobEvent::Done { finish, usage: Usage { prompt_tokens, completion_tokens } }
+        JobEvent::Done { finish, usage: Usage { prompt_tokens, cached_tokens: 0, completion_tokens } }
     }
     fn tokens(position: u32, token: Token) -> JobEvent {
         JobEvent::Tokens { position, tokens: vec![token], logprobs: Vec::new() }
@@ -320,6 +334,9 @@ pub mod tests {
     fn computing_moves_the_border_of_what_is_pending() {
         let mut s = sequence(job(&[1, 3, 4], &[], 3));
         s.compute(2);
+        assert_eq!((s.computed(), s.pending()), (2, &[4][..]));
+        s.compute(1);
+        s.take_back(2);
         assert_eq!((s.computed(), s.pending()), (2, &[4][..]));
         s.compute(1);
         s.advance(9, None, &limits());

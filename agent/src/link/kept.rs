@@ -219,6 +219,9 @@ impl Entry {
 }
 
 #[cfg(test)]
+mod interleavings;
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use crate::engine::sequence::tests::job;

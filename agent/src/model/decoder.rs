@@ -3,6 +3,8 @@
 //! All tokens of a step go through the linear layers together; attention treats each with its own sequence's blocks.
 //! Checked against `tests/golden`, tolerance 1e-4 of the largest logit.
 
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+
 use burn::tensor::Tensor;
 use rayon::prelude::*;
 
@@ -97,13 +99,16 @@ impl Layer {
 
 impl CausalLm for Decoder {
     fn forward(&mut self, batch: &Batch) -> Logits {
+        self.forward_unless(batch, &AtomicBool::new(false)).expect("nobody stops it")
+    }
+    fn forward_unless(&mut self, batch: &Batch, stop: &AtomicBool) -> Option<Logits> {
         let ops = &self.ops;
         for cache in &mut self.caches {
             cache.clear(&batch.cleared);
             cache.copy(&batch.copied);
         }
         if batch.chunks.is_empty() {
-            return Logits::new(Vec::new(), self.config.vocabulary);
+            return Some(Logits::new(Vec::new(), self.config.vocabulary));
         }
         let mut rows = 0;
         let spans = batch.chunks.iter().map(|chunk| {
@@ -114,6 +119,10 @@ impl CausalLm for Decoder {
         let epsilon = self.config.norm_epsilon;
         let mut x = self.embedding.embed(ops, batch.tokens.iter().map(|token| *token as usize));
         for (layer, cache) in self.layers.iter().zip(&mut self.caches) {
+            // A layer takes a millisecond or a few.
+            if stop.load(Relaxed) {
+                return None;
+            }
             let normed = ops.rms_norm(x.clone(), &layer.attention_norm, epsilon);
             x = layer.attention.forward_onto(ops, normed, x, cache, &plan);
             let normed = ops.rms_norm(x.clone(), &layer.mlp_norm, epsilon);
@@ -124,12 +133,12 @@ impl CausalLm for Decoder {
         }
         let wanted = batch.wanted();
         if wanted.is_empty() {
-            return Logits::new(Vec::new(), self.config.vocabulary);
+            return Some(Logits::new(Vec::new(), self.config.vocabulary));
         }
         let x =
             if wanted.len() == batch.tokens.len() { x } else { x.select(0, indices(wanted.into_iter(), ops.device())) };
         let logits = self.head.forward(ops.rms_norm(x, &self.norm, epsilon));
-        Logits::new(values(logits), self.config.vocabulary)
+        Some(Logits::new(values(logits), self.config.vocabulary))
     }
     fn weight_bytes(&self) -> usize {
         let tables = if self.config.tied { 0 } else { self.embedding.bytes() } + self.head.bytes();

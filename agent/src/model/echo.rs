@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use izar_common::chat::{Finish, Job, JobEvent, Logprobs, Token, Usage};
 use izar_common::health::Load;
+use izar_common::prefix::Sketch;
 use izar_common::text;
 
 use crate::engine::sampler::mix;
@@ -127,7 +128,7 @@ fn word(hash: u64, position: u32) -> Token {
 }
 
 fn done(prompt_tokens: u32, completion_tokens: u32) -> JobEvent {
-    JobEvent::Done { finish: Finish::Length, usage: Usage { prompt_tokens, completion_tokens } }
+    JobEvent::Done { finish: Finish::Length, usage: Usage { prompt_tokens, cached_tokens: 0, completion_tokens } }
 }
 
 impl Engine for Echo {
@@ -168,6 +169,13 @@ impl Engine for Echo {
     }
     fn load(&self) -> Load {
         Load { running: self.answers.len() as u32, ..Load::default() }
+    }
+    fn held(&self) -> u64 {
+        // It keeps nothing.
+        0
+    }
+    fn sketch(&self) -> Sketch {
+        Sketch::default()
     }
     fn steps(&self) -> u64 {
         // It computes none.

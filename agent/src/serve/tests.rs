@@ -7,6 +7,7 @@ use crate::engine::sequence::tests::job;
 use izar_common::chat::{Finish, Grammar, JobEvent, Token, Usage};
 use izar_common::id::Hash;
 use izar_common::manifest;
+use izar_common::prefix::Namer;
 use izar_common::wire::agent::{CacheType, Device, Quant};
 
 /// What a test waits for anything at most.
@@ -61,7 +62,11 @@ impl Agent {
     fn answer(&mut self, id: u64) -> Vec<JobEvent> {
         let mut all = Vec::new();
         loop {
-            let FromWorker::Step { events, .. } = self.next() else { panic!("not a step") };
+            let events = match self.next() {
+                FromWorker::Step { events, .. } => events,
+                FromWorker::Sketch(_) => continue,
+                other => panic!("not a step: {other:?}"),
+            };
             all.extend(events.into_iter().filter(|(n, _)| *n == id).map(|(_, e)| e));
             if matches!(all.last(), Some(JobEvent::Done { .. } | JobEvent::Failed { .. })) {
                 return all;
@@ -116,7 +121,7 @@ fn a_job_is_answered_token_by_token_and_ends() {
     for (at, event) in (0..).zip(&events[..3]) {
         assert!(matches!(event, JobEvent::Tokens { position, tokens, .. } if *position == at && tokens.len() == 1));
     }
-    let usage = Usage { prompt_tokens: 2, completion_tokens: 3 };
+    let usage = Usage { prompt_tokens: 2, cached_tokens: 0, completion_tokens: 3 };
     assert_eq!(events[3], JobEvent::Done { finish: Finish::Length, usage });
     agent.leave().unwrap();
 }
@@ -251,7 +256,7 @@ fn the_end_tokens_of_the_text_bundle_count_too() {
     agent.send(&load(&path));
     assert!(matches!(agent.next(), FromWorker::Ready { .. }));
     agent.submit(1, &[413], 4);
-    let usage = Usage { prompt_tokens: 1, completion_tokens: 1 };
+    let usage = Usage { prompt_tokens: 1, cached_tokens: 0, completion_tokens: 1 };
     assert_eq!(agent.answer(1).last(), Some(&JobEvent::Done { finish: Finish::Stop, usage }));
     agent.leave().unwrap();
     let mut agent = Agent::start();
@@ -275,6 +280,27 @@ fn a_real_model_answers_over_the_socket_and_refuses_what_is_impossible() {
     assert_eq!(tokens, [352, 377, 498, 28]);
     agent.submit(2, &[600], 4);
     assert!(matches!(&agent.answer(2)[..], [JobEvent::Failed { retryable: false, .. }]));
+    agent.leave().unwrap();
+}
+
+#[test]
+fn what_the_cache_holds_is_told_when_it_changes() {
+    let mut agent = Agent::start();
+    agent.send(&load_llama());
+    assert!(matches!(agent.next(), FromWorker::Ready { .. }));
+    let prompt: Vec<Token> = (10..50).collect();
+    let names = Namer::new([0; 16]).names(&prompt, usize::MAX);
+    let mut held_after = |id, prompt: &[Token]| {
+        agent.submit(id, prompt, 1);
+        loop {
+            if let FromWorker::Sketch(sketch) = agent.next() {
+                return sketch;
+            }
+        }
+    };
+    assert_eq!(held_after(1, &prompt).prefix(&names), 2);
+    let longer: Vec<Token> = (10..70).collect();
+    assert_eq!(held_after(2, &longer).prefix(&Namer::new([0; 16]).names(&longer, usize::MAX)), 3);
     agent.leave().unwrap();
 }
 

@@ -231,9 +231,12 @@ impl Inbox {
 }
 
 #[cfg(test)]
+mod interleavings;
+
+#[cfg(test)]
 mod tests {
     use super::*;
-    use izar_common::chat::{Finish, Sampling, Usage};
+    use izar_common::chat::{Class, Finish, Sampling, Usage};
     use izar_common::id::{Hash, TurnId};
 
     fn job(max_tokens: u32, delivered: usize) -> Job {
@@ -249,6 +252,7 @@ mod tests {
             sampling,
             cache_salt: [0; 16],
             numerics: None,
+            class: Class::default(),
             capsule: Vec::new(),
         }
     }

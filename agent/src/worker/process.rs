@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use izar_common::health::Load;
 use izar_common::id::{NumericsId, WorkerId};
 use izar_common::manifest::{Kind, Manifest};
+use izar_common::prefix::Sketch;
 use izar_common::wire::agent::EngineOptions;
 use izar_common::wire::worker::{FromWorker, ToWorker};
 use izar_common::wire::{Reader, Writer};
@@ -82,15 +83,18 @@ impl Process {
         match tokio::time::timeout(LOAD_LIMIT, self.rx.next::<FromWorker>()).await {
             Ok(Ok(Some(FromWorker::Ready { numerics }))) => Ok(numerics),
             Ok(Ok(Some(FromWorker::Unloadable { reason }))) => Err(format!("the model cannot be loaded: {reason}")),
-            Ok(Ok(Some(FromWorker::Step { .. }))) => Err("the worker answered before it was ready".into()),
+            Ok(Ok(Some(FromWorker::Step { .. } | FromWorker::Sketch(_)))) => {
+                Err("the worker answered before it was ready".into())
+            }
             Ok(Ok(None)) => Err("the worker died while loading".into()),
             Ok(Err(error)) => Err(format!("the worker died while loading: {error}")),
             Err(_) => Err(format!("the model was not loaded within {} s", LOAD_LIMIT.as_secs())),
         }
     }
 
-    /// Carries jobs and events until the worker is lost; says why. `tell` hears the load after each step.
-    pub async fn carry(&mut self, jobs: &Jobs, tell: impl Fn(Load)) -> String {
+    /// Carries jobs and events until the worker is lost; says why. `tell` hears the load after each step, `hold` what the
+    /// cache holds.
+    pub async fn carry(&mut self, jobs: &Jobs, tell: impl Fn(Load), hold: impl Fn(Sketch)) -> String {
         let (pid, steps) = (self.child.id(), self.steps);
         let (rx, tx) = (&mut self.rx, &mut self.tx);
         let frames = AtomicU64::new(0);
@@ -102,6 +106,8 @@ impl Process {
                         jobs.deliver(events);
                         tell(load);
                     }
+                    // No sign of a step: a worker whose step hangs says it as well.
+                    Ok(Some(FromWorker::Sketch(sketch))) => hold(sketch),
                     Ok(Some(FromWorker::Unloadable { reason })) => return reason,
                     Ok(Some(FromWorker::Ready { .. })) => return "the worker got ready twice".to_owned(),
                     Ok(None) => return "the worker died".to_owned(),

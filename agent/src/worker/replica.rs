@@ -7,6 +7,7 @@ use izar_common::blob::Store;
 use izar_common::chat::Job;
 use izar_common::health::{Load, WorkerReport, WorkerState};
 use izar_common::id::NumericsId;
+use izar_common::prefix::Sketch;
 use izar_common::wire::agent::{EngineOptions, WorkerSpec};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -52,6 +53,8 @@ struct Seen {
     status: Status,
     /// While it is ready.
     jobs: Option<Arc<Jobs>>,
+    /// What its cache holds, as it last said.
+    sketch: Option<Arc<Sketch>>,
 }
 
 /// Why one run of the worker ended.
@@ -69,7 +72,7 @@ impl Replica {
         let detail = "starting".to_owned();
         let (state, pid, numerics) = (WorkerState::Fetching, None, None);
         let status = Status { state, pid, load: Load::default(), restarts: 0, numerics, detail };
-        Self { spec, threads, cpus, seen: Mutex::new(Seen { status, jobs: None }), changed }
+        Self { spec, threads, cpus, seen: Mutex::new(Seen { status, jobs: None, sketch: None }), changed }
     }
 
     fn seen(&self) -> MutexGuard<'_, Seen> {
@@ -106,6 +109,11 @@ impl Replica {
             numerics: status.numerics,
             detail: status.detail,
         }
+    }
+
+    /// What its cache holds for later prompts, if it has said so.
+    pub fn sketch(&self) -> Option<Arc<Sketch>> {
+        self.seen().sketch.clone()
     }
 
     /// Gives the worker a job, or says why it cannot take it now.
@@ -176,7 +184,11 @@ impl Replica {
         });
         let served = stop.run_until_cancelled(self.serve(&mut process, files)).await;
         // Stopped or failed: jobs end now, before the process is waited for, and no more are asked for.
-        let jobs = self.seen().jobs.take();
+        let jobs = {
+            let mut seen = self.seen();
+            seen.sketch = None;
+            seen.jobs.take()
+        };
         if let Some(jobs) = jobs {
             jobs.close("the worker was stopped");
         }
@@ -212,7 +224,11 @@ impl Replica {
             status.detail = String::new();
         });
         let load = |load| self.note(|status| status.load = load);
-        let reason = process.carry(&jobs, load).await;
+        let hold = |sketch| {
+            self.seen().sketch = Some(Arc::new(sketch));
+            self.changed.send_replace(());
+        };
+        let reason = process.carry(&jobs, load, hold).await;
         jobs.close(&reason);
         (reason, Some(ready.elapsed()))
     }

@@ -257,13 +257,17 @@ mod tests {
             Open::Propose,
             Open::Resume,
             Open::Explain,
+            Open::Recall,
         ];
         let may = |opener, other| -> Vec<Open> {
             all.into_iter().filter(|open| allowed(opener, other, *open).is_some()).collect()
         };
         assert_eq!(may(Agent, Controller), [Open::Session, Open::Blob]);
-        assert_eq!(may(Controller, Agent), [Open::Job, Open::Resume]);
-        assert_eq!(may(Controller, Controller), [Open::Blob, Open::RaftUrgent, Open::RaftBulk, Open::Propose]);
+        assert_eq!(may(Controller, Agent), [Open::Job, Open::Resume, Open::Recall]);
+        assert_eq!(
+            may(Controller, Controller),
+            [Open::Blob, Open::RaftUrgent, Open::RaftBulk, Open::Propose, Open::Explain]
+        );
         assert_eq!(may(Agent, Agent), []);
     }
 }

@@ -10,11 +10,18 @@ use crate::chat::{CAPSULE_BYTES, Job, JobEvent};
 use crate::health::{Generation, Report};
 use crate::id::{DeploymentId, Hash, NumericsId, TurnId, WorkerId};
 use crate::manifest::Manifest;
+use crate::prefix::Sketch;
 
 /// From an agent, on its session stream.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Up {
     Report(Report),
+    /// What a worker of the last report holds for later prompts. Apart from reports, which are repeated many times a
+    /// second: it is sent once, and again when it has changed.
+    Sketch {
+        worker: WorkerId,
+        sketch: Sketch,
+    },
 }
 impl Wire for Up {
     const TYPE: u16 = 16;

@@ -10,6 +10,7 @@ use crate::chat::{Job, JobEvent};
 use crate::health::Load;
 use crate::id::NumericsId;
 use crate::manifest::Manifest;
+use crate::prefix::Sketch;
 
 /// Characters of a reason that travel; the frames' limits are far higher.
 pub const REASON: usize = 1000;
@@ -49,6 +50,8 @@ pub enum FromWorker {
     Unloadable { reason: String },
     /// What a step gave, for all its jobs together, and the load after it.
     Step { events: Vec<(u64, JobEvent)>, load: Load },
+    /// What the cache holds for later prompts, when that has changed.
+    Sketch(Sketch),
 }
 impl Wire for FromWorker {
     const TYPE: u16 = 33;

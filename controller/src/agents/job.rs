@@ -9,6 +9,7 @@ use izar_common::id::{NodeId, NumericsId, WorkerId};
 use izar_common::quic::{self, Receiver, Sender};
 
 use super::roster::Roster;
+use crate::scheduler::Why;
 
 /// The events of a job, from the worker that it was placed on. Dropping it cancels the job.
 pub struct JobStream {
@@ -16,6 +17,8 @@ pub struct JobStream {
     pub worker: WorkerId,
     /// What computes it.
     pub numerics: Option<NumericsId>,
+    /// Why it was placed there; `None` for a job that another controller began.
+    pub why: Option<Why>,
     /// `None` when the job has ended or its stream is lost.
     streams: Option<(Sender, Receiver)>,
     /// Why it ended before its first event, told once.
@@ -30,6 +33,7 @@ pub(super) struct Counted {
     pub agent: NodeId,
     pub worker: WorkerId,
     pub numerics: Option<NumericsId>,
+    pub why: Option<Why>,
 }
 
 impl Drop for Counted {
@@ -44,14 +48,20 @@ fn failed(reason: String, retryable: bool) -> JobEvent {
 
 impl JobStream {
     pub(super) fn running(counted: Counted, tx: Sender, rx: Receiver) -> Self {
-        let (agent, worker, numerics) = (counted.agent.clone(), counted.worker.clone(), counted.numerics);
-        Self { agent, worker, numerics, streams: Some((tx, rx)), failed: None, counted: Some(counted) }
+        Self::placed(counted, Some((tx, rx)), None)
     }
 
     /// A job that has failed before it reached its worker.
     pub(super) fn failed(counted: Counted, reason: String, retryable: bool) -> Self {
+        let mut stream = Self::placed(counted, None, Some(failed(reason, retryable)));
+        stream.counted = None;
+        stream
+    }
+
+    fn placed(mut counted: Counted, streams: Option<(Sender, Receiver)>, failed: Option<JobEvent>) -> Self {
         let (agent, worker, numerics) = (counted.agent.clone(), counted.worker.clone(), counted.numerics);
-        Self { agent, worker, numerics, streams: None, failed: Some(failed(reason, retryable)), counted: None }
+        let why = counted.why.take();
+        Self { agent, worker, numerics, why, streams, failed, counted: Some(counted) }
     }
 
     /// The streams, while the job runs.

@@ -10,7 +10,9 @@ use futures_util::stream::FuturesUnordered;
 use izar_common::chat::Job;
 use izar_common::clock::wall_ms;
 use izar_common::health::{Report, WorkerReport};
-use izar_common::id::{Hash, NodeId, TurnId, WorkerId};
+use izar_common::id::{DeploymentId, Hash, NodeId, TurnId, WorkerId};
+use izar_common::manifest::Kind;
+use izar_common::prefix::{BLOCK, Name, Namer, Sketch};
 use izar_common::quic::{self, Connection};
 use izar_common::wire::agent::{Recall, Recalled, Resume, Resumed, Submit};
 use izar_common::wire::handshake::Open;
@@ -18,7 +20,10 @@ use tokio::sync::{Notify, watch};
 
 use super::job::{Counted, JobStream};
 use crate::fleet::Fleet;
-use crate::scheduler::{self, Ask, NoPlace};
+use crate::prefixes::Prefixes;
+use crate::queue::Room;
+use crate::room;
+use crate::scheduler::{self, Ask, NoPlace, PREFIX_BLOCKS, Place};
 use crate::state::{Config, Deployment};
 
 /// How long agents are asked whether they keep an answer: a client waits, and it can be computed again.
@@ -33,19 +38,23 @@ pub struct Roster {
     config: watch::Receiver<Arc<Config>>,
     soft: Mutex<Soft>,
     asks: AtomicU64,
+    /// Told when there may be room for a job: one has ended, or an agent has reported.
+    pub freed: Notify,
     /// Told when an agent comes or goes, or a worker of it does.
     pub moved: Notify,
 }
 
 struct Soft {
     fleet: Fleet,
+    prefixes: Prefixes,
     sessions: HashMap<NodeId, Connection>,
 }
 
 impl Roster {
     pub fn new(config: watch::Receiver<Arc<Config>>) -> Self {
-        let soft = Soft { fleet: Fleet::new(wall_ms()), sessions: HashMap::new() };
-        Self { config, soft: Mutex::new(soft), asks: AtomicU64::new(0), moved: Notify::new() }
+        let (fleet, prefixes) = (Fleet::new(wall_ms()), Prefixes::default());
+        let soft = Soft { fleet, prefixes, sessions: HashMap::new() };
+        Self { config, soft: Mutex::new(soft), asks: AtomicU64::new(0), freed: Notify::new(), moved: Notify::new() }
     }
 
     fn soft(&self) -> MutexGuard<'_, Soft> {
@@ -63,6 +72,7 @@ impl Roster {
         if !soft.fleet.connect(agent, wall_ms()) {
             return false;
         }
+        soft.prefixes.forget(agent);
         if let Some(old) = soft.sessions.insert(agent.clone(), connection.clone()) {
             old.close("replaced by a newer session of the same agent");
         }
@@ -80,6 +90,7 @@ impl Roster {
         }
         soft.sessions.remove(agent);
         soft.fleet.disconnect(agent);
+        soft.prefixes.forget(agent);
         drop(soft);
         self.moved.notify_one();
         true
@@ -94,8 +105,10 @@ impl Roster {
         let states = |workers: &[WorkerReport]| workers.iter().map(|w| (w.worker.clone(), w.state)).collect::<Vec<_>>();
         let before = soft.fleet.agents.get(agent).and_then(|view| Some(states(&view.report.as_ref()?.workers)));
         let moved = before.is_none_or(|before| before != states(&report.workers));
+        soft.prefixes.report(agent, &report);
         soft.fleet.report(agent, report, wall_ms());
         drop(soft);
+        self.freed.notify_one();
         if moved {
             self.moved.notify_one();
         }
@@ -106,6 +119,14 @@ impl Roster {
         scheduler::revision(&self.soft().fleet, config, deployment)
     }
 
+    /// Takes what a worker holds for later prompts, unless a newer session has replaced this one.
+    pub fn sketch(&self, agent: &NodeId, connection: &Connection, worker: &WorkerId, sketch: Sketch) {
+        let mut soft = self.soft();
+        if soft.sessions.get(agent).map(Connection::stable_id) == Some(connection.stable_id()) {
+            soft.prefixes.sketch(agent, worker, sketch);
+        }
+    }
+
     /// Jobs of this controller on an agent.
     pub fn jobs(&self, agent: &NodeId) -> u32 {
         self.soft().fleet.agents.get(agent).map_or(0, |view| view.jobs())
@@ -113,26 +134,38 @@ impl Roster {
 
     pub(super) fn end(&self, agent: &NodeId, worker: &WorkerId) {
         self.soft().fleet.end(agent, worker);
+        self.freed.notify_one();
+    }
+
+    /// How many jobs the workers of a deployment have room for.
+    pub fn room(&self, deployment: &DeploymentId, revision: Hash) -> Room {
+        let config = self.config.borrow().clone();
+        let ask = Ask::any(deployment, revision, wall_ms());
+        room::room(&self.soft().fleet, &config, &ask)
     }
 
     /// Chooses a worker and counts the job for it.
     fn place(self: &Arc<Self>, job: &Job, avoid: &[WorkerId]) -> Result<(Counted, Connection), NoPlace> {
         let config = self.config.borrow().clone();
+        let names = names(job, &config);
         let ask = Ask {
             deployment: &job.deployment,
             revision: job.revision,
             numerics: job.numerics,
             avoid,
+            class: job.class,
+            tokens: u32::try_from(job.prompt.len() + job.delivered.len()).unwrap_or(u32::MAX),
+            names: &names,
             now_ms: wall_ms(),
             rotation: self.asks.fetch_add(1, Ordering::Relaxed),
         };
         let mut soft = self.soft();
-        let place = scheduler::place(&soft.fleet, &config, &ask)?;
+        let place = scheduler::place(&soft.fleet, &soft.prefixes, &config, &ask)?;
         let connection = soft.sessions.get(&place.agent).expect("a connected agent has a session").clone();
         soft.fleet.begin(&place.agent, &place.worker);
-        let counted =
-            Counted { roster: self.clone(), agent: place.agent, worker: place.worker, numerics: place.numerics };
-        Ok((counted, connection))
+        soft.prefixes.sent(&place.worker, &names, ask.now_ms);
+        let Place { agent, worker, numerics, why } = place;
+        Ok((Counted { roster: self.clone(), agent, worker, numerics, why: Some(why) }, connection))
     }
 
     /// Finds the agent that keeps the answer of a job which another controller began, and reads it from its beginning.
@@ -186,7 +219,7 @@ impl Roster {
         };
         let (worker, numerics, tx, rx) = tokio::time::timeout(ATTACH_LIMIT, asking).await.ok()??;
         self.soft().fleet.begin(&agent, &worker);
-        Some(JobStream::running(Counted { roster: self.clone(), agent, worker, numerics }, tx, rx))
+        Some(JobStream::running(Counted { roster: self.clone(), agent, worker, numerics, why: None }, tx, rx))
     }
 
     /// Sends a job to the best worker; `avoid` names workers that have just failed it.
@@ -216,4 +249,15 @@ impl Roster {
         }
         Ok(stream)
     }
+}
+
+/// Names what a worker may have of a job in its cache: the beginning of all that is known, in full blocks. The echo model
+/// keeps nothing.
+fn names(job: &Job, config: &Config) -> Vec<Name> {
+    let kind = config.models.get(&job.revision).map(|model| &model.manifest.kind);
+    if matches!(kind, None | Some(Kind::Echo { .. })) {
+        return Vec::new();
+    }
+    let known = job.prompt.iter().chain(&job.delivered).copied().take(PREFIX_BLOCKS * BLOCK);
+    Namer::new(job.cache_salt).names(&known.collect::<Vec<_>>(), PREFIX_BLOCKS)
 }

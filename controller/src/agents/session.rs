@@ -96,7 +96,7 @@ async fn session(inner: &Inner, agent: &NodeId, connection: &Connection, tx: Sen
     }
 }
 
-/// Takes reports until the stream ends; only the newest is kept.
+/// Takes reports, and what workers hold, until the stream ends; only the newest is kept.
 async fn read_reports(
     inner: &Inner,
     agent: &NodeId,
@@ -104,26 +104,47 @@ async fn read_reports(
     mut rx: Receiver,
     heard: &AtomicU64,
 ) -> Result<(), wire::Error> {
-    while let Some(Up::Report(report)) = rx.next().await? {
+    while let Some(up) = rx.next().await? {
         heard.fetch_add(1, Relaxed);
-        inner.roster.report(agent, connection, report);
+        match up {
+            Up::Report(report) => inner.roster.report(agent, connection, report),
+            Up::Sketch { worker, sketch } => inner.roster.sketch(agent, connection, &worker, sketch),
+        }
     }
     Ok(())
 }
 
-/// Waits until an agent with jobs of this controller's is as good as dead; says why. Its jobs go on elsewhere then, and it
-/// is welcome to come back.
+/// How long an agent with jobs has said nothing. Pure.
 ///
 /// Ticks are counted, not time: a controller that gets no processor itself is late with both.
+#[derive(Debug)]
+struct Silence {
+    /// Reports heard at the last tick.
+    heard: u64,
+    ticks: u32,
+}
+
+impl Silence {
+    fn new(heard: u64) -> Self {
+        Self { heard, ticks: 0 }
+    }
+
+    /// Takes a tick: reports heard so far, and whether the agent has jobs. Returns whether it has been silent too long.
+    fn tick(&mut self, heard: u64, busy: bool) -> bool {
+        self.ticks = if heard == self.heard && busy { self.ticks + 1 } else { 0 };
+        self.heard = heard;
+        self.ticks >= SILENT_TICKS
+    }
+}
+
+/// Waits until an agent with jobs of this controller's is as good as dead; says why. Its jobs go on elsewhere then, and it
+/// is welcome to come back.
 async fn watch(inner: &Inner, agent: &NodeId, heard: &AtomicU64, tripwire: &Tripwire) -> &'static str {
-    let (mut silent, mut last) = (0, heard.load(Relaxed));
+    let mut silence = Silence::new(heard.load(Relaxed));
     loop {
         tokio::select! {
             () = tokio::time::sleep(TICK) => {
-                let now = heard.load(Relaxed);
-                silent = if now == last && inner.roster.jobs(agent) > 0 { silent + 1 } else { 0 };
-                last = now;
-                if silent == SILENT_TICKS {
+                if silence.tick(heard.load(Relaxed), inner.roster.jobs(agent) > 0) {
                     return "it has jobs and says nothing";
                 }
             }
@@ -160,6 +181,28 @@ async fn write_orders(inner: &Inner, agent: &NodeId, mut tx: Sender, tripwire: &
         if config.changed().await.is_err() {
             // Raft has stopped; the session ends with the controller.
             std::future::pending::<()>().await;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn an_agent_is_given_up_after_five_ticks_with_jobs_and_without_a_word_and_never_otherwise(
+            // Reports between two ticks, mostly none, and whether there are jobs, mostly some.
+            ticks in prop::collection::vec((prop_oneof![4 => Just(0), 1 => 1..3_u64], prop::bool::weighted(0.9)), 0..80),
+        ) {
+            let (mut silence, mut heard) = (Silence::new(7), 7);
+            for at in 0..ticks.len() {
+                heard += ticks[at].0;
+                let last = &ticks[(at + 1).saturating_sub(SILENT_TICKS as usize)..=at];
+                let dead = last.len() == SILENT_TICKS as usize && last.iter().all(|(reports, busy)| *reports == 0 && *busy);
+                prop_assert_eq!(silence.tick(heard, ticks[at].1), dead, "tick {}", at);
+            }
         }
     }
 }

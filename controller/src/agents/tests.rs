@@ -4,9 +4,11 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use izar_common::chat::{Finish, Job, JobEvent, Sampling, Usage};
+use izar_common::chat::{Class, Finish, Job, JobEvent, Sampling, Usage};
 use izar_common::health::{Report, WorkerState};
 use izar_common::id::{ClusterId, Hash, Identity, NodeId, Role, TurnId};
+use izar_common::manifest::Kind;
+use izar_common::prefix::{Namer, Sketch};
 use izar_common::quic::{self, Connection, Endpoint, Profile, Receiver, Sender};
 use izar_common::tls::{Files, NodeTls, pki};
 use izar_common::wire::agent::Submit;
@@ -53,11 +55,18 @@ fn a1() -> NodeId {
 }
 
 async fn pair() -> Pair {
+    pair_of(Kind::Echo { first_token_us: 0, next_token_us: 0 }).await
+}
+
+/// `kind`: what the worker runs.
+async fn pair_of(kind: Kind) -> Pair {
     let dir = tempfile::tempdir().unwrap();
     let controller = bind(dir.path(), Role::Controller, "c1");
     let agent = bind(dir.path(), Role::Agent, "a1");
     let (agent_side, controller_side) = dial(&controller, &agent).await;
-    let config_tx = watch::Sender::new(Arc::new(config("m 1", "m.0@a1")));
+    let mut config = config("m 1", "m.0@a1");
+    config.models.values_mut().for_each(|model| model.manifest.kind = kind.clone());
+    let config_tx = watch::Sender::new(Arc::new(config));
     let roster = Arc::new(Roster::new(config_tx.subscribe()));
     assert!(roster.join(&a1(), &controller_side));
     roster.report(&a1(), &controller_side, report());
@@ -87,6 +96,7 @@ fn job() -> Job {
         sampling,
         cache_salt: [0; 16],
         numerics: None,
+        class: Class::default(),
         capsule: Vec::new(),
     }
 }
@@ -187,4 +197,24 @@ async fn an_agent_without_a_session_gets_no_jobs_and_a_newer_session_replaces_th
     assert!(!view.connected && view.workers()[0].state == WorkerState::Ready, "what it said last is kept");
     assert!(pair.roster.submit(job(), &[]).await.is_err());
     drop(newer_agent);
+}
+
+#[tokio::test]
+async fn a_job_says_why_it_was_placed_and_what_its_worker_holds_counts() {
+    let pair = pair_of(Kind::Gguf).await;
+    let prompt: Vec<u32> = (0..40).collect();
+    let ask = Job { prompt: prompt.clone(), ..job() };
+    let first = pair.roster.submit(ask.clone(), &[]).await.unwrap();
+    assert_eq!(first.why.as_ref().unwrap().chosen.cached_tokens, 0);
+    let second = pair.roster.submit(ask.clone(), &[]).await.unwrap();
+    assert_eq!(second.why.as_ref().unwrap().chosen.cached_tokens, 32, "it was sent there just before");
+    // A new session begins with nothing, until the worker has spoken.
+    let (_newer_agent, newer) = dial(&pair.controller, &pair.agent).await;
+    assert!(pair.roster.join(&a1(), &newer));
+    pair.roster.report(&a1(), &newer, report());
+    let names = Namer::new([0; 16]).names(&prompt, 9);
+    pair.roster.sketch(&a1(), &pair.controller_side, &"m.0".parse().unwrap(), Sketch::of(names.iter()));
+    pair.roster.sketch(&a1(), &newer, &"m.0".parse().unwrap(), Sketch::of(names[..1].iter()));
+    let third = pair.roster.submit(ask, &[]).await.unwrap();
+    assert_eq!(third.why.as_ref().unwrap().chosen.cached_tokens, 16, "the older session no longer counts");
 }

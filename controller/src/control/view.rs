@@ -530,7 +530,7 @@ mod tests {
             labels: Default::default(),
             workers,
         };
-        AgentView { connected, last_report_ms: 1, report: Some(report), in_flight: Default::default() }
+        AgentView { connected, last_report_ms: 1, report: Some(report), ..AgentView::default() }
     }
 
     fn fleet(agents: Vec<(&str, AgentView)>) -> Fleet {

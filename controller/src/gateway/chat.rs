@@ -5,6 +5,7 @@
 
 mod pump;
 mod repeat;
+mod wait;
 
 use std::future::poll_fn;
 use std::pin::Pin;
@@ -30,6 +31,7 @@ use super::models::{self, Served};
 use super::openai::sse::{Events, OTHER_EVENTS};
 use super::outlet::{OutletBody, outlet};
 use super::permits::Permit;
+use super::queues::{Facts, Pass};
 use super::running::{self, Begun, Stage};
 use super::trace::{self, What};
 use super::turn::Scored;
@@ -44,6 +46,8 @@ const INLINE_BYTES: usize = 4 << 10;
 /// Pauses between attempts to record that a turn has ended, while the cluster cannot.
 const RECORD_AGAIN: Duration = Duration::from_millis(100);
 const RECORD_AGAIN_MOST: Duration = Duration::from_secs(2);
+/// Pause before a turn that no worker took is placed again: long enough for some to end, and no time to who waits.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
 /// What is to be answered.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -183,6 +187,9 @@ pub struct Order {
     permit: Option<Permit>,
     /// Where the client is in the stream: at its beginning, or where another controller left it.
     cursor: Cursor,
+    /// Its turn at the workers, and how it came to it.
+    pass: Option<Pass>,
+    facts: Option<Facts>,
     claim: Claim,
     /// The request, sealed, for agents to keep.
     capsule: Vec<u8>,
@@ -195,6 +202,11 @@ pub struct Order {
 impl Order {
     pub fn deployment(&self) -> &DeploymentId {
         &self.served.deployment
+    }
+
+    /// Nothing of it was computed before.
+    fn is_new(&self) -> bool {
+        matches!(self.claim, Claim::Begin { .. })
     }
 
     /// Has agents keep the sealed request beside the answer, if there is room for it: here, and in the job that is sent.
@@ -283,6 +295,8 @@ pub async fn prepare(
         stops,
         permit,
         cursor,
+        pass: None,
+        facts: None,
         claim,
         capsule,
         _place: place,
@@ -402,20 +416,36 @@ async fn run(gateway: Gateway, mut order: Order, mut exit: Exit, streamed: bool)
         false => gateway.list.begin(begun),
         true => running::List::unlisted(begun),
     };
-    if !matches!(order.claim, Claim::Begin { .. }) {
+    if !order.is_new() {
         listed.note(What::Resumed);
     }
-    let (ended, usage, hold) = match begin(&gateway, &order, streamed).await {
+    let begun = match wait::wait(&gateway, &mut order, &listed, &mut exit).await {
+        Ok(()) => begin(&gateway, &order, &mut exit, streamed).await,
+        Err(ended) => Err(Stopped { ended, recorded: false }),
+    };
+    if let Some(Facts { class, ahead, waited_ms, .. }) = order.facts.filter(Facts::waited) {
+        listed.note(What::Waited { class, ahead, waited_ms });
+    }
+    let (ended, usage, hold) = match begun {
         Ok((streams, hold)) => {
             let (ended, usage) = pump(&gateway, &order, &listed, streams, &mut exit).await;
             (ended, usage, hold)
         }
-        Err(Refused { error, recorded }) => {
-            let (code, reason) = (error.row().code.to_owned(), trace::reason(&error.to_string()));
-            listed.note(What::Refused { code, reason });
-            (Ended::Failed(error), Usage::default(), if recorded { Hold::Ours } else { Hold::Others })
+        Err(stopped) => {
+            if let Ended::Failed(error) = &stopped.ended {
+                let (code, reason) = (error.row().code.to_owned(), trace::reason(&error.to_string()));
+                listed.note(What::Refused { code, reason });
+            }
+            (stopped.ended, Usage::default(), if stopped.recorded { Hold::Ours } else { Hold::Others })
         }
     };
+    if let Some(pass) = order.pass.take() {
+        match &ended {
+            Ended::Finished { .. } => pass.finish(Some(usage)),
+            Ended::Failed(_) => pass.finish(None),
+            Ended::Gone => {}
+        }
+    }
     listed.enter(Stage::Closing);
     // A client that came back to this very controller has its end told by the task that goes on.
     let ours = hold == Hold::Ours && listed.is_current();
@@ -456,11 +486,17 @@ async fn run(gateway: Gateway, mut order: Order, mut exit: Exit, streamed: bool)
     }
 }
 
-/// Why a turn did not begin.
-struct Refused {
-    error: Error,
+/// How a turn ended that did not begin.
+struct Stopped {
+    ended: Ended,
     /// Its opening is, or may yet become, part of the record, and so must its end.
     recorded: bool,
+}
+
+impl Stopped {
+    fn failed(error: Error, recorded: bool) -> Self {
+        Self { ended: Ended::Failed(error), recorded }
+    }
 }
 
 /// Whose turn it is.
@@ -472,38 +508,56 @@ enum Hold {
     Others,
 }
 
+/// The jobs of a turn, and who records its end.
+type Placed = (Vec<JobStream>, Hold);
+
 /// Records the turn and places its jobs, side by side.
-async fn begin(gateway: &Gateway, order: &Order, streamed: bool) -> Result<(Vec<JobStream>, Hold), Refused> {
-    let refused = |error| Refused { error, recorded: false };
+async fn begin(gateway: &Gateway, order: &Order, exit: &mut Exit, streamed: bool) -> Result<Placed, Stopped> {
     match &order.claim {
         Claim::Begin { .. } => {}
         Claim::Resume(_) => return take_over(gateway, order, streamed).await,
         Claim::Repeat(first) => return repeat::begin(gateway, order, first, streamed).await,
     }
     let submit = |choice| Box::pin(gateway.agents.submit(job(gateway, order, choice, 0)));
-    let mut jobs: Vec<_> = (0..order.choices).map(submit).map(future::maybe_done).collect();
     // Placing is decided at once; a job that goes nowhere needs no record.
-    for job in &mut jobs {
-        let _ = poll_fn(|cx| Poll::Ready(job.poll_unpin(cx))).await;
-        if let MaybeDone::Done(Err(_)) = job {
-            let Some(Err(no_place)) = Pin::new(job).take_output() else { unreachable!("it was just seen") };
-            return Err(refused(no_place.into()));
+    let mut jobs = 'placed: loop {
+        let mut jobs: Vec<_> = (0..order.choices).map(submit).map(future::maybe_done).collect();
+        for job in &mut jobs {
+            let _ = poll_fn(|cx| Poll::Ready(job.poll_unpin(cx))).await;
+            if let MaybeDone::Done(Err(_)) = job {
+                let Some(Err(no_place)) = Pin::new(job).take_output() else { unreachable!("it was just seen") };
+                let waits = order.pass.as_ref().is_some_and(Pass::may_wait);
+                if !(waits && matches!(no_place, NoPlace::AllFull { .. })) {
+                    return Err(Stopped::failed(no_place.into(), false));
+                }
+                drop(jobs);
+                // Another controller was faster. This one keeps its place in front of who came later.
+                tokio::select! {
+                    () = tokio::time::sleep(LOOK_AGAIN) => continue 'placed,
+                    () = exit.gone() => return Err(Stopped { ended: Ended::Gone, recorded: false }),
+                    () = gateway.kill.cancelled() => return Err(Stopped::failed(Error::Stopping, false)),
+                }
+            }
         }
+        break jobs;
+    };
+    if let Some(pass) = &order.pass {
+        pass.placed();
     }
     let (opened, _) = tokio::join!(record_begin(gateway, order, streamed), future::join_all(&mut jobs));
     opened?;
     let placed = jobs.iter_mut().map(|job| Pin::new(job).take_output().expect("all jobs were waited for"));
     let placed: Result<_, NoPlace> = placed.collect();
-    let placed = placed.map_err(|no_place| Refused { error: no_place.into(), recorded: true })?;
+    let placed = placed.map_err(|no_place| Stopped::failed(no_place.into(), true))?;
     Ok((placed, Hold::Ours))
 }
 
 /// Makes a turn this controller's and goes on with its answer.
-async fn take_over(gateway: &Gateway, order: &Order, streamed: bool) -> Result<(Vec<JobStream>, Hold), Refused> {
+async fn take_over(gateway: &Gateway, order: &Order, streamed: bool) -> Result<Placed, Stopped> {
     record_begin(gateway, order, streamed).await?;
     let going_on = (0..order.choices).map(|choice| go_on(gateway, order, choice));
     let placed: Result<_, NoPlace> = future::join_all(going_on).await.into_iter().collect();
-    let placed = placed.map_err(|no_place| Refused { error: no_place.into(), recorded: true })?;
+    let placed = placed.map_err(|no_place| Stopped::failed(no_place.into(), true))?;
     Ok((placed, Hold::Ours))
 }
 
@@ -528,11 +582,12 @@ fn job(gateway: &Gateway, order: &Order, choice: u32, attempt: u32) -> Job {
         cache_salt: gateway.pepper.cache_salt(&order.caller.tenant),
         // What a client has of a stream goes on exactly where the same computes it.
         numerics: order.cursor.numerics,
+        class: order.arrival.urgency.class,
         capsule: order.capsule.clone(),
     }
 }
 
-async fn record_begin(gateway: &Gateway, order: &Order, stream: bool) -> Result<(), Refused> {
+async fn record_begin(gateway: &Gateway, order: &Order, stream: bool) -> Result<(), Stopped> {
     let opening = Opening {
         turn: order.arrival.turn,
         tenant: order.caller.tenant.clone(),
@@ -547,7 +602,7 @@ async fn record_begin(gateway: &Gateway, order: &Order, stream: bool) -> Result<
         once: if let Claim::Begin { once } = order.claim { once } else { None },
         provisional: false,
     };
-    if gateway.leadership.borrow().leader.is_none() {
+    if !gateway.leaderless.ends(&gateway.leadership).await {
         return note_begin(gateway, order, opening, "no leader is known", false).await;
     }
     let command = match &order.claim {
@@ -560,8 +615,8 @@ async fn record_begin(gateway: &Gateway, order: &Order, stream: bool) -> Result<
             gateway.metrics.commit_seconds.observe(begun.elapsed());
             Ok(())
         }
-        Ok(Reply::Refused(Refusal::UnknownTurn(_))) => Err(Refused { error: Error::UnknownStream, recorded: false }),
-        Ok(Reply::Refused(refusal)) => Err(Refused { error: refusal.into(), recorded: false }),
+        Ok(Reply::Refused(Refusal::UnknownTurn(_))) => Err(Stopped::failed(Error::UnknownStream, false)),
+        Ok(Reply::Refused(refusal)) => Err(Stopped::failed(refusal.into(), false)),
         // It may still be committed after we have stopped waiting.
         Err(unavailable) => note_begin(gateway, order, opening, &unavailable.reason, true).await,
     }
@@ -574,8 +629,8 @@ async fn note_begin(
     opening: Opening,
     reason: &str,
     proposed: bool,
-) -> Result<(), Refused> {
-    let refused = |reason: String| Err(Refused { error: Error::Unavailable { reason }, recorded: proposed });
+) -> Result<(), Stopped> {
+    let refused = |reason: String| Err(Stopped::failed(Error::Unavailable { reason }, proposed));
     if !order.caller.project.available {
         return refused(reason.to_owned());
     }

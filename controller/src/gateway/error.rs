@@ -4,6 +4,7 @@
 //! prompt, answer or key of anybody else.
 
 use axum::http::StatusCode;
+use izar_common::chat::Class;
 use izar_common::id::TurnId;
 
 use crate::scheduler::NoPlace;
@@ -43,6 +44,15 @@ pub enum Error {
     TooManyRequests { limit: u32 },
     #[error("{reason}; try again a little later")]
     ReplicasFull { reason: String },
+    #[error("{reason}; try again in {retry_after_s} s")]
+    QueueFull { reason: String, retry_after_s: u32 },
+    #[error(
+        "the whole answer would take about {expected_ms} ms, longer than the deadline allows; ask again in \
+         {retry_after_s} s, or with a later deadline"
+    )]
+    DeadlineUnreachable { expected_ms: u64, retry_after_s: u32 },
+    #[error("X-Izar-Class: requests of this project are of class {most} at most; `{asked}` is more urgent")]
+    ClassNotAllowed { asked: Class, most: Class },
     #[error("this server runs as many requests as it may")]
     Overloaded,
     #[error("{reason}")]
@@ -127,6 +137,13 @@ impl Error {
             Error::ReplicasFull { .. } => {
                 row(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", "replicas_full", Some(1))
             }
+            Error::QueueFull { retry_after_s, .. } => {
+                row(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", "queue_full", Some(*retry_after_s))
+            }
+            Error::DeadlineUnreachable { retry_after_s, .. } => {
+                row(StatusCode::SERVICE_UNAVAILABLE, SERVER, "deadline_unreachable", Some(*retry_after_s))
+            }
+            Error::ClassNotAllowed { .. } => row(StatusCode::FORBIDDEN, REQUEST, "class_not_allowed", None),
             Error::Overloaded => row(StatusCode::SERVICE_UNAVAILABLE, SERVER, "overloaded", Some(1)),
             // A worker that was started again needs a few seconds for its model.
             Error::NoReplica { .. } => row(StatusCode::SERVICE_UNAVAILABLE, SERVER, "no_replica_ready", Some(2)),
@@ -151,6 +168,7 @@ impl Error {
             Error::Invalid { field, .. } => field.as_deref(),
             Error::Unsupported { field, .. } => Some(field),
             Error::UnknownModel { .. } => Some("model"),
+            Error::ClassNotAllowed { .. } => Some("X-Izar-Class"),
             Error::ContextTooShort { .. } => Some("max_tokens"),
             Error::OtherRequest => Some("Idempotency-Key"),
             _ => None,
@@ -212,6 +230,12 @@ mod tests {
         check(Error::TooManyRequests { limit: 1 }, 429, "rate_limit_exceeded", true);
         check(Error::Overloaded, 503, "overloaded", true);
         check(Error::ReplicasFull { reason: text() }, 429, "replicas_full", true);
+        check(Error::QueueFull { reason: text(), retry_after_s: 7 }, 429, "queue_full", true);
+        let unreachable = Error::DeadlineUnreachable { expected_ms: 900, retry_after_s: 7 };
+        assert_eq!(unreachable.row().retry_after_s, Some(7));
+        check(unreachable, 503, "deadline_unreachable", true);
+        let raised = Error::ClassNotAllowed { asked: Class::Urgent, most: Class::Batch };
+        check(raised, 403, "class_not_allowed", false);
         check(Error::NoReplica { reason: text() }, 503, "no_replica_ready", true);
         check(Error::Unavailable { reason: text() }, 503, "unavailable", true);
         check(Error::UnknownStream, 409, "unknown_stream", false);

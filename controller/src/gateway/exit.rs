@@ -41,10 +41,10 @@ pub struct Stream {
     begun: bool,
     outlet: Outlet,
     events: Events,
-    /// Where the client is.
+    /// Where the client is: a client who came back has some events of each choice already, and they are not said again.
     cursor: Cursor,
-    /// Events of each choice that a client who came back has already; they are not said again.
-    had: Vec<u32>,
+    /// Events of each choice so far, those that the client had among them.
+    said: Vec<u32>,
     written: Instant,
     /// A choice has lost its worker, and no text has come since.
     paused: bool,
@@ -58,14 +58,13 @@ impl Exit {
 
     /// `cursor`: where the client is in the stream; what it has is not said again.
     pub fn stream(head: oneshot::Sender<Result<(), Error>>, outlet: Outlet, events: Events, cursor: Cursor) -> Self {
-        let had = cursor.events.clone();
         Self::Stream(Stream {
             head: Some(head),
-            begun: had.iter().any(|events| *events > 0),
+            begun: cursor.events.iter().any(|events| *events > 0),
             outlet,
             events,
-            cursor: Cursor { events: vec![0; had.len()], ..cursor },
-            had,
+            said: vec![0; cursor.events.len()],
+            cursor,
             written: Instant::now(),
             paused: false,
         })
@@ -88,14 +87,12 @@ impl Exit {
                 choice.scored.extend_from_slice(shown.scored());
             }
             Exit::Stream(stream) => {
-                let new = stream.new_events(choice, shown.len());
+                let new = stream.say(choice, shown.len());
                 stream.write(new, |events, cursor, out| {
-                    for (i, piece) in shown.pieces().enumerate() {
+                    for piece in shown.pieces().skip(shown.len() - new) {
                         cursor.events[choice as usize] += 1;
-                        if i >= shown.len() - new {
-                            cursor.write(out);
-                            events.text(choice, piece, out);
-                        }
+                        cursor.write(out);
+                        events.text(choice, piece, out);
                     }
                 })?;
                 (stream.written, stream.paused) = (now, false);
@@ -190,7 +187,7 @@ impl Exit {
 impl Stream {
     /// Writes so many events, after the first ones of every choice where these are still missing.
     fn write(&mut self, count: usize, write: impl FnOnce(&Events, &mut Cursor, &mut BytesMut)) -> Result<(), Closed> {
-        let first = if self.begun { 0 } else { self.had.len() };
+        let first = if self.begun { 0 } else { self.said.len() };
         self.begun = true;
         let (events, cursor) = (&self.events, &mut self.cursor);
         self.outlet.events(count + first, |out| {
@@ -199,10 +196,11 @@ impl Stream {
         })
     }
 
-    /// How many of the next events of a choice its client does not have.
-    fn new_events(&self, choice: u32, count: usize) -> usize {
-        let (said, had) = (self.cursor.events[choice as usize], self.had[choice as usize]);
-        count - (had.saturating_sub(said) as usize).min(count)
+    /// Counts the next events of a choice; returns how many of them its client does not have.
+    fn say(&mut self, choice: u32, count: usize) -> usize {
+        let (said, has) = (&mut self.said[choice as usize], self.cursor.events[choice as usize]);
+        *said += count as u32;
+        said.saturating_sub(has) as usize
     }
 
     /// Writes the event that ends a choice, if it is new, and so many more after it.
@@ -213,10 +211,10 @@ impl Stream {
         more: usize,
         rest: impl FnOnce(&Events, &mut BytesMut),
     ) -> Result<(), Closed> {
-        let new = self.new_events(choice, 1);
+        let new = self.say(choice, 1);
         self.write(new + more, |events, cursor, out| {
-            cursor.events[choice as usize] += 1;
             if new > 0 {
+                cursor.events[choice as usize] += 1;
                 cursor.write(out);
                 events.end(choice, finish, out);
             }
@@ -246,9 +244,12 @@ impl Stream {
 }
 
 #[cfg(test)]
+mod cuts;
+
+#[cfg(test)]
 mod tests {
     use super::*;
-    use crate::gateway::memory::Memory;
+    use crate::gateway::memory;
     use crate::gateway::openai::Head;
     use crate::gateway::openai::sse::Kind;
     use crate::gateway::outlet::{OutletBody, outlet};
@@ -256,7 +257,7 @@ mod tests {
     use izar_common::id::{DeploymentId, TurnId};
 
     const CURSOR: &str = "00000000000000000000000000000001-0000000000000002-0000000000000003-0";
-    const USAGE: Usage = Usage { prompt_tokens: 1, completion_tokens: 1 };
+    const USAGE: Usage = Usage { prompt_tokens: 1, cached_tokens: 0, completion_tokens: 1 };
 
     fn stream() -> (Exit, oneshot::Receiver<Result<(), Error>>, OutletBody) {
         choices(1)
@@ -264,7 +265,7 @@ mod tests {
 
     fn choices(count: u32) -> (Exit, oneshot::Receiver<Result<(), Error>>, OutletBody) {
         let (tx, rx) = oneshot::channel();
-        let (outlet, body) = outlet(40, Memory::new(1 << 20).charge(0).unwrap());
+        let (outlet, body) = outlet(40, memory::plenty());
         let head = Head { turn: TurnId(1), created: 1, model: DeploymentId::new("m").unwrap() };
         let cursor = Cursor { events: vec![0; count as usize], ..CURSOR.parse().unwrap() };
         (Exit::stream(tx, outlet, Events::new(Kind::Chat, &head, false), cursor), rx, body)
@@ -336,6 +337,23 @@ mod tests {
         assert_eq!(body.frame().await.unwrap().unwrap().into_data().unwrap(), ": keep-alive\n\n");
         exit.text(0, &shown("y"), start + PAUSED).unwrap();
         assert_eq!(exit.beat(start + PAUSED), Some(start + PAUSED + KEEP_ALIVE));
+    }
+
+    #[tokio::test]
+    async fn an_id_counts_what_a_client_has_of_the_other_choices_too() {
+        let (tx, _rx) = oneshot::channel();
+        let (outlet, body) = outlet(40, memory::plenty());
+        let head = Head { turn: TurnId(1), created: 1, model: DeploymentId::new("m").unwrap() };
+        let cursor = Cursor { events: vec![5, 1], ..CURSOR.parse().unwrap() };
+        let mut exit = Exit::stream(tx, outlet, Events::new(Kind::Chat, &head, false), cursor);
+        // The choice of which the client has less is told first.
+        exit.text(1, &shown("x"), Instant::now()).unwrap();
+        exit.text(1, &shown("y"), Instant::now()).unwrap();
+        exit.ended(0, Finish::Stop).unwrap();
+        exit.finish(1, Finish::Stop, USAGE);
+        let text = all(body).await;
+        let ids: Vec<&str> = text.lines().filter(|line| line.starts_with("id: ")).collect();
+        assert!(ids.len() == 2 && ids[0].ends_with("-5.2") && ids[1].ends_with("-5.3"), "{text}");
     }
 
     #[tokio::test]

@@ -19,6 +19,7 @@ use super::error::Error;
 use super::intake;
 use super::limits::Limits;
 use super::openai;
+use super::urgency::Urgency;
 use crate::metrics::Metrics;
 
 /// The id of a request, on its answer. For a request that is recorded, the turn's.
@@ -30,6 +31,8 @@ pub struct Arrival {
     pub turn: TurnId,
     pub at: Instant,
     pub label: Label,
+    /// As urgent as any, until its headers are read.
+    pub urgency: Urgency,
 }
 
 /// What handlers put into the extensions of an answer whose end they observe themselves.
@@ -73,8 +76,8 @@ pub struct Front {
 impl Front {
     /// Answers one request.
     pub async fn handle(&self, mut request: Request<Body>) -> Response<Body> {
-        let arrival =
-            Arrival { turn: TurnId::random(wall_ms()), at: Instant::now(), label: label(request.uri().path()) };
+        let (turn, label) = (TurnId::random(wall_ms()), label(request.uri().path()));
+        let arrival = Arrival { turn, at: Instant::now(), label, urgency: Urgency::default() };
         let mut response = match intake::check_length(request.headers(), &self.limits) {
             Ok(()) => {
                 request.extensions_mut().insert(arrival);

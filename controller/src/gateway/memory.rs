@@ -72,6 +72,12 @@ impl Drop for Charge {
     }
 }
 
+/// A charge on a budget of its own, for tests of what lives on one.
+#[cfg(test)]
+pub fn plenty() -> Charge {
+    Memory::new(1 << 30).charge(0).expect("an empty budget has room")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

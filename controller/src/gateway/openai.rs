@@ -20,7 +20,7 @@ use super::chat::{self as line, Claim, Order};
 use super::cursor::Cursor;
 use super::error::Error;
 use super::front::{Arrival, REQUEST_ID, Streamed};
-use super::{auth, intake, memory, once};
+use super::{auth, intake, memory, once, urgency};
 use crate::state::turns::Once;
 use parameters::Parameters;
 use sse::{Events, Kind};
@@ -78,14 +78,21 @@ impl Head {
 #[derive(Debug, Clone, Copy, Serialize)]
 struct UsageOut {
     prompt_tokens: u32,
+    prompt_tokens_details: PromptTokens,
     completion_tokens: u32,
     total_tokens: u32,
 }
 
+#[derive(Debug, Clone, Copy, Serialize)]
+struct PromptTokens {
+    cached_tokens: u32,
+}
+
 impl From<Usage> for UsageOut {
     fn from(usage: Usage) -> Self {
-        let Usage { prompt_tokens, completion_tokens } = usage;
-        Self { prompt_tokens, completion_tokens, total_tokens: prompt_tokens + completion_tokens }
+        let Usage { prompt_tokens, cached_tokens, completion_tokens } = usage;
+        let total_tokens = prompt_tokens + completion_tokens;
+        Self { prompt_tokens, prompt_tokens_details: PromptTokens { cached_tokens }, completion_tokens, total_tokens }
     }
 }
 
@@ -121,6 +128,8 @@ async fn answer(
     body: &mut Body,
 ) -> Result<Response<Body>, Error> {
     let caller = auth::authenticate(headers, &gateway.pepper, &gateway.config())?;
+    let (class, deadline_ms) = (caller.project.class, caller.project.deadline_ms);
+    let arrival = Arrival { urgency: urgency::read(headers, class, deadline_ms, arrival.at)?, ..arrival };
     let (body, _charge) = intake::read(body, &gateway.limits, &gateway.memory).await?;
     if let Some(cursor) = last_event(headers)? {
         return attempt(gateway, kind, arrival, caller, body, Claim::Resume(cursor)).await;

@@ -1,9 +1,15 @@
 //! Whether this controller can really generate: for `/readyz`, and for whoever asks why not.
 
+use std::sync::{Mutex, MutexGuard};
+use std::time::Duration;
+
 use serde::Serialize;
+use tokio::sync::watch;
+use tokio::time::Instant;
 
 use crate::catalog::Catalog;
 use crate::fleet::Fleet;
+use crate::prefixes::Prefixes;
 use crate::raft::Leadership;
 use crate::scheduler;
 use crate::state::Config;
@@ -60,9 +66,9 @@ pub fn readiness(
             reasons.push(format!("{}: its tokenizer is not here yet", deployment.id));
             continue;
         }
-        let ask =
-            scheduler::Ask { deployment: &deployment.id, revision, numerics: None, avoid: &[], now_ms, rotation: 0 };
-        match scheduler::place(fleet, config, &ask) {
+        let ask = scheduler::Ask::any(&deployment.id, revision, now_ms);
+        // What caches hold makes no worker more or less ready.
+        match scheduler::place(fleet, &Prefixes::default(), config, &ask) {
             // Full is busy, not broken.
             Ok(_) | Err(scheduler::NoPlace::AllFull { .. }) => deployments.push(deployment.id.to_string()),
             Err(no_place) => reasons.push(no_place.to_string()),
@@ -70,6 +76,32 @@ pub fn readiness(
     }
     let ready = leadership.leader.is_some() && !deployments.is_empty();
     Readiness { ready, available: ready, deployments, reasons }
+}
+
+/// How long a leader may be missing before new requests are refused at once: an election takes less, and one that is
+/// handed over takes a moment.
+const LEADERLESS: Duration = Duration::from_secs(1);
+
+/// Since when no leader has been known, as far as requests have looked.
+#[derive(Debug, Default)]
+pub struct Leaderless(Mutex<Option<Instant>>);
+
+impl Leaderless {
+    /// Returns whether a leader is known, now or in a moment.
+    pub async fn ends(&self, leadership: &watch::Receiver<Leadership>) -> bool {
+        let mut leadership = leadership.clone();
+        if leadership.borrow_and_update().leader.is_some() {
+            *self.since() = None;
+            return true;
+        }
+        let limit = *self.since().get_or_insert_with(Instant::now) + LEADERLESS;
+        let known = tokio::time::timeout_at(limit, leadership.wait_for(|known| known.leader.is_some())).await;
+        matches!(known, Ok(Ok(_)))
+    }
+
+    fn since(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.0.lock().expect("no panic while a time is held")
+    }
 }
 
 /// Whether a tokenizer is here.

@@ -12,6 +12,7 @@ use izar_common::id::{DeploymentId, KeyId, NodeId, TurnId, WorkerId};
 use serde::{Deserialize, Serialize};
 
 use super::trace::{self, Ended, Events, Trace, What};
+use crate::scheduler::Why;
 
 /// How far a turn is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -25,6 +26,8 @@ pub enum Stage {
     Answering,
     /// Ended; its end is being recorded.
     Closing,
+    /// Waits for its turn; not recorded yet.
+    Queued,
 }
 
 /// A running turn as it is listed.
@@ -72,11 +75,15 @@ impl Entry {
     pub fn enter(&self, stage: Stage) {
         self.stage.store(stage as u8, Relaxed);
     }
-    pub fn placed(&self, choice: u32, agent: &NodeId, worker: &WorkerId) {
+    /// `why` is there if a job was placed; if not, what an agent keeps of it is read.
+    pub fn placed(&self, choice: u32, agent: &NodeId, worker: &WorkerId, why: Option<&Why>) {
         let (agent, worker) = (agent.clone(), worker.clone());
         *self.place.lock().expect("no panic while a place is held") = Some((agent.clone(), worker.clone()));
         self.enter(Stage::Waiting);
-        self.note(What::Placed { choice, agent, worker });
+        self.note(match why {
+            Some(why) => What::Placed { choice, agent, worker, why: Box::new(why.clone()) },
+            None => What::Attached { choice, agent, worker },
+        });
     }
     /// A choice lost its worker and goes on elsewhere.
     pub fn lost(&self, choice: u32, worker: &WorkerId, reason: &str) {
@@ -100,7 +107,7 @@ impl Entry {
     fn snapshot(&self) -> Running {
         let place = self.place.lock().expect("no panic while a place is held").clone();
         let (agent, worker) = place.unzip();
-        let stages = [Stage::Opening, Stage::Waiting, Stage::Answering, Stage::Closing];
+        let stages = [Stage::Opening, Stage::Waiting, Stage::Answering, Stage::Closing, Stage::Queued];
         let Begun { turn, key, deployment, stream, prompt_tokens, started_ms } = self.begun.clone();
         Running {
             turn,
@@ -229,7 +236,7 @@ mod tests {
         let list = List::default();
         let late = list.begin(begun(1, 20));
         let early = list.begin(begun(2, 10));
-        early.placed(0, &NodeId::new("a1").unwrap(), &WorkerId::new("m.0").unwrap());
+        early.placed(0, &NodeId::new("a1").unwrap(), &WorkerId::new("m.0").unwrap(), None);
         early.enter(Stage::Answering);
         early.tokens(5);
         let running = list.snapshot();

@@ -1,5 +1,6 @@
 //! Stories of single requests, told by the bytes that a client sees and by the record that stays.
 
+mod queued;
 mod world;
 
 use std::sync::atomic::Ordering::Relaxed;
@@ -14,7 +15,7 @@ use crate::gateway::cursor::Cursor;
 use crate::gateway::running::Stage;
 use crate::state::command::Command;
 use crate::state::turns::{Outcome, Turn};
-use world::{KEY, LIMIT, MAX_CONCURRENT, OTHER_KEY, Response, World, chat_body, until};
+use world::{CACHED_TOKENS, KEY, LIMIT, MAX_CONCURRENT, OTHER_KEY, Response, World, chat_body, until};
 
 fn finished(usage: Usage) -> Outcome {
     Outcome::Finished { finish: Finish::Stop, usage, inexact: false, numerics: None }
@@ -29,7 +30,10 @@ async fn an_answer_comes_whole_or_streamed_and_is_recorded_once() {
     let whole = world.chat("say", json!({})).await;
     assert_eq!(whole.status, 200, "{whole:?}");
     assert_eq!(whole.json()["choices"][0]["message"]["content"], "one two");
-    assert_eq!(whole.json()["usage"], json!({"prompt_tokens": SAY_TOKENS, "completion_tokens": 7, "total_tokens": 17}));
+    let cached = json!({"cached_tokens": CACHED_TOKENS});
+    let usage = json!({"prompt_tokens": SAY_TOKENS, "prompt_tokens_details": cached, "completion_tokens": 7,
+        "total_tokens": 17});
+    assert_eq!(whole.json()["usage"], usage);
     let options = json!({"stream": true, "stream_options": {"include_usage": true}});
     let streamed = world.chat("say", options).await;
     assert_eq!((streamed.status, streamed.streamed_text().as_str()), (200, "one two"), "{streamed:?}");
@@ -38,7 +42,7 @@ async fn an_answer_comes_whole_or_streamed_and_is_recorded_once() {
     assert!(streamed.events().iter().any(|data| data.contains(r#""usage":{"prompt_tokens":10"#)), "{streamed:?}");
 
     let turns = world.closed(2).await;
-    let usage = Usage { prompt_tokens: SAY_TOKENS, completion_tokens: 7 };
+    let usage = Usage { prompt_tokens: SAY_TOKENS, cached_tokens: CACHED_TOKENS, completion_tokens: 7 };
     // Within a millisecond they have no order.
     for (answer, stream) in [(&streamed, true), (&whole, false)] {
         let named = |turn: &&Turn| answer.head.contains(&format!("x-request-id: {}", turn.opening.turn));
@@ -97,7 +101,9 @@ async fn several_choices_are_told_apart_mended_one_by_one_and_recorded_as_one_tu
     assert_eq!(choices[1]["logprobs"]["content"][1]["token"], "!", "{whole:?}");
     assert_eq!(choices[1]["logprobs"]["content"][1]["top_logprobs"][0]["bytes"], json!([33]));
     let prompt = u64::from(SAY_TOKENS) + 3;
-    let usage = json!({"prompt_tokens": prompt, "completion_tokens": 5, "total_tokens": prompt + 5});
+    let cached = json!({"cached_tokens": CACHED_TOKENS});
+    let usage = json!({"prompt_tokens": prompt, "prompt_tokens_details": cached, "completion_tokens": 5,
+        "total_tokens": prompt + 5});
     assert_eq!(whole.json()["usage"], usage);
 
     let mut options = ask;
@@ -117,7 +123,7 @@ async fn several_choices_are_told_apart_mended_one_by_one_and_recorded_as_one_tu
     assert_eq!((said, ends), (["0".to_owned(), "1!".to_owned(), "2!".to_owned()], 3), "{streamed:?}");
     assert!(streamed.body.contains(&format!(r#""usage":{usage}"#)), "{streamed:?}");
     assert_eq!(world.gateway.metrics().placed_again.get(), 6);
-    let usage = Usage { prompt_tokens: SAY_TOKENS + 3, completion_tokens: 5 };
+    let usage = Usage { prompt_tokens: SAY_TOKENS + 3, cached_tokens: CACHED_TOKENS, completion_tokens: 5 };
     for turn in world.closed(2).await {
         assert_eq!(turn.closed.as_ref().unwrap().1, finished(usage));
     }
@@ -177,7 +183,7 @@ async fn a_client_that_leaves_cancels_the_work_but_not_the_record() {
         let cancelled = tokio::time::timeout(LIMIT, world.cancelled.recv()).await.unwrap().unwrap();
         assert_eq!(cancelled, running[0].turn);
         let turns = world.closed(1 + usize::from(!stream)).await;
-        let usage = Usage { prompt_tokens: SAY_TOKENS + 1, completion_tokens: 3 };
+        let usage = Usage { prompt_tokens: SAY_TOKENS + 1, cached_tokens: 0, completion_tokens: 3 };
         assert_eq!(turns[0].closed.as_ref().unwrap().1, Outcome::Cancelled { usage });
     }
     world.stop().await;
@@ -354,11 +360,8 @@ async fn a_request_with_an_idempotency_key_has_one_turn_and_one_answer() {
     let (one, two) = tokio::join!(world.chat_once("c", "say", json!({})), world.chat_once("c", "say", json!({})));
     assert_eq!((one.status, &one.body, one.turn()), (200, &two.body, two.turn()), "whichever came first");
     let turns = world.closed(3).await;
-    assert!(
-        turns
-            .iter()
-            .all(|turn| turn.closed.as_ref().unwrap().1 == finished(Usage { prompt_tokens: 10, completion_tokens: 7 }))
-    );
+    assert!(turns.iter().all(|turn| turn.closed.as_ref().unwrap().1
+        == finished(Usage { prompt_tokens: 10, cached_tokens: CACHED_TOKENS, completion_tokens: 7 })));
     world.stop().await;
 }
 

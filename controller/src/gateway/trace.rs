@@ -5,8 +5,11 @@
 use std::collections::VecDeque;
 use std::sync::Mutex;
 
+use izar_common::chat::Class;
 use izar_common::id::{KeyId, NodeId, TurnId, WorkerId};
 use serde::{Deserialize, Serialize};
+
+use crate::scheduler::Why;
 
 /// Requests that have ended or were refused and are still explained: half a minute of full load, days of a quiet
 /// office. The oldest gives way.
@@ -46,10 +49,18 @@ pub struct Event {
 pub enum What {
     /// A client came back with it from another stream.
     Resumed,
+    /// It found no place free, and waited for one or for its refusal. `ahead`: requests of its class and of more urgent
+    /// ones that waited when it came.
+    Waited {
+        class: Class,
+        ahead: u32,
+        waited_ms: u64,
+    },
     Placed {
         choice: u32,
         agent: NodeId,
         worker: WorkerId,
+        why: Box<Why>,
     },
     /// What an agent keeps of it is read.
     Attached {

@@ -143,6 +143,8 @@ pub struct Turn {
     detokenizer: Detokenizer,
     stops: StopMatcher,
     usage: Usage,
+    /// Prompt tokens that its worker did not compute, once it has said so.
+    cached: Option<u32>,
     /// The tokens that have come.
     delivered: Vec<Token>,
     attempt: u32,
@@ -161,7 +163,8 @@ impl Turn {
             detokenizer: text.decoder(),
             stops: StopMatcher::new(form.stops.clone()),
             text,
-            usage: Usage { prompt_tokens: form.prompt_tokens, completion_tokens: 0 },
+            usage: Usage { prompt_tokens: form.prompt_tokens, cached_tokens: 0, completion_tokens: 0 },
+            cached: None,
             form,
             delivered: Vec::new(),
             attempt: 0,
@@ -175,6 +178,11 @@ impl Turn {
     /// What was used so far.
     pub fn usage(&self) -> Usage {
         self.usage
+    }
+
+    /// Prompt tokens that came from a cache, once the worker has ended the answer itself.
+    pub fn cached(&self) -> Option<u32> {
+        self.cached
     }
 
     /// The tokens that have come: what the next placement goes on after.
@@ -210,6 +218,11 @@ impl Turn {
         let mut logprobs = logprobs.into_iter();
         let mut shown = Shown::default();
         for &token in tokens {
+            // The worker ends at `max_tokens` by itself; one that does not is not trusted to.
+            if self.usage.completion_tokens >= self.form.max_tokens {
+                let end = self.finish(&mut shown, Finish::Length);
+                return Step { shown, end: Some(End::Finished(end)) };
+            }
             self.usage.completion_tokens += 1;
             self.delivered.push(token);
             self.fruitless = 0;
@@ -223,11 +236,6 @@ impl Turn {
             if released.stopped {
                 return Step { shown, end: Some(End::Finished(Finish::Stop)) };
             }
-        }
-        // The worker ends at `max_tokens` by itself; one that does not is not trusted to.
-        if self.usage.completion_tokens > self.form.max_tokens {
-            shown.push(self.stops.finish(), self.pending.drain(..));
-            return Step { shown, end: Some(End::Finished(Finish::Length)) };
         }
         Step { shown, end: None }
     }
@@ -251,14 +259,21 @@ impl Turn {
     fn done(&mut self, finish: Finish, usage: Usage) -> Step {
         // The worker also counts an end-of-text token, which it need not send.
         self.usage.completion_tokens = self.usage.completion_tokens.max(usage.completion_tokens);
-        let released = self.stops.push(&self.detokenizer.finish());
+        self.cached = Some(usage.cached_tokens.min(self.form.prompt_tokens));
         let mut shown = Shown::default();
-        self.show(&mut shown, released.text);
+        let end = self.finish(&mut shown, finish);
+        Step { shown, end: Some(End::Finished(end)) }
+    }
+
+    /// Shows what was held back; says how the answer ended after all.
+    fn finish(&mut self, shown: &mut Shown, finish: Finish) -> Finish {
+        let released = self.stops.push(&self.detokenizer.finish());
+        self.show(shown, released.text);
         if released.stopped {
-            return Step { shown, end: Some(End::Finished(Finish::Stop)) };
+            return Finish::Stop;
         }
         shown.push(self.stops.finish(), self.pending.drain(..));
-        Step { shown, end: Some(End::Finished(finish)) }
+        finish
     }
 
     fn fail(&mut self, reason: String, retryable: bool) -> End {
@@ -270,6 +285,9 @@ impl Turn {
         End::Again { reason, attempt: self.attempt }
     }
 }
+
+#[cfg(test)]
+mod schedules;
 
 #[cfg(test)]
 mod tests {
@@ -292,7 +310,10 @@ mod tests {
     }
 
     fn done(tokens: u32) -> JobEvent {
-        JobEvent::Done { finish: Finish::Length, usage: Usage { prompt_tokens: 7, completion_tokens: tokens } }
+        JobEvent::Done {
+            finish: Finish::Length,
+            usage: Usage { prompt_tokens: 7, cached_tokens: 0, completion_tokens: tokens },
+        }
     }
 
     fn shown(text: &str) -> Step {
@@ -316,7 +337,7 @@ mod tests {
         assert_eq!(turn.on(bytes(0, b"he")), shown("h|e"));
         assert_eq!(turn.on(bytes(2, b"y")), shown("y"));
         assert_eq!(turn.on(done(3)), ended("", Some(End::Finished(Finish::Length))));
-        assert_eq!(turn.usage(), Usage { prompt_tokens: 7, completion_tokens: 3 });
+        assert_eq!(turn.usage(), Usage { prompt_tokens: 7, cached_tokens: 0, completion_tokens: 3 });
     }
 
     #[test]

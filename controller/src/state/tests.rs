@@ -38,7 +38,7 @@ fn open(turn: u128, key: &str, incarnation: u64) -> Command {
 }
 
 fn close(turn: u128) -> Command {
-    let usage = Usage { prompt_tokens: 3, completion_tokens: 2 };
+    let usage = Usage { prompt_tokens: 3, cached_tokens: 0, completion_tokens: 2 };
     Command::CloseTurn {
         turn: TurnId(turn),
         outcome: Outcome::Finished { finish: Finish::Stop, usage, inexact: false, numerics: None },

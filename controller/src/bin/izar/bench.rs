@@ -8,6 +8,7 @@ mod ceiling;
 mod client;
 mod cpu;
 mod load;
+mod overload;
 mod parser;
 mod report;
 mod schedule;
@@ -20,12 +21,12 @@ use anyhow::{Context, ensure};
 use clap::{Args, Subcommand};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::http::Endpoint;
 use crate::ready::Ready;
 use crate::show;
-use client::Requests;
+use client::{Requests, Targets};
 use load::{Load, Loop, Until};
 use report::{About, Report};
 use schedule::Arrivals;
@@ -35,6 +36,9 @@ const MAX_THREADS: usize = 16;
 
 /// Different requests of a mixed load; after them it begins anew, when a cache of usual size has long forgotten the first.
 const MIXED: usize = 2_000;
+
+/// Different beginnings of requests; more fit no cache.
+const MAX_PREFIXES: usize = 1_000;
 
 /// Connections of one run; each costs two file descriptors and some tens of KiB on both sides.
 const MAX_CONCURRENCY: usize = 10_000;
@@ -47,6 +51,8 @@ const OPEN_CONNECTIONS: usize = 256;
 pub enum Command {
     /// Drive an OpenAI endpoint: closed loop (--concurrency) or open loop (--rate)
     Api(Box<Options>),
+    /// Ask for more than an endpoint can do, with deadlines and several keys, and see what it makes of it
+    Overload(Box<overload::Options>),
     /// Measure the engine alone, on this machine: rates, time to first token, memory
     #[command(disable_help_flag = true)]
     Engine(agent::Options),
@@ -56,12 +62,16 @@ pub enum Command {
     /// Compare greedy answers with those of another program for the same weights
     #[command(disable_help_flag = true)]
     Greedy(agent::Options),
+    /// Measure urgent jobs beside a full load of batch jobs
+    #[command(disable_help_flag = true)]
+    Urgent(agent::Options),
 }
 
 #[derive(Debug, Args)]
 pub struct Options {
-    /// The API, https://host:port or http://host:port; several are used in turn [default: the ready file's]
-    #[arg(long = "endpoint", value_name = "URL")]
+    /// The API, https://host:port or http://host:port; several (also separated by commas) are used in turn, and a stream
+    /// that breaks off at one is read on at the next [default: the ready file's, its others for reading on]
+    #[arg(long = "endpoint", value_name = "URL", value_delimiter = ',')]
     endpoints: Vec<String>,
     /// The CA's file, for https [default: the ready file's]
     #[arg(long)]
@@ -96,7 +106,13 @@ pub struct Options {
     /// Ask requests of all sizes, hardly two alike: prompts and answers of 1 to twice as many tokens as said
     #[arg(long)]
     mixed: bool,
-    /// The seed of the arrivals with --rate, and of the requests with --mixed
+    /// Begin each request with one of so many long texts (a system message), to see what caches of prefixes do
+    #[arg(long, conflicts_with_all = ["mixed", "ceiling"])]
+    prefixes: Option<usize>,
+    /// With --prefixes: their length, counted like --prompt-tokens
+    #[arg(long, default_value_t = 1_000)]
+    prefix_tokens: usize,
+    /// The seed of the arrivals with --rate, and of the requests with --mixed or --prefixes
     #[arg(long, default_value_t = 1)]
     seed: u64,
     /// Measure this many requests
@@ -128,9 +144,11 @@ pub struct Options {
 pub fn run(command: Command, as_json: bool) -> anyhow::Result<()> {
     let options = match command {
         Command::Api(options) => options,
+        Command::Overload(options) => return overload::run(&options, as_json),
         Command::Engine(options) => return agent::run("engine", options, as_json),
         Command::Quality(options) => return agent::run("quality", options, as_json),
         Command::Greedy(options) => return agent::run("greedy", options, as_json),
+        Command::Urgent(options) => return agent::run("urgent", options, as_json),
     };
     options.check()?;
     let report = if options.ceiling { ceiling(&options)? } else { measure(&options)? };
@@ -157,6 +175,9 @@ impl Options {
         seconds("--warmup", self.warmup, 0.0)?;
         seconds("--timeout", self.timeout, 0.01)?;
         ensure!(self.prompt_tokens >= 1 && self.prompt_tokens <= 1 << 20, "--prompt-tokens: use 1 to {}", 1 << 20);
+        let prefixes = self.prefixes.unwrap_or(1);
+        ensure!((1..=MAX_PREFIXES).contains(&prefixes), "--prefixes {prefixes}: use 1 to {MAX_PREFIXES}");
+        ensure!(self.prefix_tokens >= 1 && self.prefix_tokens <= 1 << 20, "--prefix-tokens: use 1 to {}", 1 << 20);
         ensure!(self.max_tokens >= 1, "--max-tokens 0: an answer has at least one token");
         Ok(())
     }
@@ -166,7 +187,8 @@ impl Options {
         self.concurrency.unwrap_or(default)
     }
 
-    fn load(&self, endpoints: Vec<Endpoint>, model: &str, key: &str) -> Load {
+    /// `spread`: so many of the endpoints are used in turn.
+    fn load(&self, endpoints: Vec<Endpoint>, spread: usize, model: &str, key: &str) -> Load {
         let until = match self.requests {
             Some(requests) => Until::Requests(requests),
             None => Until::Elapsed(Duration::from_secs_f64(self.duration.unwrap_or(10.0))),
@@ -175,10 +197,13 @@ impl Options {
             Some(rate) => Loop::Open { rate, arrivals: self.arrivals, seed: self.seed },
             None => Loop::Closed,
         };
-        let requests = endpoints.iter().map(|e| Requests::new(self.requests(e, model, key)).into()).collect();
+        let target = |endpoint: Endpoint| {
+            let requests = Requests::new(self.requests(&endpoint, model, key));
+            (endpoint, requests)
+        };
         Load {
-            endpoints,
-            requests,
+            targets: Targets::new(endpoints.into_iter().map(target).collect()).into(),
+            spread,
             connections: self.connections(),
             threads: self.threads.min(self.connections()),
             how,
@@ -190,26 +215,42 @@ impl Options {
 
     /// The bytes of the requests that are sent in turn.
     fn requests(&self, endpoint: &Endpoint, model: &str, key: &str) -> Vec<Vec<u8>> {
+        let user = |text| json!({ "role": "user", "content": text });
+        let mut random = StdRng::seed_from_u64(self.seed);
+        if let Some(prefixes) = self.prefixes {
+            let system = |_| prompt(model, self.prefix_tokens, Some(&mut random));
+            let systems: Vec<String> = (0..prefixes).map(system).collect();
+            // Each of the beginnings first, in turn; then in any order.
+            let requests = (0..MIXED.max(prefixes)).map(|i| {
+                let system = if i < prefixes { i } else { random.random_range(0..prefixes) };
+                let text = prompt(model, self.prompt_tokens, Some(&mut random));
+                let messages = json!([{ "role": "system", "content": systems[system] }, user(text)]);
+                self.request(endpoint, model, key, messages, self.max_tokens)
+            });
+            return requests.collect();
+        }
         if !self.mixed {
             let text = prompt(model, self.prompt_tokens, None);
-            return vec![self.request(endpoint, model, key, &text, self.max_tokens)];
+            return vec![self.request(endpoint, model, key, json!([user(text)]), self.max_tokens)];
         }
-        let mut random = StdRng::seed_from_u64(self.seed);
         let requests = (0..MIXED).map(|_| {
             let text = prompt(model, random.random_range(1..=2 * self.prompt_tokens), Some(&mut random));
-            self.request(endpoint, model, key, &text, random.random_range(1..=2 * self.max_tokens))
+            self.request(endpoint, model, key, json!([user(text)]), random.random_range(1..=2 * self.max_tokens))
         });
         requests.collect()
     }
-    fn request(&self, endpoint: &Endpoint, model: &str, key: &str, text: &str, max_tokens: u32) -> Vec<u8> {
-        let body = json!({
+    fn request(&self, endpoint: &Endpoint, model: &str, key: &str, messages: Value, max_tokens: u32) -> Vec<u8> {
+        let mut body = json!({
             "model": model,
-            "messages": [{ "role": "user", "content": text }],
+            "messages": messages,
             "max_tokens": max_tokens,
             "temperature": 0,
             "stream": self.stream,
-        })
-        .to_string();
+        });
+        if self.prefixes.is_some() && self.stream {
+            body["stream_options"] = json!({ "include_usage": true });
+        }
+        let body = body.to_string();
         let head = format!(
             "POST /v1/chat/completions HTTP/1.1\r\nhost: {}\r\nauthorization: Bearer {key}\r\n\
              content-type: application/json\r\ncontent-length: {}\r\n\r\n",
@@ -224,6 +265,8 @@ impl Options {
             endpoints,
             model,
             prompt_tokens: self.prompt_tokens,
+            prefixes: self.prefixes,
+            prefix_tokens: self.prefixes.map(|_| self.prefix_tokens),
             max_tokens: self.max_tokens,
             stream: self.stream,
             connections: self.connections(),
@@ -249,9 +292,9 @@ fn prompt(model: &str, tokens: usize, random: Option<&mut StdRng>) -> String {
 
 fn measure(options: &Options) -> anyhow::Result<Report> {
     let ready = options.ready_file.as_deref().map(Ready::read).transpose()?;
-    let urls = match (&ready, options.endpoints.is_empty()) {
-        (Some(ready), true) => vec![ready.endpoint.clone()],
-        _ => options.endpoints.clone(),
+    let (urls, spread) = match (&ready, options.endpoints.is_empty()) {
+        (Some(ready), true) => (ready.endpoints(), 1),
+        _ => (options.endpoints.clone(), options.endpoints.len()),
     };
     ensure!(!urls.is_empty(), "no endpoint: give --endpoint or --ready-file");
     let ca = options.ca.clone().or_else(|| ready.as_ref().map(|r| r.ca.clone()));
@@ -270,15 +313,15 @@ fn measure(options: &Options) -> anyhow::Result<Report> {
     if let (Some(ready), true) = (&ready, watched.is_empty()) {
         watched = ready.processes.iter().map(|p| cpu::Watched { name: p.id.clone(), pid: p.pid }).collect();
     }
-    let measured = load::run(options.load(endpoints, &model, &key), &watched)?;
-    Ok(Report::new(options.about(urls, model), measured))
+    let measured = load::run(options.load(endpoints, spread, &model, &key), &watched)?;
+    Ok(Report::new(options.about(urls[..spread].to_vec(), model), measured))
 }
 
 fn ceiling(options: &Options) -> anyhow::Result<Report> {
     let server = ceiling::Server::start(options.max_tokens, options.stream)?;
     let url = server.url();
     let endpoint = Endpoint::new(&url, Some(server.ca()))?;
-    let measured = load::run(options.load(vec![endpoint], "echo", "none"), &[])?;
+    let measured = load::run(options.load(vec![endpoint], 1, "echo", "none"), &[])?;
     Ok(Report::new(options.about(vec![url], "canned".to_owned()), measured))
 }
 
@@ -306,6 +349,8 @@ mod tests {
             (["--requests", "0"], "--requests 0"),
             (["--duration", "0"], "--duration 0"),
             (["--prompt-tokens", "0"], "--prompt-tokens"),
+            (["--prefixes", "0"], "--prefixes 0"),
+            (["--prefix-tokens", "0"], "--prefix-tokens"),
         ] {
             let error = options(&arguments).check().unwrap_err().to_string();
             assert!(error.contains(part), "{error}");
@@ -330,6 +375,23 @@ mod tests {
         assert!(first == again && first != all("2"));
         let lengths: std::collections::BTreeSet<usize> = first.iter().map(Vec::len).collect();
         assert!(first.len() == MIXED && lengths.len() > 100, "{} lengths", lengths.len());
+    }
+
+    #[test]
+    fn shared_beginnings_come_in_turn_and_then_in_any_order() {
+        let options = options(&["--prefixes", "3", "--prefix-tokens", "50", "--prompt-tokens", "5", "--stream"]);
+        let requests = options.requests(&Endpoint::new("http://h:1", None).unwrap(), "smollm2-135m", "k");
+        let body = |request: &Vec<u8>| -> Value {
+            let text = String::from_utf8(request.clone()).unwrap();
+            serde_json::from_str(text.split_once("\r\n\r\n").unwrap().1).unwrap()
+        };
+        let bodies: Vec<Value> = requests.iter().map(body).collect();
+        let message = |body: &Value, i: usize| body["messages"][i]["content"].as_str().unwrap().to_owned();
+        let systems: std::collections::BTreeSet<String> = bodies.iter().map(|body| message(body, 0)).collect();
+        let first: std::collections::BTreeSet<String> = bodies[..3].iter().map(|body| message(body, 0)).collect();
+        assert!(systems.len() == 3 && first == systems, "{systems:?}");
+        assert_eq!((message(&bodies[0], 0).split(' ').count(), message(&bodies[0], 1).split(' ').count()), (51, 6));
+        assert_eq!(bodies[9]["stream_options"]["include_usage"], true);
     }
 
     #[test]

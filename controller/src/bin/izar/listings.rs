@@ -213,9 +213,14 @@ fn human_story(explained: &view::Explained) -> String {
 fn told(what: &What) -> String {
     match what {
         What::Resumed => "a client came back for the rest of its stream".into(),
-        What::Placed { choice, agent, worker } => format!("answer {choice} placed on {worker} of agent {agent}"),
+        What::Placed { choice, agent, worker, why } => {
+            format!("answer {choice} placed on {worker} of agent {agent}: {why}")
+        }
         What::Attached { choice, agent, worker } => {
             format!("answer {choice} read from what agent {agent} keeps of {worker}")
+        }
+        What::Waited { class, ahead, waited_ms } => {
+            format!("waited {waited_ms} ms for a place, class {class}, {ahead} ahead of it")
         }
         What::FirstToken => "first token".into(),
         What::Lost { choice, worker, reason } => {

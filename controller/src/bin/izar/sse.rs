@@ -12,19 +12,27 @@ pub struct TooLong;
 #[derive(Debug, Default)]
 pub struct Scanner {
     half: Vec<u8>,
-    /// The last event's id, if ids are kept.
-    id: Option<Vec<u8>>,
+    /// If ids are kept.
+    ids: Option<Ids>,
+}
+
+/// The id of the last event, and one whose event has not come yet: until it has, a client must ask for it again.
+#[derive(Debug, Default)]
+struct Ids {
+    last: Vec<u8>,
+    next: Vec<u8>,
 }
 
 impl Scanner {
     /// One that keeps the id of the last event.
     pub fn with_ids() -> Self {
-        Self { id: Some(Vec::new()), ..Self::default() }
+        Self { ids: Some(Ids::default()), ..Self::default() }
     }
 
     /// The id of the last event that had one, if ids are kept.
     pub fn last_id(&self) -> Option<&str> {
-        self.id.as_deref().filter(|id| !id.is_empty()).and_then(|id| std::str::from_utf8(id).ok())
+        let last = self.ids.as_ref().map(|ids| ids.last.as_slice());
+        last.filter(|id| !id.is_empty()).and_then(|id| std::str::from_utf8(id).ok())
     }
 
     /// Calls `event` with what follows `data:` in each line that `bytes` completes. Comments and other fields are
@@ -33,10 +41,10 @@ impl Scanner {
         let mut rest = bytes;
         while let Some(end) = rest.iter().position(|&b| b == b'\n') {
             if self.half.is_empty() {
-                line(&rest[..end], &mut self.id, &mut event);
+                line(&rest[..end], &mut self.ids, &mut event);
             } else {
                 self.half.extend_from_slice(&rest[..end]);
-                line(&self.half, &mut self.id, &mut event);
+                line(&self.half, &mut self.ids, &mut event);
                 self.half.clear();
             }
             rest = &rest[end + 1..];
@@ -48,20 +56,36 @@ impl Scanner {
         Ok(())
     }
 
+    /// Makes it ready for the next stream of the same answer.
     pub fn clear(&mut self) {
         self.half.clear();
+        if let Some(ids) = &mut self.ids {
+            ids.next.clear();
+        }
+    }
+
+    /// Makes it ready for another answer.
+    pub fn reset(&mut self) {
+        self.clear();
+        if let Some(ids) = &mut self.ids {
+            ids.last.clear();
+        }
     }
 }
 
-fn line(line: &[u8], id: &mut Option<Vec<u8>>, event: &mut impl FnMut(&[u8])) {
-    if let (Some(last), Some(id)) = (id, line.strip_prefix(b"id: ")) {
-        last.clear();
-        last.extend_from_slice(id.trim_ascii_end());
+fn line(line: &[u8], ids: &mut Option<Ids>, event: &mut impl FnMut(&[u8])) {
+    if let (Some(ids), Some(id)) = (&mut *ids, line.strip_prefix(b"id: ")) {
+        ids.next.clear();
+        ids.next.extend_from_slice(id.trim_ascii_end());
         return;
     }
     if let Some(data) = line.strip_prefix(b"data:") {
         let data = data.strip_prefix(b" ").unwrap_or(data);
         event(data.strip_suffix(b"\r").unwrap_or(data));
+        if let Some(ids) = ids.as_mut().filter(|ids| !ids.next.is_empty()) {
+            std::mem::swap(&mut ids.last, &mut ids.next);
+            ids.next.clear();
+        }
     }
 }
 
@@ -124,6 +148,12 @@ mod tests {
         assert_eq!(scanner.last_id(), Some("1-a"));
         scanner.push(b"-b\r\ndata: y\n\n", |_| ()).unwrap();
         assert_eq!(scanner.last_id(), Some("2-b"));
+        scanner.push(b"id: 3-c\nda", |_| ()).unwrap();
+        assert_eq!(scanner.last_id(), Some("2-b"), "half an event is none");
+        scanner.clear();
+        assert_eq!(scanner.last_id(), Some("2-b"), "the answer goes on in another stream");
+        scanner.reset();
+        assert_eq!(scanner.last_id(), None);
         let mut plain = Scanner::default();
         plain.push(b"id: 1\n", |_| ()).unwrap();
         assert_eq!(plain.last_id(), None);

@@ -107,6 +107,9 @@ impl Gauges {
                 let first = gateway.metrics.first_token_seconds.with(&[order.served.deployment.as_str()]);
                 first.observe(now - order.arrival.at);
                 (self.begun, self.just_begun) = (true, true);
+                if let Some(pass) = &order.pass {
+                    pass.first_token(now.into_std());
+                }
             }
             if branch.tokens > 0 {
                 self.between.observe(now - branch.last);
@@ -198,7 +201,7 @@ impl<'a> Pump<'a> {
         };
         let mut inexact = false;
         let branch = |(choice, stream): (u32, JobStream)| {
-            listed.placed(choice, &stream.agent, &stream.worker);
+            listed.placed(choice, &stream.agent, &stream.worker, stream.why.as_ref());
             let (turn, last) = (Turn::new(order.served.text.clone(), form.clone()), Instant::now());
             let begun_by = order.cursor.numerics;
             let resumed = begun_by.is_some() && order.cursor.events[choice as usize] > 0;
@@ -239,10 +242,12 @@ impl<'a> Pump<'a> {
         if one { first } else { Some(NumericsId::SEVERAL) }
     }
 
-    /// Of all choices; the prompt counts once.
+    /// Of all choices; the prompt counts once, and of it what every choice found in a cache: the first computes it for the
+    /// others.
     fn usage(&self) -> Usage {
+        let cached_tokens = self.branches.iter().filter_map(|branch| branch.turn.cached()).min().unwrap_or(0);
         let completion_tokens = self.branches.iter().map(|branch| branch.turn.usage().completion_tokens).sum();
-        Usage { prompt_tokens: self.order.prompt.len() as u32, completion_tokens }
+        Usage { prompt_tokens: self.order.prompt.len() as u32, cached_tokens, completion_tokens }
     }
 
     /// When to look after the client and the workers next, whatever comes meanwhile.
@@ -291,6 +296,9 @@ impl<'a> Pump<'a> {
             self.finish = finish;
         }
         if !self.branches.iter().any(Branch::runs) {
+            let deployment = self.order.served.deployment.as_str();
+            let cached = u64::from(self.usage().cached_tokens);
+            self.gateway.metrics.cached_prompt_tokens.with(&[deployment]).add(cached);
             let (recorded, inexact, numerics) = (self.finish, self.inexact, self.numerics());
             return Some(Ended::Finished { choice, finish, recorded, inexact, numerics });
         }
@@ -306,6 +314,9 @@ impl<'a> Pump<'a> {
             branch.failed.push(stream.worker.clone());
         }
         gateway.metrics.placed_again.add(1);
+        if let Some(pass) = &order.pass {
+            pass.disturbed();
+        }
         let mut job = job(gateway, order, branch.choice, attempt);
         job.delivered = branch.turn.delivered().to_vec();
         // What nothing has come of yet may begin anywhere.
@@ -319,7 +330,7 @@ impl<'a> Pump<'a> {
             Ok(stream) => stream,
             Err(no_place) => return Some(Ended::Failed(no_place.into())),
         };
-        self.listed.placed(self.branches[at].choice, &stream.agent, &stream.worker);
+        self.listed.placed(self.branches[at].choice, &stream.agent, &stream.worker, stream.why.as_ref());
         if self.order.exact() && stream.numerics != self.order.cursor.numerics {
             return Some(Ended::Failed(super::repeat::elsewhere()));
         }

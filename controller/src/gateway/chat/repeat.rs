@@ -13,7 +13,7 @@ use tokio::time::Instant;
 
 use super::super::Gateway;
 use super::super::error::Error;
-use super::{Claim, Hold, Order, Refused, job, record_end, take_over};
+use super::{Claim, Hold, Order, Placed, Stopped, job, record_end, take_over};
 use crate::agents::JobStream;
 use crate::state::command::{Command, Origin, Reply};
 use crate::state::turns::{Outcome, Turn};
@@ -67,13 +67,8 @@ pub(super) fn elsewhere() -> Error {
     Error::NoReplica { reason }
 }
 
-pub(super) async fn begin(
-    gateway: &Gateway,
-    order: &Order,
-    first: &Turn,
-    streamed: bool,
-) -> Result<(Vec<JobStream>, Hold), Refused> {
-    let refused = |error| Refused { error, recorded: false };
+pub(super) async fn begin(gateway: &Gateway, order: &Order, first: &Turn, streamed: bool) -> Result<Placed, Stopped> {
+    let refused = |error| Stopped::failed(error, false);
     match stand(first) {
         Stand::Broken => take_over(gateway, order, streamed).await,
         Stand::Finished => {
@@ -85,13 +80,8 @@ pub(super) async fn begin(
     }
 }
 
-async fn read_along(
-    gateway: &Gateway,
-    order: &Order,
-    first: &Turn,
-    streamed: bool,
-) -> Result<(Vec<JobStream>, Hold), Refused> {
-    let refused = |error| Refused { error, recorded: false };
+async fn read_along(gateway: &Gateway, order: &Order, first: &Turn, streamed: bool) -> Result<Placed, Stopped> {
+    let refused = |error| Stopped::failed(error, false);
     let turn = order.arrival.turn;
     let patience = Instant::now() + PATIENCE;
     loop {

@@ -227,7 +227,7 @@ mod tests {
     #[test]
     fn an_answer_has_openais_shape() {
         let head = Head { turn: TurnId(1), created: 5, model: DeploymentId::new("m").unwrap() };
-        let usage = Usage { prompt_tokens: 3, completion_tokens: 4 };
+        let usage = Usage { prompt_tokens: 3, cached_tokens: 0, completion_tokens: 4 };
         let json: Value =
             serde_json::from_slice(&answer(&head, &Answer { choices: vec![said("hi"), said("ho")], usage })).unwrap();
         assert_eq!(

@@ -191,7 +191,7 @@ mod tests {
     #[test]
     fn an_answer_has_openais_shape() {
         let head = Head { turn: TurnId(1), created: 5, model: DeploymentId::new("m").unwrap() };
-        let usage = Usage { prompt_tokens: 3, completion_tokens: 4 };
+        let usage = Usage { prompt_tokens: 3, cached_tokens: 0, completion_tokens: 4 };
         let whole = answer(
             &head,
             &Answer {

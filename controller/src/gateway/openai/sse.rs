@@ -179,7 +179,7 @@ mod tests {
     #[test]
     fn a_chat_begins_with_the_role_and_ends_with_done() {
         let events = events(Kind::Chat, false);
-        let usage = Usage { prompt_tokens: 2, completion_tokens: 3 };
+        let usage = Usage { prompt_tokens: 2, cached_tokens: 0, completion_tokens: 3 };
         let written = written(|out| {
             events.begin(0, out);
             events.text(0, piece("hi"), out);
@@ -199,7 +199,7 @@ mod tests {
     #[test]
     fn usage_comes_in_an_event_without_choices_and_is_null_before() {
         let events = events(Kind::Chat, true);
-        let usage = Usage { prompt_tokens: 2, completion_tokens: 3 };
+        let usage = Usage { prompt_tokens: 2, cached_tokens: 0, completion_tokens: 3 };
         let written = written(|out| {
             events.text(0, piece("hi"), out);
             events.end(0, Finish::Length, out);
@@ -209,7 +209,8 @@ mod tests {
         assert!(written[0].as_object().unwrap().contains_key("usage"));
         assert_eq!(written[1]["choices"][0]["finish_reason"], "length");
         let mut expected = chunk(json!([]));
-        expected["usage"] = json!({"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5});
+        expected["usage"] = json!({"prompt_tokens": 2, "prompt_tokens_details": {"cached_tokens": 0}, "completion_tokens": 3,
+            "total_tokens": 5});
         assert_eq!(written[2..], [expected, json!("[DONE]")]);
     }
 

@@ -468,7 +468,12 @@ fn scored(job: &Job, position: u32, text: &str) -> JobEvent {
     JobEvent::Tokens { position, tokens, logprobs }
 }
 
+/// Tokens of the prompt that the worker's cache held, in every answer that it ends itself.
+pub const CACHED_TOKENS: u32 = 4;
+
 fn done(job: &Job, completion_tokens: u32) -> JobEvent {
-    let usage = Usage { prompt_tokens: job.prompt.len() as u32, completion_tokens };
+    // The first choice computes what the others find.
+    let (prompt_tokens, cached_tokens) = (job.prompt.len() as u32, CACHED_TOKENS * (1 + job.choice));
+    let usage = Usage { prompt_tokens, cached_tokens, completion_tokens };
     JobEvent::Done { finish: Finish::Stop, usage }
 }

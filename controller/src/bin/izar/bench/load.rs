@@ -15,11 +15,10 @@ use anyhow::Context;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 
-use super::client::{Client, Failure, Requests, Sample};
+use super::client::{Client, Failure, Sample, Targets};
 use super::cpu::{self, Used, Watched};
 use super::schedule::{Arrivals, Schedule};
 use super::stats::Stats;
-use crate::http::Endpoint;
 
 /// Due requests that wait for a connection of one thread. Beyond it the server is so far behind that waiting longer
 /// says nothing more; they are counted as `overload`.
@@ -48,9 +47,9 @@ pub enum Until {
 
 /// What to do.
 pub struct Load {
-    /// Used in turn by the connections; `requests`: what is sent to each.
-    pub endpoints: Vec<Endpoint>,
-    pub requests: Vec<Arc<Requests>>,
+    pub targets: Arc<Targets>,
+    /// So many endpoints are used in turn by the connections; the others when one of these dies.
+    pub spread: usize,
     pub connections: usize,
     pub threads: usize,
     pub how: Loop,
@@ -141,17 +140,15 @@ pub fn run(load: Load, watched: &[Watched]) -> anyhow::Result<Measured> {
     let window = shared.load.window_from(Instant::now() + LEAD);
     announce.send_replace(Some(window));
     let clock = start_clock(&shared, &queues, window)?;
-    let result = watch_cpu(window, watched, threads);
+    let mut measured = watch_cpu(window, watched, threads)?;
     if let Some(clock) = clock {
         let overload = clock.join().map_err(|_| anyhow::anyhow!("the clock thread panicked"))?;
-        return result.map(|mut measured| {
-            if overload > 0 {
-                measured.stats.errors.insert("overload".to_owned(), overload);
-            }
-            measured
-        });
+        if overload > 0 {
+            measured.stats.errors.insert("overload".to_owned(), overload);
+        }
     }
-    result
+    measured.stats.compare(&shared.load.targets);
+    Ok(measured)
 }
 
 impl Load {
@@ -268,8 +265,7 @@ async fn connect(index: usize, shared: &Shared) -> anyhow::Result<Vec<Client>> {
     let load = &shared.load;
     let mut clients = Vec::new();
     for number in (index..load.connections).step_by(load.threads) {
-        let which = number % load.endpoints.len();
-        let mut client = Client::new(load.endpoints[which].clone(), load.requests[which].clone());
+        let mut client = Client::new(load.targets.clone(), number % load.spread);
         client.connect().await?;
         clients.push(client);
     }
@@ -304,6 +300,9 @@ async fn connection(mut client: Client, shared: Arc<Shared>, queue: Arc<Queue>, 
         // In the open loop what was scheduled counts, however late it ended: leaving it out would flatter the server.
         measured &= open || window.end.is_none_or(|end| ended <= end);
         let result = result.unwrap_or(Err(Failure::Timeout));
+        if result.is_ok() && sample.whole && sample.pauses.is_empty() {
+            shared.load.targets.hear(&sample);
+        }
         if measured {
             let mut stats = stats.lock().expect("no panic while the counts are held");
             match result {

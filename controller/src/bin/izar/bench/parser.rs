@@ -39,7 +39,15 @@ enum At {
     Done,
 }
 
-/// One response. `reset` makes it ready for the next, without giving memory back.
+/// Tokens of a prompt, and those of them that came from a cache; 0 where an answer does not say.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct PromptTokens {
+    pub all: u32,
+    pub cached: u32,
+}
+
+/// One response. `reset` makes it ready for the next, without giving memory back, and `go_on` for the rest of an answer
+/// that broke off.
 #[derive(Debug)]
 pub struct Parser {
     at: At,
@@ -50,7 +58,14 @@ pub struct Parser {
     stream: bool,
     /// The server will close the connection.
     pub closes: bool,
+    /// Of the whole answer.
     pub tokens: u32,
+    /// What the answer says of its prompt.
+    pub prompt: PromptTokens,
+    /// A fingerprint of the whole answer's text.
+    pub digest: u64,
+    /// The server stops, and another one goes on.
+    pub stopping: bool,
     /// The stream carried an error instead of an answer.
     pub failed: bool,
     /// The stream ended as it should.
@@ -63,11 +78,14 @@ impl Default for Parser {
             at: At::Head,
             head: Vec::new(),
             body: Vec::new(),
-            scanner: Scanner::default(),
+            scanner: Scanner::with_ids(),
             status: 0,
             stream: false,
             closes: false,
             tokens: 0,
+            prompt: PromptTokens::default(),
+            digest: 0,
+            stopping: false,
             failed: false,
             ended: false,
         }
@@ -76,12 +94,24 @@ impl Default for Parser {
 
 impl Parser {
     pub fn reset(&mut self) {
+        self.go_on();
+        self.scanner.reset();
+        (self.tokens, self.digest) = (0, 0);
+    }
+
+    /// What comes next is the rest of the same answer.
+    pub fn go_on(&mut self) {
         self.at = At::Head;
         self.head.clear();
         self.body.clear();
         self.scanner.clear();
-        (self.status, self.tokens) = (0, 0);
-        (self.stream, self.closes, self.failed, self.ended) = (false, false, false, false);
+        (self.status, self.prompt) = (0, PromptTokens::default());
+        (self.stream, self.closes, self.stopping, self.failed, self.ended) = (false, false, false, false, false);
+    }
+
+    /// Where in its stream the answer is, if it can be read on from there.
+    pub fn last_id(&self) -> Option<&str> {
+        self.scanner.last_id()
     }
 
     /// Whether no byte of the response has come.
@@ -182,22 +212,28 @@ impl Parser {
             self.body.extend_from_slice(&bytes[..bytes.len().min(room)]);
             return Ok(());
         }
-        let Self { scanner, tokens, failed, ended, .. } = self;
+        let Self { scanner, tokens, prompt, digest, stopping, failed, ended, .. } = self;
         let scanned = scanner.push(bytes, |event| {
             if event == b"[DONE]" {
                 *ended = true;
-            } else if has_text(event) {
+            } else if let Some(text) = text(event) {
                 *tokens += 1;
+                *digest = mix(*digest, text);
             } else if event.starts_with(b"{\"error\"") {
                 *failed = true;
+                *stopping = after_key(event, b"\"code\":").is_some_and(|code| code.starts_with(b"\"stopping\""));
+            } else if let Some(usage) = after_key(event, b"\"usage\":").filter(|usage| usage.starts_with(b"{")) {
+                *prompt = PromptTokens::read(usage);
             }
         });
         scanned.map_err(|_| Malformed)
     }
 
     fn complete(&mut self) -> At {
-        if !self.stream {
-            self.tokens = completion_tokens(&self.body);
+        // A refusal is no part of an answer that is to be read on.
+        if !self.stream && self.status == 200 {
+            self.tokens = number(&self.body, b"\"completion_tokens\":");
+            self.prompt = PromptTokens::read(&self.body);
         }
         At::Done
     }
@@ -225,15 +261,31 @@ fn chunk_size(byte: u8, digits: usize, size: u64, extension: bool) -> Result<At,
     })
 }
 
-/// Whether an event carries a piece of the answer.
-fn has_text(event: &[u8]) -> bool {
-    let value = after_key(event, b"\"content\":").or_else(|| after_key(event, b"\"text\":"));
-    value.is_some_and(|v| v.first() == Some(&b'"') && v.get(1) != Some(&b'"'))
+/// The piece of the answer that an event carries, and what stands after it.
+fn text(event: &[u8]) -> Option<&[u8]> {
+    let value = after_key(event, b"\"content\":").or_else(|| after_key(event, b"\"text\":"))?;
+    (value.first() == Some(&b'"') && value.get(1) != Some(&b'"')).then_some(value)
 }
 
-/// `usage.completion_tokens` of an answer that is no stream; 0 if it has none.
-fn completion_tokens(body: &[u8]) -> u32 {
-    let digits = after_key(body, b"\"completion_tokens\":").unwrap_or_default();
+/// Adds a piece to a fingerprint: cheap, and good enough to find what was lost, doubled or changed.
+fn mix(digest: u64, bytes: &[u8]) -> u64 {
+    bytes.chunks(8).fold(digest, |digest, chunk| {
+        let mut word = [0; 8];
+        word[..chunk.len()].copy_from_slice(chunk);
+        (digest ^ u64::from_le_bytes(word)).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29)
+    })
+}
+
+impl PromptTokens {
+    /// Reads OpenAI's `usage`.
+    fn read(usage: &[u8]) -> Self {
+        Self { all: number(usage, b"\"prompt_tokens\":"), cached: number(usage, b"\"cached_tokens\":") }
+    }
+}
+
+/// The number after a key; 0 if there is none.
+fn number(json: &[u8], quoted_key_and_colon: &[u8]) -> u32 {
+    let digits = after_key(json, quoted_key_and_colon).unwrap_or_default();
     digits
         .iter()
         .take_while(|b| b.is_ascii_digit())
@@ -287,6 +339,22 @@ mod tests {
     }
 
     #[test]
+    fn what_an_answer_says_of_its_prompt_is_read() {
+        let usage =
+            r#""usage":{"prompt_tokens":40,"prompt_tokens_details":{"cached_tokens":32},"completion_tokens":2}"#;
+        let whole = format!("{{\"choices\":[],{usage}}}");
+        let whole = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{whole}", whole.len());
+        let (last, with_usage) = ("\"finish_reason\":\"stop\"}]}", format!("data: {{\"choices\":[],{usage}}}\n\n"));
+        let end = format!("\n\n\r\n{:x}\r\n{with_usage}\r\n", with_usage.len());
+        let streamed = streamed().replacen(&format!("{last}\n\n\r\n"), &format!("{last}{end}"), 1);
+        for response in [whole, streamed] {
+            let mut parser = Parser::default();
+            assert!(parser.push(response.as_bytes()).unwrap());
+            assert_eq!((parser.tokens, parser.prompt), (2, PromptTokens { all: 40, cached: 32 }), "{response}");
+        }
+    }
+
+    #[test]
     fn a_stream_that_was_cut_or_failed_is_not_whole() {
         check(&streamed().replace("[DONE]", "[DROP]"), (200, 2, false));
         let failed = streamed().replace(
@@ -294,6 +362,56 @@ mod tests {
             &format!("{:<49}", r#"{"error":{"message":"no"}}"#),
         );
         check(&failed, (200, 2, false));
+    }
+
+    #[test]
+    fn an_answer_in_two_streams_is_one_answer() {
+        let whole = streamed().replace(
+            "data: {\"choices\":[{\"delta\":{\"content\": \" two\"",
+            "id: x-2\ndata: {\"choices\":[{\"delta\":{\"content\": \" two\"",
+        );
+        let whole = whole.replace(";ext=1", "");
+        let unchunked = |text: &str| {
+            let head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-length: ";
+            format!("{head}{}\r\n\r\n{text}", text.len())
+        };
+        let events: Vec<String> = whole
+            .lines()
+            .filter(|line| line.starts_with("data") || line.starts_with("id"))
+            .map(|line| if line.starts_with("id") { format!("{line}\n") } else { format!("{line}\n\n") })
+            .collect();
+        let read =
+            |parser: &mut Parser, events: &[String]| parser.push(unchunked(&events.concat()).as_bytes()).unwrap();
+        let mut parser = Parser::default();
+        assert!(read(&mut parser, &events));
+        let expected = (parser.tokens, parser.digest);
+        assert!(expected.0 == 2 && expected.1 != 0 && parser.is_whole());
+        parser.reset();
+        assert_eq!(parser.last_id(), None);
+        read(&mut parser, &events[..4]);
+        assert_eq!((parser.last_id(), parser.is_whole()), (Some("x-2"), false));
+        parser.go_on();
+        read(&mut parser, &events[4..]);
+        assert_eq!((parser.tokens, parser.digest, parser.is_whole()), (expected.0, expected.1, true));
+        for wrong in [&events[3..], &events[2..]] {
+            parser.reset();
+            read(&mut parser, &events[..4]);
+            parser.go_on();
+            read(&mut parser, wrong);
+            assert_ne!(parser.digest, expected.1, "a token came twice");
+        }
+    }
+
+    #[test]
+    fn a_server_that_stops_says_so() {
+        let stops = r#"data: {"error":{"message":"m","type":"t","code":"stopping"}}"#;
+        let mut parser = Parser::default();
+        let text = format!(
+            "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-length: {}\r\n\r\n{stops}\n\n",
+            stops.len() + 2
+        );
+        assert!(parser.push(text.as_bytes()).unwrap());
+        assert!(parser.stopping && !parser.is_whole());
     }
 
     #[test]

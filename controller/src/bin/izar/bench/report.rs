@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::cpu::Used;
 use super::load::Measured;
-use super::stats::Percentiles;
+use super::stats::{Percentiles, ReadOn};
 use crate::show;
 
 /// Share of its threads' time above which the generator itself may be the limit.
@@ -18,6 +18,9 @@ pub struct About {
     pub endpoints: Vec<String>,
     pub model: String,
     pub prompt_tokens: usize,
+    /// Beginnings that requests share, and their length.
+    pub prefixes: Option<usize>,
+    pub prefix_tokens: Option<usize>,
     pub max_tokens: u32,
     pub stream: bool,
     pub connections: usize,
@@ -42,6 +45,9 @@ pub struct Report {
     pub requests_per_s: f64,
     pub tokens: u64,
     pub tokens_per_s: f64,
+    /// Tokens of all prompts as the server counts them, if it says so, and the share of them that came from caches.
+    pub prompt_tokens_total: u64,
+    pub cached_share: Option<f64>,
     pub latency_ms: Option<Percentiles>,
     /// Latency less `subtract_ms`.
     pub added_ms: Option<Percentiles>,
@@ -50,6 +56,9 @@ pub struct Report {
     pub from_schedule_ms: Option<Percentiles>,
     pub errors: BTreeMap<String, u64>,
     pub reconnects: u64,
+    /// Streams that broke off and were read on.
+    pub read_on: ReadOn,
+    pub pause_ms: Option<Percentiles>,
     pub cpu: Vec<Used>,
     pub generator_cpu_s: f64,
     /// What one core of the generator could send at this cost: its ceiling.
@@ -64,6 +73,8 @@ impl Report {
         Self {
             requests_per_s: stats.requests as f64 / seconds,
             tokens_per_s: stats.tokens as f64 / seconds,
+            prompt_tokens_total: stats.prompt_tokens,
+            cached_share: (stats.prompt_tokens > 0).then(|| stats.cached_tokens as f64 / stats.prompt_tokens as f64),
             added_ms: latency.zip(about.subtract_ms).map(|(latency, ms)| latency.less(ms)),
             latency_ms: latency,
             ttft_ms: stats.ttft.percentiles().filter(|_| about.stream),
@@ -76,6 +87,8 @@ impl Report {
             tokens: stats.tokens,
             errors: stats.errors,
             reconnects: stats.reconnects,
+            read_on: stats.read_on,
+            pause_ms: stats.pauses.percentiles(),
             cpu,
             generator_cpu_s,
         }
@@ -89,7 +102,11 @@ impl Report {
         };
         let what = if about.stream { "streamed" } else { "unstreamed" };
         let mut out = format!(
-            "{how}, {what}, {} in, {} out, {} at {}; {:.1} s after {} s of warm-up\n\n",
+            "{how}, {what}, {}{} in, {} out, {} at {}; {:.1} s after {} s of warm-up\n\n",
+            about
+                .prefixes
+                .zip(about.prefix_tokens)
+                .map_or(String::new(), |(n, each)| format!("{each} shared ({n} kinds) + ")),
             about.prompt_tokens,
             about.max_tokens,
             about.model,
@@ -105,8 +122,19 @@ impl Report {
             row("errors", errors, errors as f64 / self.seconds),
         ];
         out += &show::table(&["", "COUNT", "PER SECOND"], &rows);
+        if let Some(share) = self.cached_share {
+            out += &format!("prompts: {} tokens, {:.1} % from caches\n", self.prompt_tokens_total, 100.0 * share);
+        }
         for (what, count) in &self.errors {
             out += &format!("  {count} x {what}\n");
+        }
+        if self.read_on.sum() > 0 {
+            let ReadOn { exact, different, unknown } = self.read_on;
+            out += &format!(
+                "{} streams broke off and were read on: {exact} exact, {different} different",
+                self.read_on.sum()
+            );
+            out += &if unknown > 0 { format!(", {unknown} without one to compare\n") } else { "\n".to_owned() };
         }
         out += "\n";
         out += &self.times();
@@ -122,6 +150,7 @@ impl Report {
             ("first token", self.ttft_ms),
             ("between tokens", self.between_tokens_ms),
             ("from schedule", self.from_schedule_ms),
+            ("until read on", self.pause_ms),
         ];
         let rows: Vec<Vec<String>> = kinds
             .iter()
@@ -169,13 +198,17 @@ mod tests {
 
     #[test]
     fn a_report_tells_rates_times_and_what_the_generator_cost() {
-        let mut stats = Stats { requests: 100, tokens: 1600, ..Stats::default() };
+        let mut stats =
+            Stats { requests: 100, tokens: 1600, prompt_tokens: 3200, cached_tokens: 2400, ..Stats::default() };
         stats.latency.record(Duration::from_millis(6));
         stats.errors.insert("429".into(), 2);
+        stats.read_on.exact = 3;
         let about = About {
             endpoints: vec!["https://h:1".into()],
             model: "echo".into(),
             prompt_tokens: 32,
+            prefixes: Some(2),
+            prefix_tokens: Some(16),
             max_tokens: 16,
             stream: false,
             connections: 4,
@@ -191,7 +224,8 @@ mod tests {
         assert_eq!((report.requests_per_s, report.tokens_per_s), (50.0, 800.0));
         assert!((report.added_ms.unwrap().p50 - 1.0).abs() < 0.01);
         let text = report.text();
-        for part in ["2 x 429", "c1", "1.50", "may be the limit", "latency less worker"] {
+        let parts = ["2 x 429", "c1", "1.50", "may be the limit", "latency less worker", "3200 tokens, 75.0 % from"];
+        for part in parts.into_iter().chain(["3 exact, 0 different"]) {
             assert!(text.contains(part), "{text}");
         }
         assert_eq!(serde_json::to_value(&report).unwrap()["model"], "echo");

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use hdrhistogram::Histogram;
 use serde::Serialize;
 
-use super::client::{Failure, Sample};
+use super::client::{Failure, Sample, Targets};
 
 /// The largest time kept: longer ones count as this.
 const LONGEST_US: u64 = 3_600_000_000;
@@ -75,6 +75,9 @@ pub struct Stats {
     /// Whole answers with status 200.
     pub requests: u64,
     pub tokens: u64,
+    /// Tokens of prompts, and those of them that came from caches.
+    pub prompt_tokens: u64,
+    pub cached_tokens: u64,
     /// From sending to the end of the answer.
     pub latency: Times,
     /// From sending to the first token.
@@ -85,6 +88,28 @@ pub struct Stats {
     /// Status or kind of failure.
     pub errors: BTreeMap<String, u64>,
     pub reconnects: u64,
+    /// Answers that broke off and were read on: which request, and the fingerprint of what came.
+    pub resumed: Vec<(usize, u64)>,
+    /// From the break to the next token.
+    pub pauses: Times,
+    pub read_on: ReadOn,
+}
+
+/// What became of answers that broke off and were read on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+pub struct ReadOn {
+    /// They are what they are in one go.
+    pub exact: u64,
+    /// Something was lost, doubled or changed.
+    pub different: u64,
+    /// Nobody got the answer in one go.
+    pub unknown: u64,
+}
+
+impl ReadOn {
+    pub fn sum(self) -> u64 {
+        self.exact + self.different + self.unknown
+    }
 }
 
 impl Stats {
@@ -98,6 +123,12 @@ impl Stats {
         }
         self.requests += 1;
         self.tokens += u64::from(sample.tokens);
+        self.prompt_tokens += u64::from(sample.prompt.all);
+        self.cached_tokens += u64::from(sample.prompt.cached);
+        if !sample.pauses.is_empty() {
+            self.resumed.push((sample.request, sample.digest));
+            sample.pauses.iter().for_each(|pause| self.pauses.record(*pause));
+        }
         self.latency.record(ended - sent);
         if let Some(first) = sample.tokens_at.first().filter(|_| sample.tokens_at.len() > 1 || sample.tokens == 1) {
             self.ttft.record(*first - sent);
@@ -114,6 +145,17 @@ impl Stats {
         self.error(failure.name().to_owned());
     }
 
+    /// Compares the answers that were read on with those that came in one go.
+    pub fn compare(&mut self, targets: &Targets) {
+        for (request, digest) in self.resumed.drain(..) {
+            match targets.is_exact(request, digest) {
+                Some(true) => self.read_on.exact += 1,
+                Some(false) => self.read_on.different += 1,
+                None => self.read_on.unknown += 1,
+            }
+        }
+    }
+
     fn error(&mut self, what: String) {
         *self.errors.entry(what).or_default() += 1;
     }
@@ -121,7 +163,11 @@ impl Stats {
     pub fn add(&mut self, other: &Self) {
         self.requests += other.requests;
         self.tokens += other.tokens;
+        self.prompt_tokens += other.prompt_tokens;
+        self.cached_tokens += other.cached_tokens;
         self.reconnects += other.reconnects;
+        self.resumed.extend(&other.resumed);
+        self.pauses.add(&other.pauses);
         self.latency.add(&other.latency);
         self.ttft.add(&other.ttft);
         self.between.add(&other.between);
@@ -134,6 +180,7 @@ impl Stats {
 
 #[cfg(test)]
 mod tests {
+    use super::super::parser::PromptTokens;
     use super::*;
 
     #[test]
@@ -156,7 +203,8 @@ mod tests {
         let at = |ms| start + Duration::from_millis(ms);
         let mut stats = Stats::default();
         let tokens_at = vec![at(5), at(6), at(8)];
-        let mut sample = Sample { tokens_at, tokens: 3, status: 200, whole: true };
+        let prompt = PromptTokens { all: 10, cached: 4 };
+        let mut sample = Sample { tokens_at, tokens: 3, prompt, status: 200, whole: true, ..Sample::default() };
         stats.answer(&sample, start, at(9), None);
         sample.whole = false;
         stats.answer(&sample, start, at(9), None);
@@ -165,7 +213,7 @@ mod tests {
         stats.failure(Failure::Timeout);
         let mut sum = stats.clone();
         sum.add(&stats);
-        assert_eq!((sum.requests, sum.tokens), (2, 6));
+        assert_eq!((sum.requests, sum.tokens, sum.prompt_tokens, sum.cached_tokens), (2, 6, 20, 8));
         assert_eq!(sum.ttft.percentiles().unwrap().p50.round(), 5.0);
         assert_eq!(sum.between.percentiles().unwrap().max.round(), 2.0);
         let errors: Vec<_> = sum.errors.iter().map(|(what, n)| (what.as_str(), *n)).collect();

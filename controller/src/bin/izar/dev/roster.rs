@@ -124,7 +124,7 @@ mod tests {
         let agent = |name: &str, pid: u32, workers: serde_json::Value| {
             json!({
                 "agent": name, "connected": true, "last_report_ms": 1, "pid": pid, "version": null, "cores": null,
-                "memory_bytes": null, "generation": null, "jobs": 0, "workers": workers,
+                "memory_bytes": null, "gpus": null, "labels": {}, "standing": null, "planned": 2, "generation": null, "jobs": 0, "workers": workers,
             })
         };
         let agents = json!({ "agents": [
