@@ -26,6 +26,8 @@ mod openai_client;
 mod overload;
 #[path = "stories/planned_work.rs"]
 mod planned_work;
+#[path = "stories/quorum_lost.rs"]
+mod quorum_lost;
 #[path = "stories/real_model.rs"]
 mod real_model;
 #[path = "stories/refusals.rs"]

@@ -24,6 +24,7 @@ use crate::catalog::Catalog;
 use crate::config::Config;
 use crate::control::{self, Control};
 use crate::gateway::Gateway;
+use crate::gateway::provisional::Provisional;
 use crate::raft::{self, HAND_OVER, Raft};
 use crate::state::command::Command;
 
@@ -83,8 +84,10 @@ impl Daemon {
             Err(error) => log::info!(address:% = endpoint.local_addr(), error:%; "no tripwires for agents"),
         }
 
-        let gateway =
-            Gateway::new(raft.clone(), agents.clone(), catalog.clone(), pepper.clone(), config.limits.clone());
+        let provisional = Provisional::open(&config.data_dir)?;
+        links.spawn(provisional.clone().run(raft.clone(), links_end.clone()));
+        let (pepper_too, limits) = (pepper.clone(), config.limits.clone());
+        let gateway = Gateway::new(raft.clone(), agents.clone(), catalog.clone(), pepper_too, provisional, limits);
         let peers = Peers { driver: driver.clone(), store: store.clone(), gateway: gateway.clone() };
         links.spawn(accept(endpoint.clone(), agents.clone(), peers, links_end.clone()));
         let https = listen(config.api.listen, "api.listen").await?;

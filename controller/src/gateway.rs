@@ -33,6 +33,7 @@ use front::Front;
 use listener::{Acceptor, Listener};
 use memory::Memory;
 use permits::Permits;
+use provisional::Provisional;
 use queues::Queues;
 use ready::{Leaderless, Readiness};
 
@@ -52,6 +53,7 @@ mod once;
 pub mod openai;
 mod outlet;
 mod permits;
+pub mod provisional;
 pub mod queues;
 mod ready;
 pub mod running;
@@ -96,6 +98,8 @@ pub struct Inner {
     list: running::List,
     /// Turns, and what lingers after an answer.
     tasks: TaskTracker,
+    /// Turns that wait for a quorum to be recorded.
+    provisional: Provisional,
     /// Clients shall move on to another controller.
     draining: watch::Sender<bool>,
     /// Breaks running turns off.
@@ -110,7 +114,14 @@ impl Deref for Gateway {
 }
 
 impl Gateway {
-    pub fn new(raft: Raft, agents: Agents, catalog: Catalog, pepper: Arc<Pepper>, limits: Limits) -> Self {
+    pub fn new(
+        raft: Raft,
+        agents: Agents,
+        catalog: Catalog,
+        pepper: Arc<Pepper>,
+        provisional: Provisional,
+        limits: Limits,
+    ) -> Self {
         let metrics = Arc::new(Metrics::default());
         measure(&metrics, &raft, &agents);
         let memory = Memory::new(limits.memory_bytes);
@@ -137,6 +148,7 @@ impl Gateway {
             queues,
             list: running::List::default(),
             tasks: TaskTracker::new(),
+            provisional,
             draining: watch::Sender::new(false),
             kill: CancellationToken::new(),
         }))
@@ -161,7 +173,10 @@ impl Gateway {
     pub fn readiness(&self) -> Readiness {
         let (config, fleet, leadership) = (self.config(), self.agents.fleet(), self.leadership.borrow().clone());
         let readiness = ready::readiness(&config, &fleet, &leadership, ready::has_text(&self.catalog), wall_ms());
-        if *self.draining.borrow() { readiness.draining() } else { readiness }
+        match *self.draining.borrow() {
+            true => readiness.draining(),
+            false => readiness.without_record(&config, self.provisional.admits()),
+        }
     }
 
     /// Tells clients to move on, or that they may stay: `/readyz`, and the end of each connection after its next answer.
@@ -319,7 +334,7 @@ async fn readyz(State(gateway): State<Gateway>) -> Response<Body> {
     let readiness = gateway.readiness();
     let body = serde_json::to_vec(&readiness).expect("strings are JSON");
     let mut response = typed("application/json", body);
-    if !readiness.ready {
+    if !readiness.ready && !readiness.available {
         *response.status_mut() = StatusCode::SERVICE_UNAVAILABLE;
         response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
     }

@@ -387,7 +387,8 @@ impl State {
 
     fn open_turn(&mut self, step: &mut Step, opening: &Opening) -> Result<(), Refusal> {
         let key = self.keys.get(&opening.key).ok_or_else(|| Refusal::UnknownKey(opening.key.clone()))?;
-        if key.status == KeyStatus::Revoked {
+        // What was answered is recorded, whatever was decided meanwhile where there was a quorum.
+        if key.status == KeyStatus::Revoked && !opening.provisional {
             return Err(Refusal::KeyRevoked(key.id.clone()));
         }
         self.turns.open(opening.clone(), step.at)?;

@@ -77,12 +77,7 @@ fn a_controller_is_drained_and_the_leader_stopped_under_load_and_no_request_fail
         assert!(drained["leader"].is_string() && drained["leader"] != first.as_str(), "another one leads: {drained}");
         let ready = own.get("/readyz").unwrap();
         assert!(ready.status == 503 && ready.text().contains("draining"), "{}", ready.text());
-        let models = own.get("/v1/models").unwrap();
-        assert_eq!(
-            (models.status, models.header("connection")),
-            (200, Some("close")),
-            "who asks all the same is served"
-        );
+        assert_eq!(own.get("/v1/models").unwrap().status, 200, "who asks all the same is served");
         more("answers while it drains");
         assert_eq!(admin(&first).json(&["undrain"]).unwrap()["draining"], false);
         assert_eq!(own.get("/readyz").unwrap().status, 200);

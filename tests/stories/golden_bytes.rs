@@ -201,6 +201,8 @@ fn no_message_is_without_golden_bytes() {
         "StoredHardState",
         "Position",
         "StoredIncarnation",
+        // On disk: turns that wait for a quorum to be recorded.
+        "Note",
     ];
     let mut unknown = Vec::new();
     let mut folders: Vec<PathBuf> = ["common/src", "controller/src", "agent/src"].map(|f| repository().join(f)).into();
@@ -540,6 +542,7 @@ pub fn all_commands(origin: &Origin) -> Vec<Command> {
         stream: true,
         origin: origin.clone(),
         once: Some(Once { name: hash(11), request: hash(12) }),
+        provisional: true,
     };
     let labels = [("rack".to_owned(), "r7".to_owned())].into();
     let constraints = Constraints { memory_bytes: 1 << 33, gpus: 1, labels, apart: true };

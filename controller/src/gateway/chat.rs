@@ -588,9 +588,6 @@ fn job(gateway: &Gateway, order: &Order, choice: u32, attempt: u32) -> Job {
 }
 
 async fn record_begin(gateway: &Gateway, order: &Order, stream: bool) -> Result<(), Stopped> {
-    if !gateway.leaderless.ends(&gateway.leadership).await {
-        return Err(Stopped::failed(Error::Unavailable { reason: "no leader is known".into() }, false));
-    }
     let opening = Opening {
         turn: order.arrival.turn,
         tenant: order.caller.tenant.clone(),
@@ -603,10 +600,14 @@ async fn record_begin(gateway: &Gateway, order: &Order, stream: bool) -> Result<
         stream,
         origin: gateway.raft.origin().clone(),
         once: if let Claim::Begin { once } = order.claim { once } else { None },
+        provisional: false,
     };
+    if !gateway.leaderless.ends(&gateway.leadership).await {
+        return note_begin(gateway, order, opening, "no leader is known", false).await;
+    }
     let command = match &order.claim {
-        Claim::Begin { .. } => Command::OpenTurn(opening),
-        _ => Command::ResumeTurn { turn: opening.turn, key: opening.key, origin: opening.origin },
+        Claim::Begin { .. } => Command::OpenTurn(opening.clone()),
+        _ => Command::ResumeTurn { turn: opening.turn, key: opening.key.clone(), origin: opening.origin.clone() },
     };
     let begun = Instant::now();
     match gateway.raft.propose(command).await {
@@ -617,13 +618,37 @@ async fn record_begin(gateway: &Gateway, order: &Order, stream: bool) -> Result<
         Ok(Reply::Refused(Refusal::UnknownTurn(_))) => Err(Stopped::failed(Error::UnknownStream, false)),
         Ok(Reply::Refused(refusal)) => Err(Stopped::failed(refusal.into(), false)),
         // It may still be committed after we have stopped waiting.
-        Err(unavailable) => Err(Stopped::failed(Error::Unavailable { reason: unavailable.reason }, true)),
+        Err(unavailable) => note_begin(gateway, order, opening, &unavailable.reason, true).await,
+    }
+}
+
+/// Notes a turn that cannot be recorded now, if its project wants that; `proposed`: it may yet be recorded.
+async fn note_begin(
+    gateway: &Gateway,
+    order: &Order,
+    opening: Opening,
+    reason: &str,
+    proposed: bool,
+) -> Result<(), Stopped> {
+    let refused = |reason: String| Err(Stopped::failed(Error::Unavailable { reason }, proposed));
+    if !order.caller.project.available {
+        return refused(reason.to_owned());
+    }
+    if !matches!(order.claim, Claim::Begin { once: None }) {
+        return refused(format!("{reason}; streams are read on, and idempotency keys taken, only with a quorum"));
+    }
+    match gateway.provisional.begin(Opening { provisional: true, ..opening }).await {
+        Ok(()) => Ok(()),
+        Err(error) => refused(format!("{reason}; {error}")),
     }
 }
 
 /// Records how a turn ended, however long that takes: what is not recorded by the time the process ends is closed as
 /// abandoned by the next one.
 async fn record_end(gateway: &Gateway, order: &Order, outcome: Outcome) {
+    if gateway.provisional.holds(order.arrival.turn) {
+        return gateway.provisional.end(order.arrival.turn, outcome).await;
+    }
     let mut pause = RECORD_AGAIN;
     while !try_record_end(gateway, order, &outcome).await {
         tokio::select! {

@@ -18,6 +18,8 @@ use crate::state::Config;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Readiness {
     pub ready: bool,
+    /// Requests of projects that are `available` are answered; without a quorum only these are.
+    pub available: bool,
     /// Deployments that can generate now.
     pub deployments: Vec<String>,
     /// What is missing; a ready controller may still miss some deployments.
@@ -25,9 +27,19 @@ pub struct Readiness {
 }
 
 impl Readiness {
+    /// Adds what is possible without a quorum; `admits`: whether turns may be noted until there is one.
+    pub fn without_record(mut self, config: &Config, admits: bool) -> Self {
+        let any = config.projects.values().any(|project| project.available);
+        if !self.ready && admits && any && !self.deployments.is_empty() {
+            self.available = true;
+            self.reasons.push("only requests of projects that are `available` are answered".to_owned());
+        }
+        self
+    }
+
     /// What a controller says that clients shall leave.
     pub fn draining(mut self) -> Self {
-        self.ready = false;
+        (self.ready, self.available) = (false, false);
         self.reasons.insert(0, "this controller is draining; use another one".to_owned());
         self
     }
@@ -62,7 +74,8 @@ pub fn readiness(
             Err(no_place) => reasons.push(no_place.to_string()),
         }
     }
-    Readiness { ready: leadership.leader.is_some() && !deployments.is_empty(), deployments, reasons }
+    let ready = leadership.leader.is_some() && !deployments.is_empty();
+    Readiness { ready, available: ready, deployments, reasons }
 }
 
 /// How long a leader may be missing before new requests are refused at once: an election takes less, and one that is
@@ -112,7 +125,15 @@ mod tests {
         assert!(!readiness.ready);
         assert_eq!(readiness.reasons, ["no leader is known", "no model is deployed"]);
         assert!(!super::readiness(&config, &fleet, &led(), |_| true, 0).ready);
-        let well = Readiness { ready: true, deployments: vec!["m".into()], reasons: Vec::new() };
-        assert!(!well.clone().draining().ready && well.draining().reasons[0].contains("draining"));
+        let well = Readiness { ready: true, available: true, deployments: vec!["m".into()], reasons: Vec::new() };
+        assert!(!well.clone().draining().ready && well.clone().draining().reasons[0].contains("draining"));
+        let lost = Readiness { ready: false, available: false, ..well };
+        let mut config = Config::default();
+        assert!(!lost.clone().without_record(&config, true).available, "no project wants it");
+        let mut project = crate::state::Project::new("p".parse().unwrap(), "t".parse().unwrap());
+        project.available = true;
+        config.projects.insert(project.id.clone(), project);
+        let without = lost.clone().without_record(&config, true);
+        assert!(without.available && !without.ready && !lost.without_record(&config, false).available);
     }
 }

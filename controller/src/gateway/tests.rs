@@ -3,11 +3,15 @@
 mod queued;
 mod world;
 
+use std::sync::atomic::Ordering::Relaxed;
+
 use izar_common::chat::{Finish, Usage};
+use izar_common::id::NumericsId;
 use serde_json::json;
 use tokio::io::AsyncReadExt;
 
 use crate::gateway::Limits;
+use crate::gateway::cursor::Cursor;
 use crate::gateway::running::Stage;
 use crate::state::command::Command;
 use crate::state::turns::{Outcome, Turn};
@@ -248,6 +252,49 @@ async fn a_stream_goes_on_after_any_event_for_who_repeats_the_request() {
     let whole = world.chat_after(ids[0], KEY, "say", json!({})).await;
     assert_eq!(whole.status, 400, "{whole:?}");
     assert_eq!(world.closed(1).await.len(), 1, "one turn, recorded once");
+    world.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ids_say_when_something_else_went_on_with_an_answer() {
+    let world = World::start(Limits::default()).await;
+    let computed_by = async |id: u64| {
+        world.numerics.store(id, Relaxed);
+        until("the worker's word", || {
+            let fleet = world.gateway.agents.fleet();
+            let mut workers = fleet.agents.values().flat_map(|agent| agent.workers());
+            workers.any(|worker| worker.numerics == Some(NumericsId(id)))
+        })
+        .await;
+    };
+    computed_by(1).await;
+    let stream =
+        world.send("POST", "/v1/chat/completions", Some(KEY), &chat_body("move", json!({"stream": true}))).await;
+    until("the first word", || world.gateway.running().iter().any(|turn| turn.state == Stage::Answering)).await;
+    computed_by(2).await;
+    world.go.notify_one();
+    let all = Response::read(stream).await;
+    assert_eq!(all.streamed_text(), "one two", "{all:?}");
+    let by: Vec<_> = all.ids().iter().map(|id| id.parse::<Cursor>().unwrap().numerics).collect();
+    let (one, several) = (Some(NumericsId(1)), Some(NumericsId::SEVERAL));
+    assert_eq!(by, [one, one, one, several, several, several, several, several]);
+    let turn = world.closed(1).await.remove(0);
+    let recorded = turn.closed.unwrap().1;
+    assert!(
+        matches!(recorded, Outcome::Finished { inexact: true, numerics, .. } if numerics == several),
+        "{recorded:?}"
+    );
+    assert_eq!(world.gateway.metrics().inexact_moves.get(), 1);
+    // Computed again from the beginning, by what the first events are not from.
+    world.numerics.store(2, Relaxed);
+    let rest = world.chat_after(all.ids()[0], KEY, "move", json!({"stream": true}));
+    let go = async {
+        until("the first word", || world.gateway.running().iter().any(|turn| turn.tokens == 3)).await;
+        world.go.notify_one();
+    };
+    let (rest, ()) = tokio::join!(rest, go);
+    let by: Vec<_> = rest.ids().iter().map(|id| id.parse::<Cursor>().unwrap().numerics).collect();
+    assert_eq!(by, [several; 7], "{rest:?}");
     world.stop().await;
 }
 

@@ -171,6 +171,7 @@ fn turn(id: u128, origin: &Origin) -> Command {
         stream: true,
         origin: origin.clone(),
         once: None,
+        provisional: false,
     })
 }
 

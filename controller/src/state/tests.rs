@@ -33,6 +33,7 @@ fn open(turn: u128, key: &str, incarnation: u64) -> Command {
         stream: true,
         origin: origin(incarnation),
         once: None,
+        provisional: false,
     })
 }
 
@@ -134,6 +135,9 @@ fn only_an_active_key_opens_a_turn() {
     check(state, open(1, "k", 1), Ok(()));
     check(state, Command::RevokeKey(name("k")), Ok(()));
     check(state, open(2, "k", 1), Err(Refusal::KeyRevoked(name("k"))));
+    let Command::OpenTurn(opening) = open(3, "k", 1) else { unreachable!("it opens a turn") };
+    check(state, Command::OpenTurn(Opening { provisional: true, ..opening }), Ok(()));
+    check(state, close(3), Ok(()));
     check(state, close(1), Ok(()));
     check(state, Command::RevokeKey(name("k")), Ok(()));
     check(state, Command::RevokeKey(name("x")), Err(Refusal::UnknownKey(name("x"))));

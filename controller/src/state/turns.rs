@@ -35,6 +35,8 @@ pub struct Opening {
     pub origin: Origin,
     /// A client that may ask twice says so.
     pub once: Option<Once>,
+    /// It was answered without a quorum, and is recorded afterwards.
+    pub provisional: bool,
 }
 
 /// A request that shall have one answer however often it is asked. Keyed hashes alone: what a client chose as its

@@ -6,6 +6,7 @@
 use std::collections::HashMap;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -13,7 +14,7 @@ use izar_common::blob;
 use izar_common::chat::{Finish, Job, JobEvent, Logprobs, Token, Usage};
 use izar_common::clock::{Clock, Hlc};
 use izar_common::health::{Generation, Load, Report, WorkerReport, WorkerState};
-use izar_common::id::{Identity, KeyId, NodeId, ProjectId, Role, TurnId};
+use izar_common::id::{Identity, KeyId, NodeId, NumericsId, ProjectId, Role, TurnId};
 use izar_common::quic::{self, Endpoint, Profile, Sender};
 use izar_common::seal::Pepper;
 use izar_common::tls::{Files, NodeTls, pki};
@@ -28,6 +29,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::agents::Agents;
 use crate::catalog::Catalog;
+use crate::gateway::provisional::Provisional;
 use crate::gateway::{Gateway, Limits};
 use crate::import;
 use crate::raft::{self, Driver, Raft};
@@ -49,6 +51,8 @@ pub struct World {
     pub address: SocketAddr,
     /// Lets a `hold` job end.
     pub go: Arc<Notify>,
+    /// What the worker says that it computes with; 0: nothing.
+    pub numerics: Arc<AtomicU64>,
     /// Turns of jobs that were cancelled.
     pub cancelled: mpsc::Receiver<TurnId>,
     agents: Agents,
@@ -107,12 +111,15 @@ impl World {
         let (tasks, end, shutdown) = (TaskTracker::new(), CancellationToken::new(), CancellationToken::new());
         let catalog = Catalog::start(raft.config(), store.clone(), endpoint.clone(), Vec::new(), &tasks, end.clone());
         let pepper = Arc::new(Pepper::generate());
-        let gateway = Gateway::new(raft.clone(), agents.clone(), catalog, pepper.clone(), limits);
+        let provisional = Provisional::open(dir.path()).unwrap();
+        let gateway = Gateway::new(raft.clone(), agents.clone(), catalog, pepper.clone(), provisional, limits);
         let plain = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
         let address = plain.local_addr().unwrap();
         tasks.spawn(gateway.clone().serve(None, Some(plain), shutdown.clone()));
         let (go, (cancel, cancelled)) = (Arc::new(Notify::new()), mpsc::channel(16));
-        let agent = Agent { tls: node(dir.path(), Role::Agent, "a1"), go: go.clone(), cancel };
+        let numerics = Arc::new(AtomicU64::new(0));
+        let tls = node(dir.path(), Role::Agent, "a1");
+        let agent = Agent { tls, go: go.clone(), numerics: numerics.clone(), cancel };
         let controller = endpoint.local_addr();
         let (accept, agent_end, accept_end) = (agents.clone(), end.clone(), end.clone());
         tasks.spawn(async move {
@@ -127,7 +134,8 @@ impl World {
         tasks.spawn(async move {
             agent_end.run_until_cancelled(agent.run(controller)).await;
         });
-        let world = Self { gateway, raft, address, go, cancelled, agents, driver, shutdown, end, tasks, _dir: dir };
+        let world =
+            Self { gateway, raft, address, go, numerics, cancelled, agents, driver, shutdown, end, tasks, _dir: dir };
         world.furnish(&pepper, &store).await;
         world
     }
@@ -300,6 +308,7 @@ fn dechunk(mut body: &str) -> String {
 struct Agent {
     tls: NodeTls,
     go: Arc<Notify>,
+    numerics: Arc<AtomicU64>,
     cancel: mpsc::Sender<TurnId>,
 }
 
@@ -320,7 +329,7 @@ impl Agent {
                     again.reset_immediately();
                 }
                 _ = again.tick() => {
-                    if tx.send(&Up::Report(report(workers.clone()))).await.is_err() {
+                    if tx.send(&Up::Report(report(workers.clone(), self.numerics.load(Relaxed)))).await.is_err() {
                         return;
                     }
                 }
@@ -368,7 +377,8 @@ fn ready(assignment: &Assignment) -> Vec<WorkerReport> {
     assignment.workers.iter().map(worker).collect()
 }
 
-fn report(workers: Vec<WorkerReport>) -> Report {
+fn report(mut workers: Vec<WorkerReport>, numerics: u64) -> Report {
+    workers.iter_mut().for_each(|worker| worker.numerics = (numerics > 0).then_some(NumericsId(numerics)));
     let generation = Generation::default();
     Report {
         generation,
@@ -384,7 +394,8 @@ fn report(workers: Vec<WorkerReport>) -> Report {
 
 /// Does what the prompt says:
 /// `say`: the words "one two"; `hold`: one word, then waits for `go`; `silent`: nothing, ever; `flaky`: fails on the
-/// first two attempts; `half`: says a word once, and fails on every attempt; `torn`: says one letter on every attempt, then fails; `broken`: fails for good.
+/// first two attempts; `half`: says a word once, and fails on every attempt; `torn`: says one letter on every attempt, then fails; `move`: one word, then waits for `go`
+/// and fails, and says the rest when it goes on; `broken`: fails for good.
 async fn act(job: Job, mut tx: Sender, go: &Notify, cancel: &mpsc::Sender<TurnId>) {
     let prompt: Vec<u8> = job.prompt.iter().map(|token| *token as u8).collect();
     let prompt = String::from_utf8(prompt).unwrap();
@@ -412,6 +423,12 @@ async fn act(job: Job, mut tx: Sender, go: &Notify, cancel: &mpsc::Sender<TurnId
                 None => vec![done(&job, 7)],
             }
         }
+        () if has("move") && job.delivered.is_empty() => {
+            let _ = tx.send(&tokens(0, "one")).await;
+            go.notified().await;
+            vec![failed(true)]
+        }
+        () if has("move") => vec![tokens(3, " two"), done(&job, 7)],
         () if has("broken") => vec![failed(false)],
         () if has("choice") => choose(&job, go).await,
         () => vec![tokens(0, "one "), tokens(4, "two"), done(&job, 7)],
