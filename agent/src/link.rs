@@ -236,7 +236,7 @@ async fn hold_tripwire(workers: Workers, controller: SocketAddr, words: [u8; 16]
     }
 }
 
-/// Takes streams of jobs; each is served by a task of its own, of which a connection's limit of streams allows 1024.
+/// Takes streams of jobs; each is served by a task of its own, of which a connection's limit of streams allows 4096.
 async fn take_jobs(parts: &Arc<Parts>, connection: &Connection) -> anyhow::Result<()> {
     loop {
         let (open, mut tx, mut rx) = connection.accept_bi().await?;

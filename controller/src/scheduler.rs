@@ -24,9 +24,9 @@ use crate::state::{Config, Deployment};
 /// the gateway refuses them at once (429) and the client may ask another site.
 pub const BATCHES_PER_WORKER: u64 = 8;
 
-/// Jobs of this controller on an agent at most. Each has a QUIC stream, of which a connection allows 1024; the rest
+/// Jobs of this controller on an agent at most. Each has a QUIC stream, of which a connection allows 4096; the rest
 /// is room for streams that have ended but are not yet acknowledged, and for urgent jobs.
-pub const JOBS_PER_AGENT: u32 = 960;
+pub const JOBS_PER_AGENT: u32 = 4_000;
 
 /// What urgent jobs get beyond these limits: a batch on a worker, and so many on an agent. Workers compute them first, so
 /// it does not matter how many others wait there.

@@ -13,7 +13,7 @@ use crate::id::{NodeId, Role};
 use crate::tls::NodeTls;
 
 /// A stream for each running request: more requests than this wait for an agent's answer elsewhere.
-const BIDI_STREAMS: u32 = 1024;
+const BIDI_STREAMS: u32 = 4096;
 /// Raft and proposals take three; room for reconnecting while old ones die.
 const UNI_STREAMS: u32 = 64;
 /// What one stream may have under way: a model file flows at 10 Gbit/s over 6 ms, or at 600 Mbit/s over 100 ms.

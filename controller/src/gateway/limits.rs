@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Limits {
-    /// Open connections of the API; one more is accepted and closed at once. Default 4096; the limit of open files
+    /// Open connections of the API; one more is accepted and closed at once. Default 8192; the limit of open files
     /// must leave room for it.
     pub connections: usize,
     /// TLS handshakes that run at once; others wait within their `handshake_ms`. Default 64.
@@ -31,7 +31,7 @@ pub struct Limits {
     pub idle_ms: u64,
     /// Milliseconds that a client may take no byte at all while some wait for it; then it is cut. Default 60000.
     pub write_stall_ms: u64,
-    /// Turns of all clients that run, or wait to be recorded as closed; more gives 503. Default 4096.
+    /// Turns of all clients that run, or wait to be recorded as closed; more gives 503. Default 8192.
     pub turns: usize,
     /// Bytes that requests may hold together: bodies while they are read (three times their size), turns (24 KiB each,
     /// 8 bytes for a token of the prompt, 4 for one that may come), and what clients are slow to take of their answers.
@@ -54,7 +54,7 @@ pub struct Limits {
 impl Default for Limits {
     fn default() -> Self {
         Self {
-            connections: 4096,
+            connections: 8192,
             handshakes: 64,
             handshake_ms: 5_000,
             header_ms: 15_000,
@@ -64,7 +64,7 @@ impl Default for Limits {
             http2_streams: 128,
             idle_ms: 60_000,
             write_stall_ms: 60_000,
-            turns: 4096,
+            turns: 8192,
             memory_bytes: 1 << 30,
             worker_silence_ms: 300_000,
             replica_wait_ms: 60_000,
