@@ -255,12 +255,13 @@ pub fn revision(fleet: &Fleet, config: &Config, deployment: &Deployment) -> Hash
 }
 
 /// Ready workers with the right revision that the plan still wants where they are. Those that retire only go on with
-/// what others have begun, and only where the numerics are the same.
+/// what others have begun, where the numerics are the same; and they serve who waited while another revision came.
 pub fn candidates<'a>(
     fleet: &'a Fleet,
     config: &'a Config,
     ask: &'a Ask<'a>,
 ) -> impl Iterator<Item = (&'a NodeId, &'a AgentView, &'a WorkerReport)> {
+    let wanted = config.deployments.get(ask.deployment).map(|deployment| deployment.revision);
     let connected = fleet.agents.iter().filter(|(_, view)| view.connected);
     connected.flat_map(move |(agent, view)| {
         let fits = move |worker: &&WorkerReport| {
@@ -268,9 +269,9 @@ pub fn candidates<'a>(
                 && worker.deployment == *ask.deployment
                 && worker.revision == ask.revision
                 && config.plan.workers.get(&worker.worker).is_some_and(|placement| {
-                    let stays =
-                        placement.retiring_ms.is_none() || (ask.numerics.is_some() && ask.numerics == worker.numerics);
-                    placement.agent == *agent && stays
+                    let begun_here = ask.numerics.is_some() && ask.numerics == worker.numerics;
+                    let waited = wanted.is_some_and(|wanted| wanted != ask.revision);
+                    placement.agent == *agent && (placement.retiring_ms.is_none() || begun_here || waited)
                 })
         };
         view.workers().iter().filter(fits).map(move |worker| (agent, view, worker))
@@ -548,6 +549,14 @@ mod tests {
         assert_eq!(ask("m 1", "m.0@a1!", said, &[], 0), "m.0@a1", "it has the numerics of the beginning");
         let other = "a1 m.0 ready 0 0 0 other";
         assert_eq!(ask("m 1", "m.0@a1!", other, &[], 0), "no replica of m is ready (1 without an agent)");
+        // Who waited for a revision that is wanted no longer.
+        let (config, deployment) = (config("m 1", "m.0@a1-9! m.1@a2"), "m".parse().unwrap());
+        let fleet = fleet("a1 m.0 ready 0 0 0 x\na2 m.1 ready 0 0 0", NOW);
+        let place = |revision| {
+            let ask = Ask::any(&deployment, Hash([revision; 32]), NOW);
+            place(&fleet, &Prefixes::default(), &config, &ask).unwrap().worker.to_string()
+        };
+        assert_eq!((place(9).as_str(), place(1).as_str()), ("m.0", "m.1"));
     }
 
     #[test]

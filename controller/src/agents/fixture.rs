@@ -37,7 +37,7 @@ pub fn config(wanted: &str, plan: &str) -> Config {
         let (worker, agent) = part.split_once('@').unwrap();
         let deployment = worker.rsplit_once('.').unwrap().0.parse().unwrap();
         let retiring_ms = agent.ends_with('!').then_some(0);
-        let revision = if agent.ends_with("-9") { Hash([9; 32]) } else { revision };
+        let revision = if agent.trim_end_matches('!').ends_with("-9") { Hash([9; 32]) } else { revision };
         let agent = agent.trim_end_matches('!').trim_end_matches("-9").parse().unwrap();
         let engine = EngineOptions { max_batch: 4, ..EngineOptions::default() };
         let placement = Placement { deployment, agent, revision, engine, retiring_ms };
