@@ -84,5 +84,5 @@ fn a_request_that_is_asked_twice_has_one_answer_and_one_record_whatever_dies() {
         anyhow::ensure!(ended == ["finished", "finished"], "{ended:?}");
         Ok(())
     });
-    cluster.finish(&[]);
+    cluster.finish(&["agent is given up"]);
 }
