@@ -15,7 +15,7 @@ const CHAT: &str = "/v1/chat/completions";
 const PATIENCE: Duration = Duration::from_secs(60);
 const ASK_AGAIN: Duration = Duration::from_millis(100);
 
-/// Everything of an event but what names the request, as its bytes were.
+/// Everything of an event but what names the request and what a cache held, as its bytes were.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Event {
     /// Whose it is; events of the whole answer have none.
@@ -120,7 +120,7 @@ impl Reader {
         if let Some(retried) = self.retried.take() {
             self.told.resumed.push(now - retried);
         }
-        let said = json!({ "choices": event["choices"], "usage": event["usage"] }).to_string();
+        let said = json!({ "choices": event["choices"], "usage": usage(event) }).to_string();
         self.told.events.push(Event { choice: event["choices"][0]["index"].as_u64(), said });
         self.told.at.push(now);
         // An answer that is read on begins without an id; where the client was stays true.
@@ -128,6 +128,15 @@ impl Reader {
             (self.last_id, self.sure) = (last_id, self.told.events.len());
         }
     }
+}
+
+/// An event's usage without how much of the prompt a cache held: that depends on who computed, and when.
+fn usage(event: &Value) -> Value {
+    let mut usage = event["usage"].clone();
+    if let Some(usage) = usage.as_object_mut() {
+        usage.remove("prompt_tokens_details");
+    }
+    usage
 }
 
 /// What a refusal means for a client.
