@@ -400,7 +400,7 @@ impl<'a> Draft<'a> {
 }
 
 /// Whether a worker is what a deployment wants, and stays.
-fn is_twin(place: &Placement, deployment: &Deployment) -> bool {
+pub fn is_twin(place: &Placement, deployment: &Deployment) -> bool {
     place.deployment == deployment.id
         && place.retiring_ms.is_none()
         && (place.revision, &place.engine) == (deployment.revision, &deployment.engine)

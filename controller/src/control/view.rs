@@ -139,7 +139,7 @@ pub struct DeploymentView {
     pub model: String,
     /// Replicas wanted.
     pub wanted: u32,
-    /// Replicas that serve this revision now.
+    /// Replicas that serve now what is wanted: this revision, computed in this way.
     pub ready: u32,
     pub max_batch: u32,
     /// 0: what the model was made for.
@@ -176,6 +176,8 @@ pub struct ReplicaView {
     pub restarts: u32,
     /// The revision that it runs.
     pub revision: Hash,
+    /// It serves until what is wanted now is ready in its place.
+    pub outdated: bool,
     /// It only ends what it has begun.
     pub retiring: bool,
     /// What computes it, once it is ready: replicas with one id give the same answers to the bit.
@@ -387,9 +389,9 @@ pub fn deployment(wanted: &Deployment, config: &Config, fleet: &Fleet) -> Deploy
         .workers
         .iter()
         .filter(|(_, place)| place.deployment == wanted.id)
-        .map(|(worker, place)| replica(worker, place, fleet.agents.get(&place.agent)))
+        .map(|(worker, place)| replica(worker, place, wanted, fleet.agents.get(&place.agent)))
         .collect();
-    let serves = |w: &&ReplicaView| w.revision == wanted.revision && !w.retiring;
+    let serves = |w: &&ReplicaView| !w.outdated && !w.retiring;
     let ready = workers.iter().filter(serves).filter(|w| w.state == ReplicaState::Ready).count() as u32;
     let placed = workers.iter().filter(serves).count() as u32;
     let aliases = config.aliases.iter().filter(|(_, to)| **to == wanted.id).map(|(alias, _)| alias.clone()).collect();
@@ -416,7 +418,7 @@ pub fn deployment(wanted: &Deployment, config: &Config, fleet: &Fleet) -> Deploy
     }
 }
 
-fn replica(worker: &WorkerId, place: &Placement, view: Option<&AgentView>) -> ReplicaView {
+fn replica(worker: &WorkerId, place: &Placement, wanted: &Deployment, view: Option<&AgentView>) -> ReplicaView {
     let connected = view.is_some_and(|v| v.connected);
     let report = view.and_then(|v| v.workers().iter().find(|r| r.worker == *worker)).filter(|_| connected);
     let (state, detail) = match report {
@@ -432,6 +434,7 @@ fn replica(worker: &WorkerId, place: &Placement, view: Option<&AgentView>) -> Re
         agent: place.agent.clone(),
         state,
         revision: place.revision,
+        outdated: place.retiring_ms.is_none() && !planner::is_twin(place, wanted),
         retiring: place.retiring_ms.is_some(),
         pid: report.and_then(|r| r.pid),
         restarts: report.map_or(0, |r| r.restarts),
@@ -555,6 +558,17 @@ mod tests {
         assert_eq!(view.workers[2].pid, None);
         assert_eq!((view.workers[0].numerics, view.workers[3].numerics), (Some(NumericsId(0x17)), None));
         assert_eq!(view.cache_bytes, 512 << 20);
+    }
+
+    #[test]
+    fn what_computes_in_another_way_than_wanted_is_not_what_is_reached() {
+        let config = config(&[("echo.0", "a1")]);
+        let fleet = fleet(vec![("a1", agent_with(true, vec![report("echo.0", WorkerState::Ready, REVISION)]))]);
+        let mut wanted = wanted(1);
+        assert_eq!(deployment(&wanted, &config, &fleet).ready, 1);
+        wanted.engine.max_batch += 1;
+        let view = deployment(&wanted, &config, &fleet);
+        assert_eq!((view.ready, view.unplaced, view.workers[0].outdated), (0, 1, true));
     }
 
     #[test]

@@ -231,7 +231,16 @@ fn human_deployments(deployments: &Deployments) -> String {
         let how = format!("{}: {}, {} kernels, {cache}, batches of {}", d.device, d.quant, d.kernels, d.max_batch);
         rows.push(vec![d.name.to_string(), show::short(&d.revision), reached, how]);
         for w in &d.workers {
-            let place = format!("on {}: {}{}", w.agent, w.state, if w.retiring { ", retiring" } else { "" });
+            let place = format!(
+                "on {}: {}{}",
+                w.agent,
+                w.state,
+                match (w.outdated, w.retiring) {
+                    (true, _) => ", outdated",
+                    (_, true) => ", retiring",
+                    _ => "",
+                }
+            );
             let detail = match w.numerics {
                 Some(numerics) if w.detail.is_empty() => format!("numerics {numerics}"),
                 _ => w.detail.clone(),
