@@ -172,8 +172,14 @@ pub struct Metrics {
     /// Those of them that went on with other numerics.
     pub inexact_moves: Counter,
     pub running_requests: Arc<Gauge>,
+    /// From the head of a request until its jobs are on their way to agents.
+    pub admission_seconds: Histogram,
     /// From proposing to open a turn until it is committed and applied here.
     pub commit_seconds: Histogram,
+    /// From sending a request's first job to the first token of any of them.
+    pub worker_first_token_seconds: Histogram,
+    /// From the last event of a request's workers until its answer is handed to the connection.
+    pub ending_seconds: Histogram,
     pub connections: Arc<Gauge>,
     /// Connections and requests refused, by reason.
     pub refused: Family<Counter>,
@@ -199,7 +205,10 @@ impl Default for Metrics {
             placed_again: Counter::default(),
             inexact_moves: Counter::default(),
             running_requests: Arc::default(),
+            admission_seconds: Histogram::new(SHORT),
             commit_seconds: Histogram::new(SHORT),
+            worker_first_token_seconds: Histogram::new(LONG),
+            ending_seconds: Histogram::new(SHORT),
             connections: Arc::default(),
             refused: Family::new(&["reason"], Counter::default),
             queue_wait_seconds: Family::new(&["deployment", "class"], || Histogram::new(LONG)),
@@ -280,8 +289,27 @@ impl Metrics {
         page.sample("izar_running_requests", "", self.running_requests.get());
         page.head("izar_connections", "Open connections of the API.", "gauge");
         page.sample("izar_connections", "", self.connections.get());
-        page.head("izar_commit_seconds", "From proposing to open a turn until it is applied here.", "histogram");
-        page.histogram("izar_commit_seconds", "", &self.commit_seconds);
+        for (name, help, histogram) in [
+            (
+                "izar_admission_seconds",
+                "From the head of a request until its jobs are on their way to agents.",
+                &self.admission_seconds,
+            ),
+            ("izar_commit_seconds", "From proposing to open a turn until it is applied here.", &self.commit_seconds),
+            (
+                "izar_worker_first_token_seconds",
+                "From sending a request's first job to the first token of any of them.",
+                &self.worker_first_token_seconds,
+            ),
+            (
+                "izar_ending_seconds",
+                "From the last event of a request's workers until its answer is handed to the connection.",
+                &self.ending_seconds,
+            ),
+        ] {
+            page.head(name, help, "histogram");
+            page.histogram(name, "", histogram);
+        }
         for Read { name, help, kind, read } in self.read.lock().expect("no panic while callbacks are held").iter() {
             page.head(name, help, if *kind == Kind::Counter { "counter" } else { "gauge" });
             read(&mut |labels, value| page.sample(name, &label_text(labels.iter().copied()), value));

@@ -3,6 +3,7 @@
 //! There is no task behind it: whoever holds the stream reads the agent's QUIC stream itself.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use izar_common::chat::JobEvent;
 use izar_common::id::{NodeId, NumericsId, WorkerId};
@@ -19,6 +20,8 @@ pub struct JobStream {
     pub numerics: Option<NumericsId>,
     /// Why it was placed there; `None` for a job that another controller began.
     pub why: Option<Why>,
+    /// When it was sent there.
+    pub sent: Instant,
     /// `None` when the job has ended or its stream is lost.
     streams: Option<(Sender, Receiver)>,
     /// Why it ended before its first event, told once.
@@ -34,6 +37,7 @@ pub(super) struct Counted {
     pub worker: WorkerId,
     pub numerics: Option<NumericsId>,
     pub why: Option<Why>,
+    pub sent: Instant,
 }
 
 impl Drop for Counted {
@@ -61,7 +65,8 @@ impl JobStream {
     fn placed(mut counted: Counted, streams: Option<(Sender, Receiver)>, failed: Option<JobEvent>) -> Self {
         let (agent, worker, numerics) = (counted.agent.clone(), counted.worker.clone(), counted.numerics);
         let why = counted.why.take();
-        Self { agent, worker, numerics, why, streams, failed, counted: Some(counted) }
+        let sent = counted.sent;
+        Self { agent, worker, numerics, why, sent, streams, failed, counted: Some(counted) }
     }
 
     /// The streams, while the job runs.

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
@@ -165,7 +165,10 @@ impl Roster {
         soft.fleet.begin(&place.agent, &place.worker);
         soft.prefixes.sent(&place.worker, &names, ask.now_ms);
         let Place { agent, worker, numerics, why } = place;
-        Ok((Counted { roster: self.clone(), agent, worker, numerics, why: Some(why) }, connection))
+        Ok((
+            Counted { roster: self.clone(), agent, worker, numerics, why: Some(why), sent: Instant::now() },
+            connection,
+        ))
     }
 
     /// Finds the agent that keeps the answer of a job which another controller began, and reads it from its beginning.
@@ -219,7 +222,11 @@ impl Roster {
         };
         let (worker, numerics, tx, rx) = tokio::time::timeout(ATTACH_LIMIT, asking).await.ok()??;
         self.soft().fleet.begin(&agent, &worker);
-        Some(JobStream::running(Counted { roster: self.clone(), agent, worker, numerics, why: None }, tx, rx))
+        Some(JobStream::running(
+            Counted { roster: self.clone(), agent, worker, numerics, why: None, sent: Instant::now() },
+            tx,
+            rx,
+        ))
     }
 
     /// Sends a job to the best worker; `avoid` names workers that have just failed it.

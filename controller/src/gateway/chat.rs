@@ -11,7 +11,7 @@ mod wait;
 use std::future::poll_fn;
 use std::pin::Pin;
 use std::task::Poll;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::future::{self, FutureExt, MaybeDone};
 use izar_common::chat::{Finish, Grammar, Job, Message, Sampling, Token, Usage};
@@ -444,6 +444,7 @@ async fn run(gateway: Gateway, mut order: Order, mut exit: Exit, streamed: bool)
         }
     }
     listed.enter(Stage::Closing);
+    let ending = Instant::now();
     // A client that came back to this very controller has its end told by the task that goes on.
     let ours = hold == Hold::Ours && listed.is_current();
     let mut settled = false;
@@ -453,7 +454,9 @@ async fn run(gateway: Gateway, mut order: Order, mut exit: Exit, streamed: bool)
             // Who asks again after the last byte shall find what computed it.
             settled = ours && order.claim.once() && try_record_end(&gateway, &order, &outcome).await;
             order.permit = None;
-            (outcome, "finished", exit.finish(choice, finish, usage))
+            let rest = exit.finish(choice, finish, usage);
+            gateway.metrics.ending_seconds.observe(ending.elapsed());
+            (outcome, "finished", rest)
         }
         Ended::Gone => (Outcome::Cancelled { usage }, "cancelled", None),
         Ended::Failed(error) => {
@@ -538,6 +541,7 @@ async fn begin(gateway: &Gateway, order: &Order, exit: &mut Exit, streamed: bool
         }
         break jobs;
     };
+    gateway.metrics.admission_seconds.observe(order.arrival.at.elapsed());
     if let Some(pass) = &order.pass {
         pass.placed();
     }

@@ -58,7 +58,10 @@ async fn an_answer_comes_whole_or_streamed_and_is_recorded_once() {
         r#"izar_tokens_total{kind="prompt",deployment="echo"} 20"#,
         r#"izar_time_to_first_token_seconds_count{deployment="echo"} 2"#,
         r#"izar_turns_total{outcome="finished"} 2"#,
+        "izar_admission_seconds_count 2",
         "izar_commit_seconds_count 2",
+        "izar_worker_first_token_seconds_count 2",
+        "izar_ending_seconds_count 2",
         "izar_running_requests 0",
         "izar_raft_leader 1",
     ] {

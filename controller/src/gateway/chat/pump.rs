@@ -84,10 +84,12 @@ struct Gauges {
     /// A token of any choice has come; and that has not been told yet.
     begun: bool,
     just_begun: bool,
+    /// When the first job was sent, until a token has come.
+    sent: Option<std::time::Instant>,
 }
 
 impl Gauges {
-    fn new(gateway: &Gateway, order: &Order) -> Self {
+    fn new(gateway: &Gateway, order: &Order, sent: Option<std::time::Instant>) -> Self {
         let deployment = order.served.deployment.as_str();
         let tokens = &gateway.metrics.tokens;
         tokens.with(&["prompt", deployment]).add(order.prompt.len() as u64);
@@ -96,6 +98,7 @@ impl Gauges {
             completion: tokens.with(&["completion", deployment]),
             begun: false,
             just_begun: false,
+            sent,
         }
     }
 
@@ -106,6 +109,9 @@ impl Gauges {
             if !self.begun {
                 let first = gateway.metrics.first_token_seconds.with(&[order.served.deployment.as_str()]);
                 first.observe(now - order.arrival.at);
+                if let Some(sent) = self.sent.take() {
+                    gateway.metrics.worker_first_token_seconds.observe(now.into_std() - sent);
+                }
                 (self.begun, self.just_begun) = (true, true);
                 if let Some(pass) = &order.pass {
                     pass.first_token(now.into_std());
@@ -211,13 +217,14 @@ impl<'a> Pump<'a> {
             inexact |= branch.computed_by(by);
             branch
         };
+        let sent = streams.iter().map(|stream| stream.sent).min();
         let branches = (0..).zip(streams).map(branch).collect();
         Self {
             gateway,
             order,
             listed,
             branches,
-            gauges: Gauges::new(gateway, order),
+            gauges: Gauges::new(gateway, order, sent),
             finish: Finish::Stop,
             inexact,
             moving: false,
