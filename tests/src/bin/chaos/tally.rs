@@ -13,13 +13,17 @@ struct Hit {
     killed: Instant,
     /// What it was doing: `waiting` for its prompt to be computed, or `answering`.
     state: String,
+    /// Nobody keeps what was computed of it: its agent is gone.
+    lost: bool,
 }
 
 #[derive(Default)]
 pub struct Tally {
     pub streams: u64,
     pub moved: Vec<Duration>,
-    resumed: Vec<Duration>,
+    /// From a client's first retry to its next event: of answers that an agent kept, and of those that none did.
+    kept: Vec<Duration>,
+    computed_again: Vec<Duration>,
     anew: u64,
     by_kind: BTreeMap<&'static str, u64>,
     by_state: BTreeMap<String, u64>,
@@ -41,9 +45,9 @@ fn by_choice(events: &[Event]) -> BTreeMap<Option<u64>, Vec<&str>> {
 
 impl Tally {
     /// Notes that a turn is on a victim, unless its client has its end already.
-    pub fn hit(&mut self, turn: String, state: String, killed: Instant) {
+    pub fn hit(&mut self, turn: String, state: String, lost: bool, killed: Instant) {
         if !self.ended.contains(&turn) {
-            self.hit.entry(turn).or_insert(Hit { killed, state });
+            self.hit.entry(turn).and_modify(|hit| hit.lost |= lost).or_insert(Hit { killed, state, lost });
         }
     }
 
@@ -58,10 +62,11 @@ impl Tally {
             });
             self.different.push(format!("{} {}: {}", kind.name, told.turn, first.unwrap_or_default()));
         }
-        self.resumed.extend(&told.resumed);
+        let lost = self.hit.get(&told.turn).is_some_and(|hit| hit.lost);
+        if lost { &mut self.computed_again } else { &mut self.kept }.extend(&told.resumed);
         self.anew += told.anew;
         self.ended.insert(told.turn.clone());
-        let Some(Hit { killed, state }) = self.hit.remove(&told.turn) else { return };
+        let Some(Hit { killed, state, .. }) = self.hit.remove(&told.turn) else { return };
         self.moved.push(pause(&told.at, killed));
         *self.by_kind.entry(kind.name).or_default() += 1;
         *self.by_state.entry(state).or_default() += 1;
@@ -74,8 +79,11 @@ impl Tally {
             "moved_while": self.by_state, "faults": self.by_fault,
             "different": self.different.len(), "failed": self.failed.len(),
             "pause_s": percentiles(&mut self.moved),
-            "read_on": self.resumed.len(), "asked_again": self.anew,
-            "after_retry_s": percentiles(&mut self.resumed),
+            "read_on": self.kept.len() + self.computed_again.len(), "asked_again": self.anew,
+            "after_retry_s": {
+                "kept": percentiles(&mut self.kept), "computed_again": percentiles(&mut self.computed_again),
+                "computed_again_count": self.computed_again.len(),
+            },
         })
     }
 }
@@ -124,6 +132,21 @@ mod tests {
             tally.judge(&kind, Told { events, ..Told::default() });
             assert_eq!(tally.different.len(), different, "{:?}", tally.different);
         }
+    }
+
+    #[test]
+    fn what_an_agent_kept_and_what_was_computed_again_are_told_apart() {
+        let kind = Kind { name: "greedy", body: Value::Null, expected: Vec::new() };
+        let mut tally = Tally::default();
+        let second = Duration::from_secs(1);
+        for (turn, lost, seconds) in [("a", false, 1), ("b", true, 3)] {
+            tally.hit(turn.into(), "answering".into(), lost, Instant::now());
+            tally.judge(&kind, Told { turn: turn.into(), resumed: vec![seconds * second], ..Told::default() });
+        }
+        let report = tally.report();
+        assert_eq!(report["after_retry_s"]["kept"]["max"], 1.0);
+        assert_eq!(report["after_retry_s"]["computed_again"]["max"], 3.0);
+        assert_eq!((&report["read_on"], &report["moved"]), (&json!(2), &json!(2)));
     }
 
     #[test]

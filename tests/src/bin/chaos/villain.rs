@@ -125,7 +125,8 @@ impl Villain<'_> {
         for (controller, requests) in &listed {
             for request in requests.iter().filter(|request| dies(controller, request, &dead)) {
                 let text = |name: &str| request[name].as_str().unwrap_or_default().to_owned();
-                tally.hit(text("turn"), text("state"), now);
+                let lost = dead.iter().any(|(role, id)| *role == "agent" && request[*role] == **id);
+                tally.hit(text("turn"), text("state"), lost, now);
             }
         }
         drop(tally);
