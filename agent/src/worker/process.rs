@@ -80,7 +80,11 @@ impl Process {
         if let Err(error) = self.tx.send(&load).await {
             return Err(format!("the worker died before it could load: {error}"));
         }
-        match tokio::time::timeout(LOAD_LIMIT, self.rx.next::<FromWorker>()).await {
+        let answered = tokio::select! {
+            answered = tokio::time::timeout(LOAD_LIMIT, self.rx.next::<FromWorker>()) => answered,
+            reason = until_stopped(self.child.id(), || WATCH_IDLE) => return Err(reason),
+        };
+        match answered {
             Ok(Ok(Some(FromWorker::Ready { numerics }))) => Ok(numerics),
             Ok(Ok(Some(FromWorker::Unloadable { reason }))) => Err(format!("the model cannot be loaded: {reason}")),
             Ok(Ok(Some(FromWorker::Step { .. } | FromWorker::Sketch(_)))) => {
@@ -128,7 +132,8 @@ impl Process {
         tokio::select! {
             reason = reading => reason,
             reason = writing => reason,
-            reason = watch(pid, jobs, steps.then_some(&frames)) => reason,
+            reason = until_stopped(pid, || gap(jobs)) => reason,
+            reason = until_hung(jobs, &frames), if steps => reason,
         }
     }
 
@@ -148,24 +153,33 @@ impl Process {
     }
 }
 
-/// Watches a worker, and the frames that tell its steps if it computes any; returns why it is given up.
-async fn watch(pid: Option<u32>, jobs: &Jobs, frames: Option<&AtomicU64>) -> String {
-    let mut pulse = Pulse::new(Instant::now());
-    let (mut seen, mut stopped) = (0, 0);
+/// Time until the next look at a worker.
+fn gap(jobs: &Jobs) -> Duration {
+    if jobs.busy() { WATCH } else { WATCH_IDLE }
+}
+
+/// Watches the frames that tell a worker's steps until there are none for too long; says so.
+async fn until_hung(jobs: &Jobs, frames: &AtomicU64) -> String {
+    let (mut pulse, mut seen) = (Pulse::new(Instant::now()), 0);
     loop {
-        tokio::time::sleep(if jobs.busy() { WATCH } else { WATCH_IDLE }).await;
-        if let Some(now) = frames.map(|frames| frames.load(Relaxed)) {
-            if let Some(silence) = pulse.look(Instant::now(), jobs.busy(), now != seen) {
-                return format!("the worker hangs: no step for {} ms", silence.as_millis());
-            }
-            seen = now;
+        tokio::time::sleep(gap(jobs)).await;
+        let now = frames.load(Relaxed);
+        if let Some(silence) = pulse.look(Instant::now(), jobs.busy(), now != seen) {
+            return format!("the worker hangs: no step for {} ms", silence.as_millis());
         }
-        // Two looks, since whoever looks at a process may stop it for a moment.
-        stopped = if pid.is_some_and(is_stopped) { stopped + 1 } else { 0 };
-        if stopped == 2 {
-            return "the worker was stopped by a signal".to_owned();
-        }
+        seen = now;
     }
+}
+
+/// Watches a process until it is stopped by a signal; says so.
+async fn until_stopped(pid: Option<u32>, gap: impl Fn() -> Duration) -> String {
+    let mut looks = 0;
+    // Two looks, since whoever looks at a process may stop it for a moment.
+    while looks < 2 {
+        tokio::time::sleep(gap()).await;
+        looks = if pid.is_some_and(is_stopped) { looks + 1 } else { 0 };
+    }
+    "the worker was stopped by a signal".to_owned()
 }
 
 /// Whether a process was stopped by a signal, which no load can look like.
@@ -173,4 +187,43 @@ fn is_stopped(pid: u32) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     // The state follows the program's name, which is in parentheses and may hold any.
     stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('T'))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::Permissions;
+    use std::os::unix::fs::PermissionsExt;
+
+    use izar_common::id::Hash;
+    use izar_common::manifest::File;
+    use nix::sys::signal::{Signal, kill};
+    use nix::unistd::Pid;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_worker_that_is_stopped_while_it_loads_is_given_up() {
+        let dir = tempfile::tempdir().unwrap();
+        let exe = dir.path().join("worker");
+        // It never answers.
+        std::fs::write(&exe, "#!/bin/sh\nexec sleep 600\n").unwrap();
+        std::fs::set_permissions(&exe, Permissions::from_mode(0o700)).unwrap();
+        let mut process = Process::spawn(&exe, &WorkerId::new("w.0").unwrap(), None).unwrap();
+        let pid = process.pid().unwrap();
+        kill(Pid::from_raw(pid as i32), Signal::SIGSTOP).unwrap();
+        let text = File { name: "text.json".into(), hash: Hash([0; 32]), bytes: 0 };
+        let manifest = Manifest {
+            name: "m".into(),
+            kind: Kind::Gguf,
+            files: Vec::new(),
+            text,
+            context: 1,
+            vocabulary: 1,
+            architecture: "llama".into(),
+        };
+        let loaded = process.load(&manifest, Vec::new(), None, EngineOptions::default(), Vec::new()).await;
+        assert_eq!(loaded.unwrap_err(), "the worker was stopped by a signal");
+        process.end().await;
+        assert!(!Path::new(&format!("/proc/{pid}")).exists(), "it is not left behind");
+    }
 }

@@ -167,10 +167,19 @@ impl Run<'_> {
             }
             (0..burners).for_each(|_| drop(scope.spawn(|| self.burn())));
             let random = StdRng::seed_from_u64(self.arguments.seed);
-            let ended = Villain { run: self, cluster, far, random, queue: Vec::new() }.rage();
-            self.stop.store(true, Relaxed);
-            ended
+            // Also if it panics: the others would go on for ever.
+            let _stop = StopAll(&self.stop);
+            Villain { run: self, cluster, far, random, queue: Vec::new() }.rage()
         })
+    }
+}
+
+/// Makes clients and burners end when it is dropped.
+struct StopAll<'a>(&'a AtomicBool);
+
+impl Drop for StopAll<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Relaxed);
     }
 }
 
