@@ -12,7 +12,7 @@ use anyhow::Context;
 use clap::{Parser, Subcommand};
 use izar_agent::config::Config;
 use izar_agent::daemon::Daemon;
-use izar_common::logging;
+use izar_common::{logging, service};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
 
@@ -28,9 +28,12 @@ struct Arguments {
     /// The configuration file.
     #[arg(long)]
     config: Option<PathBuf>,
-    /// Check the configuration and exit.
+    /// Check the configuration and exit; says which of the files that it names cannot be used yet.
     #[arg(long)]
     check_config: bool,
+    /// Check the configuration and certificates, and exit: 1 if a start or a reload would be refused.
+    #[arg(long)]
+    check_files: bool,
     /// Stop when standard input ends (used by `izar dev`, so that no child outlives it).
     #[arg(long, hide = true)]
     stdin_lifeline: bool,
@@ -92,8 +95,13 @@ fn worker(log_level: Option<&str>) -> anyhow::Result<()> {
 fn daemon(config: &Path, arguments: &Arguments) -> anyhow::Result<()> {
     let path = config;
     let config = Config::load(path)?;
-    if arguments.check_config {
+    if arguments.check_config || arguments.check_files {
+        let unusable = izar_agent::daemon::unusable(&config);
+        if let Some(reason) = unusable.as_ref().filter(|_| arguments.check_files) {
+            anyhow::bail!("{reason}");
+        }
         println!("{}: ok", path.display());
+        unusable.iter().for_each(|reason| println!("not usable here and now: {reason}"));
         return Ok(());
     }
     logging::init(config.log.level.as_deref());
@@ -114,13 +122,27 @@ fn daemon(config: &Path, arguments: &Arguments) -> anyhow::Result<()> {
                 None => std::future::pending().await,
             }
         };
-        let daemon = Daemon::start(config).await?;
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-            _ = lifeline => {}
+        let mut hangup = signal(SignalKind::hangup()).context("listen for SIGHUP")?;
+        let daemon = service::extending(Daemon::start(config)).await?;
+        let mut starting = true;
+        {
+            let linked = service::extending(daemon.linked());
+            tokio::pin!(lifeline, linked);
+            loop {
+                tokio::select! {
+                    _ = terminate.recv() => break,
+                    _ = interrupt.recv() => break,
+                    () = &mut lifeline => break,
+                    _ = hangup.recv() => daemon.reload(),
+                    () = &mut linked, if starting => {
+                        starting = false;
+                        service::ready();
+                    }
+                }
+            }
         }
-        daemon.stop().await;
+        service::stopping("drains");
+        service::extending(daemon.stop()).await;
         Ok(())
     })
 }
