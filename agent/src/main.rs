@@ -1,5 +1,5 @@
 //! `izar-agent`: the daemon of a server that computes. With `worker` it is one of its own child processes; with
-//! `inspect` it describes a model file, with `bench` it measures the engine.
+//! `inspect` it describes a model file, with `bench` it measures the engine, with `remediate` it is root's hand for a GPU.
 #![forbid(unsafe_code)]
 
 use std::io::Read;
@@ -59,6 +59,9 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Carry out one request of the agent that needs root; standard input is the request's socket (izar-gpu@.service).
+    #[command(hide = true)]
+    Remediate(izar_agent::remediate::Arguments),
     /// Measure the engine.
     #[command(subcommand)]
     Bench(izar_agent::bench::Command),
@@ -69,6 +72,7 @@ fn main() -> ExitCode {
     let result = match arguments.command.take() {
         Some(Command::Worker { log_level, .. }) => worker(log_level.as_deref()),
         Some(Command::Inspect { path, json }) => izar_agent::inspect::run(&path, json),
+        Some(Command::Remediate(arguments)) => izar_agent::remediate::run(&arguments),
         Some(Command::Bench(command)) => izar_agent::bench::run(command),
         None => match &arguments.config {
             Some(config) => daemon(config, &arguments),
