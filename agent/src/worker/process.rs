@@ -14,6 +14,7 @@ use izar_common::health::Load;
 use izar_common::id::{NumericsId, WorkerId};
 use izar_common::manifest::{Kind, Manifest};
 use izar_common::prefix::Sketch;
+use izar_common::vitals::Vital;
 use izar_common::wire::agent::EngineOptions;
 use izar_common::wire::worker::{FromWorker, ToWorker};
 use izar_common::wire::{Reader, Writer};
@@ -151,8 +152,10 @@ impl Process {
 /// Watches a worker, and the frames that tell its steps if it computes any; returns why it is given up.
 async fn watch(pid: Option<u32>, jobs: &Jobs, frames: Option<&AtomicU64>) -> String {
     let mut pulse = Pulse::new(Instant::now());
+    let vital = Vital::new("watch of a worker");
     let (mut seen, mut stopped) = (0, 0);
     loop {
+        vital.promise(WATCH_IDLE);
         tokio::time::sleep(if jobs.busy() { WATCH } else { WATCH_IDLE }).await;
         if let Some(now) = frames.map(|frames| frames.load(Relaxed)) {
             if let Some(silence) = pulse.look(Instant::now(), jobs.busy(), now != seen) {
