@@ -112,7 +112,8 @@ class Load:
 
     def run(self):
         try:
-            while not self.ended.is_set():
+            # A piece that has failed is enough to fail; a load of refusals would only take the servers' cores.
+            while not self.ended.is_set() and not any(report["errors"] for report in self.reports):
                 self.reports.append(self.piece())
         except (Failed, ValueError) as error:
             self.trouble = error
