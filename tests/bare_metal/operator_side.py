@@ -98,17 +98,28 @@ class Load:
     """Streams from clients that know every controller, until the block ends; every one must be answered whole."""
 
     def __init__(self, operator, key, model="echo"):
-        self.operator, self.key, self.model = operator, key, model
+        self.operator, self.servers, self.key, self.model = operator, operator.servers, key, model
         self.ended = threading.Event()
         self.reports, self.trouble = [], None
 
     def piece(self):
-        command = (
-            f"{self.operator.release}/bin/izar --json bench api --stream --endpoint {self.operator.endpoints()} "
+        """One piece. The generator begins on all endpoints or not at all; one that is down is left out, as by a client."""
+        endpoints = self.operator.endpoints().split(",")
+        while True:
+            try:
+                return self.servers.json(CONTROL, self.command(endpoints))
+            except Failed as error:
+                down = re.search(r"connect to ([0-9.]+:[0-9]+)", str(error))
+                if not down or len(endpoints) == 1:
+                    raise
+                endpoints.remove(f"https://{down.group(1)}")
+
+    def command(self, endpoints):
+        return (
+            f"{self.operator.release}/bin/izar --json bench api --stream --endpoint {','.join(endpoints)} "
             f"--ca {PKI}/ca.pem --key {self.key} --model {self.model} --prompt-tokens 40 --max-tokens 40 "
             f"--concurrency 6 --warmup 0 --duration {PIECE_S}"
         )
-        return self.operator.servers.json(CONTROL, command)
 
     def run(self):
         try:
