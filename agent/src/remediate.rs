@@ -12,6 +12,7 @@
 //! programs run stands in the unit. The agent itself has no capability, and decides when to ask; this never does.
 
 use std::io::{Read, Write};
+use std::net::Shutdown;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -29,6 +30,10 @@ const REQUEST_BYTES: u64 = 128;
 
 /// How long a caller may take over its line.
 const REQUEST_LIMIT: Duration = Duration::from_secs(5);
+
+/// Bytes that are read away after the answer, and how long the caller may take to close.
+const REST_BYTES: u64 = 64 << 10;
+const PART_LIMIT: Duration = Duration::from_secs(1);
 
 /// How long a program may run; a reset takes seconds. Within the unit's `RuntimeMaxSec=`.
 const PROGRAM_LIMIT: Duration = Duration::from_secs(90);
@@ -89,7 +94,16 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     };
     // A caller that is gone does not undo what was done.
     let _ = writeln!(caller, "{said}");
+    part(caller);
     Ok(())
+}
+
+/// Closes the connection after the caller has its answer: bytes of it that nobody read would make the kernel tell it of a
+/// broken connection.
+fn part(caller: UnixStream) {
+    let _ = caller.shutdown(Shutdown::Write);
+    let _ = caller.set_read_timeout(Some(PART_LIMIT));
+    let _ = std::io::copy(&mut caller.take(REST_BYTES), &mut std::io::sink());
 }
 
 /// Reads the request of a caller who may ask.

@@ -40,7 +40,7 @@ pub async fn watch(folder: &Path) {
 /// Room for an unprivileged process, and all that the disk holds, in MiB.
 fn room(folder: &Path) -> Option<(u64, u64)> {
     let stat = statvfs(folder).ok()?;
-    let mib = |blocks: u64| (u128::from(blocks) * u128::from(stat.fragment_size()) >> 20) as u64;
+    let mib = |blocks: u64| ((u128::from(blocks) * u128::from(stat.fragment_size())) >> 20) as u64;
     Some((mib(stat.blocks_available()), mib(stat.blocks())))
 }
 

@@ -10,6 +10,7 @@ use std::time::Duration;
 use anyhow::Context;
 use listenfd::ListenFd;
 use sd_notify::NotifyState;
+use tokio::task::JoinSet;
 
 use crate::tls::Certificates;
 use crate::{events, vitals};
@@ -17,6 +18,10 @@ use crate::{events, vitals};
 /// How much time is asked for at once, and how often, while a start or a stop takes long.
 const EXTENSION: Duration = Duration::from_secs(15);
 const EXTEND_EVERY: Duration = Duration::from_secs(5);
+
+/// How long more time is asked for: a large state is read in minutes, and the longest drain is shorter. What takes longer
+/// hangs, and the service manager shall end it.
+const EXTEND_MOST: Duration = Duration::from_secs(600);
 
 /// Whether a service manager listens.
 pub fn is_managed() -> bool {
@@ -54,19 +59,21 @@ pub fn stopping(status: &str) {
     tell(&[NotifyState::Stopping, NotifyState::Status(status)]);
 }
 
-/// Runs a start or a stop that may take long, and asks for more time as long as it does. What bounds it is its own
-/// limit, not this.
+/// Runs a start or a stop that may take long, and asks for more time as long as it does. Asking is a task of its own,
+/// since a start reads from disks without giving its thread away; it ends with the work.
 pub async fn extending<T>(work: impl Future<Output = T>) -> T {
-    let extend = async {
-        loop {
-            tell(&[NotifyState::ExtendTimeoutUsec(EXTENSION.as_micros() as u32)]);
-            tokio::time::sleep(EXTEND_EVERY).await;
-        }
-    };
-    tokio::select! {
-        done = work => done,
-        () = extend => unreachable!("it never ends"),
+    let mut asking = JoinSet::new();
+    if is_managed() {
+        asking.spawn(async {
+            for _ in 0..EXTEND_MOST.as_secs() / EXTEND_EVERY.as_secs() {
+                tell(&[NotifyState::ExtendTimeoutUsec(EXTENSION.as_micros() as u32)]);
+                tokio::time::sleep(EXTEND_EVERY).await;
+            }
+        });
     }
+    let done = work.await;
+    asking.abort_all();
+    done
 }
 
 /// Feeds the service manager's watchdog, if it has one, while the loops of this process turn. Must be called within a

@@ -255,3 +255,19 @@ fn keys_and_secrets_come_as_credentials_and_a_missing_one_is_named_with_the_mend
     assert!(rest(site.client(1, Some(&key)).stream(CHAT, &body(5)).unwrap()).1);
     site.finish(&[]);
 }
+
+#[test]
+fn an_agent_counts_as_started_though_no_controller_is_there_and_serves_once_one_is() {
+    let _machine = izar_tests::exclusive();
+    let mut site = Site::new(1, false);
+    site.write_agent("a1");
+    let manager = Manager::new();
+    site.start_under(&manager, "izar-agent", "a1");
+    manager.wait("EXTEND_TIMEOUT_USEC=");
+    manager.wait("STATUS=hears 0 of 1 controllers");
+    assert_eq!(manager.count("READY=1"), 0, "it waits for a while");
+    manager.wait("READY=1");
+    site.start_controllers();
+    manager.wait("STATUS=hears 1 of 1 controllers");
+    site.finish(&[]);
+}
