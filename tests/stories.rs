@@ -42,5 +42,7 @@ mod shared_prefixes;
 mod strangers;
 #[path = "stories/streams_resumed.rs"]
 mod streams_resumed;
+#[path = "stories/under_systemd.rs"]
+mod under_systemd;
 #[path = "stories/workers_killed.rs"]
 mod workers_killed;

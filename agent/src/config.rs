@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
 use izar_common::id::{ClusterId, NodeId, SiteId};
-use izar_common::tls;
+use izar_common::{config, service, tls};
 use serde::Deserialize;
 
 /// Controllers in the file at most: a site has up to five, and some may be on their way out.
@@ -36,8 +36,28 @@ pub struct Config {
     #[serde(default)]
     pub engine: Engine,
     #[serde(default)]
+    pub stop: Stop,
+    #[serde(default)]
     pub log: Log,
 }
+
+/// How the agent stops.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Stop {
+    /// Milliseconds for which answers that run may go on at a stop; what has not ended then goes on at another agent, or
+    /// waits for one. Default 10,000, at most 170,000 (the unit's `TimeoutStopSec=` is 180 s).
+    pub drain_ms: u64,
+}
+
+impl Default for Stop {
+    fn default() -> Self {
+        Self { drain_ms: 10_000 }
+    }
+}
+
+/// The longest drain.
+const DRAIN_MS: u64 = 170_000;
 
 /// How workers compute, where the deployment does not say it.
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -89,12 +109,14 @@ pub struct Log {
 }
 
 impl Config {
-    /// Reads and checks the file; relative paths in it count from its own folder.
+    /// Reads and checks the file; relative paths in it count from its own folder, `credential:NAME` from that of the
+    /// credentials.
     pub fn load(path: &Path) -> anyhow::Result<Self> {
-        let mut config: Self = izar_common::config::load(path)?;
+        let mut config: Self = config::load(path)?;
         let base = path.parent().unwrap_or(Path::new("."));
+        let credentials = service::credentials();
         for file in [&mut config.data_dir, &mut config.tls.ca, &mut config.tls.cert, &mut config.tls.key] {
-            *file = base.join(&*file);
+            *file = config::locate(base, file, credentials.as_deref());
         }
         config.check().with_context(|| format!("check {}", path.display()))?;
         Ok(config)
@@ -114,6 +136,8 @@ impl Config {
                 ensure!(fits, "labels: `{key} = {value:?}` is empty, longer than {LABEL_BYTES} bytes or not printable");
             }
         }
+        let drain = self.stop.drain_ms;
+        ensure!(drain <= DRAIN_MS, "stop.drain_ms: {drain} is more than {DRAIN_MS}; systemd would cut it short");
         ensure!(self.engine.threads <= 1024, "engine.threads: {} is more than 1024", self.engine.threads);
         Ok(())
     }

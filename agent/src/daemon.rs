@@ -4,21 +4,33 @@ use std::fs::{DirBuilder, File};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
 use izar_common::id::{Identity, Role};
-use izar_common::{blob, quic, tls};
+use izar_common::{blob, disk, quic, service, tls};
+use tokio::task::JoinSet;
 
 use crate::config::Config;
 use crate::link::{Facts, Link};
 use crate::worker::files::Sources;
 use crate::worker::{Options, Workers};
 
+mod told;
+
+/// How long the start waits for a first session. Controllers that are not there are no fault of the agent's, which then
+/// counts as started all the same.
+const LINKED: Duration = Duration::from_secs(20);
+
 /// A running agent.
 pub struct Daemon {
     link: Link,
     workers: Workers,
     endpoint: Arc<quic::Endpoint>,
+    certificates: Arc<tls::Certificates>,
+    drain: Duration,
+    /// What looks and tells; ends with the daemon.
+    _watches: JoinSet<()>,
     /// Held so that no second agent uses the same data directory.
     _lock: File,
 }
@@ -26,8 +38,8 @@ pub struct Daemon {
 impl Daemon {
     /// Builds and starts everything. Controllers need not be there yet.
     pub async fn start(config: Config) -> anyhow::Result<Self> {
-        let node_tls = tls::NodeTls::load(&config.tls)?;
-        check_identity(&config, node_tls.identity())?;
+        service::watch();
+        let node_tls = node_tls(&config)?;
         let lock = claim(&config.data_dir)?;
         let store = blob::Store::open(config.data_dir.join("blobs"))?;
         let endpoint = Arc::new(quic::Endpoint::bind(config.bind(), &node_tls)?);
@@ -42,17 +54,52 @@ impl Daemon {
         let sources = Sources::default();
         let workers = Workers::start(options, store, sources.clone());
         let link = Link::start(endpoint.clone(), &config.controllers, workers.clone(), sources, facts);
+        let (certificates, data_dir) = (Arc::new(tls::Certificates::new(node_tls, None)), config.data_dir.clone());
+        let (mut watches, dates) = (JoinSet::new(), certificates.clone());
+        watches.spawn(async move { dates.watch_dates().await });
+        watches.spawn(async move { disk::watch(&data_dir).await });
+        if service::is_managed() {
+            watches.spawn(told::state(link.sessions(), config.controllers.len(), workers.clone()));
+        }
         log::info!(agent:% = config.node, controllers = config.controllers.len(); "agent runs");
-        Ok(Self { link, workers, endpoint, _lock: lock })
+        let drain = Duration::from_millis(config.stop.drain_ms);
+        Ok(Self { link, workers, endpoint, certificates, drain, _watches: watches, _lock: lock })
     }
 
-    /// Tells the controllers, stops the workers, and returns when no process is left.
+    /// Returns when a controller has been reached, or was waited for long enough.
+    pub async fn linked(&self) {
+        let mut sessions = self.link.sessions();
+        let _ = tokio::time::timeout(LINKED, sessions.wait_for(|sessions| *sessions > 0)).await;
+    }
+
+    /// Reads certificates anew; sessions and answers go on.
+    pub fn reload(&self) {
+        service::reload(&self.certificates);
+    }
+
+    /// Tells the controllers to send nothing more, lets answers end for a while, stops the workers, and returns when no
+    /// process is left. What has not ended is handed over: the controllers continue it elsewhere.
     pub async fn stop(self) {
         log::info!("agent stops");
+        self.workers.leave();
+        if tokio::time::timeout(self.drain, self.link.drained()).await.is_err() {
+            log::info!(limit_ms = self.drain.as_millis() as u64; "answers that still run are handed over");
+        }
         self.link.stop().await;
         self.workers.stop().await;
         self.endpoint.close().await;
     }
+}
+
+/// Why the certificates that the configuration names could not be used at a start or a reload. Opens nothing else.
+pub fn unusable(config: &Config) -> Option<String> {
+    node_tls(config).err().map(|error| format!("tls: {error:#}"))
+}
+
+fn node_tls(config: &Config) -> anyhow::Result<tls::NodeTls> {
+    let tls = tls::NodeTls::load(&config.tls)?;
+    check_identity(config, tls.identity())?;
+    Ok(tls)
 }
 
 fn check_identity(config: &Config, identity: &Identity) -> anyhow::Result<()> {

@@ -2,8 +2,9 @@
 //!
 //! `daemon` builds and stops the parts of the agent process: `link` keeps a session with every controller, `reconcile`
 //! compares what shall run with what does, `worker` supervises one process per replica. Inside a worker process
-//! `serve` speaks with the agent, `engine` batches, `model` computes on `ops`; `bench` measures them. An agent holds
-//! nothing that must survive: a controller tells it everything again.
+//! `serve` speaks with the agent, `engine` batches, `model` computes on `ops`; `bench` measures them. `remediate` runs as
+//! root, in a process of its own, and does three things to a GPU or the machine. An agent holds nothing that must survive: a
+//! controller tells it everything again.
 #![deny(unsafe_code)]
 
 pub mod backoff;
@@ -16,5 +17,6 @@ pub mod link;
 pub mod model;
 pub mod ops;
 pub mod reconcile;
+pub mod remediate;
 pub mod serve;
 pub mod worker;

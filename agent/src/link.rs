@@ -12,11 +12,13 @@ use izar_common::health::Report;
 use izar_common::id::{Role, WorkerId};
 use izar_common::prefix::Sketch;
 use izar_common::quic::{Connection, Endpoint, Profile, Receiver, Sender};
+use izar_common::vitals::Vital;
 use izar_common::wire;
 use izar_common::wire::agent::{Down, Up};
 use izar_common::wire::handshake::Open;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
@@ -88,6 +90,8 @@ fn total_memory(meminfo: &str) -> Option<u64> {
 pub struct Link {
     stop: CancellationToken,
     tasks: TaskTracker,
+    jobs: TaskTracker,
+    sessions: watch::Receiver<usize>,
 }
 
 struct Parts {
@@ -98,6 +102,10 @@ struct Parts {
     kept: Kept,
     stop: CancellationToken,
     tasks: TaskTracker,
+    /// Streams of jobs.
+    jobs: TaskTracker,
+    /// How many controllers are heard.
+    sessions: watch::Sender<usize>,
 }
 
 impl Link {
@@ -112,11 +120,33 @@ impl Link {
         let (stop, tasks) = (CancellationToken::new(), TaskTracker::new());
         let kept = Kept::default();
         let (stopped, all) = (stop.clone(), tasks.clone());
-        let parts = Arc::new(Parts { endpoint, workers, sources, facts, kept, stop: stopped, tasks: all });
+        let (jobs, (sessions_tx, sessions)) = (TaskTracker::new(), watch::channel(0));
+        let parts = Arc::new(Parts {
+            endpoint,
+            workers,
+            sources,
+            facts,
+            kept,
+            stop: stopped,
+            tasks: all,
+            jobs: jobs.clone(),
+            sessions: sessions_tx,
+        });
         for controller in controllers {
             tasks.spawn(keep(parts.clone(), *controller));
         }
-        Self { stop, tasks }
+        Self { stop, tasks, jobs, sessions }
+    }
+
+    /// Follows how many controllers are heard.
+    pub fn sessions(&self) -> watch::Receiver<usize> {
+        self.sessions.clone()
+    }
+
+    /// Waits until no job runs and the controllers have all of every answer.
+    pub async fn drained(&self) {
+        self.jobs.close();
+        self.jobs.wait().await;
     }
 
     /// Closes every session, telling the controllers, and waits for the tasks.
@@ -124,6 +154,7 @@ impl Link {
         self.stop.cancel();
         self.tasks.close();
         self.tasks.wait().await;
+        self.drained().await;
     }
 }
 
@@ -140,7 +171,9 @@ async fn keep(parts: Arc<Parts>, controller: SocketAddr) {
                 let node = connection.peer().node.clone();
                 log::info!(controller:% = node, address:% = controller; "session opened");
                 parts.sources.add(controller, connection.clone());
+                parts.sessions.send_modify(|sessions| *sessions += 1);
                 let ended = session(&parts, &connection).await;
+                parts.sessions.send_modify(|sessions| *sessions -= 1);
                 parts.sources.remove(controller);
                 let reason = ended.err().map_or("closed".to_owned(), |error| error.to_string());
                 log::info!(controller:% = node, reason; "session ended");
@@ -180,18 +213,24 @@ async fn session(parts: &Arc<Parts>, connection: &Connection) -> anyhow::Result<
 async fn send_reports(parts: &Parts, mut tx: Sender) -> std::io::Result<()> {
     let mut changes = parts.workers.changes();
     let mut held: HashMap<WorkerId, Arc<Sketch>> = HashMap::new();
+    let vital = Vital::new("link");
     loop {
+        vital.work();
         changes.mark_unchanged();
         let sent = Instant::now();
         // First, so that the report names every worker that is spoken of.
         let sketches = parts.workers.sketches();
-        tx.send(&Up::Report(report(parts))).await?;
+        let report = report(parts);
+        // A controller that is slow to read is no fault of this loop's.
+        vital.rest();
+        tx.send(&Up::Report(report)).await?;
         for (worker, sketch) in &sketches {
             if held.get(worker).is_none_or(|sent| !Arc::ptr_eq(sent, sketch)) {
                 tx.send(&Up::Sketch { worker: worker.clone(), sketch: (**sketch).clone() }).await?;
             }
         }
         held = sketches.into_iter().collect();
+        vital.promise(REPORT_GAP + REPORT_EVERY);
         sleep_until(sent + REPORT_GAP).await;
         tokio::select! {
             changed = changes.changed() => if changed.is_err() { return Ok(()) },
@@ -244,7 +283,7 @@ async fn take_jobs(parts: &Arc<Parts>, connection: &Connection) -> anyhow::Resul
             Open::Job => {
                 let served = job::serve(parts.workers.clone(), parts.kept.clone(), connection.clone(), tx, rx);
                 let stop = parts.stop.clone();
-                parts.tasks.spawn(async move { stop.run_until_cancelled(served).await });
+                parts.jobs.spawn(async move { stop.run_until_cancelled(served).await });
             }
             Open::Resume => {
                 parts.tasks.spawn(job::resume(parts.kept.clone(), connection.clone(), tx, rx));

@@ -1,5 +1,5 @@
 //! `izar-agent`: the daemon of a server that computes. With `worker` it is one of its own child processes; with
-//! `inspect` it describes a model file, with `bench` it measures the engine.
+//! `inspect` it describes a model file, with `bench` it measures the engine, with `remediate` it is root's hand for a GPU.
 #![forbid(unsafe_code)]
 
 use std::io::Read;
@@ -12,7 +12,7 @@ use anyhow::Context;
 use clap::{Parser, Subcommand};
 use izar_agent::config::Config;
 use izar_agent::daemon::Daemon;
-use izar_common::logging;
+use izar_common::{logging, service};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
 
@@ -28,9 +28,12 @@ struct Arguments {
     /// The configuration file.
     #[arg(long)]
     config: Option<PathBuf>,
-    /// Check the configuration and exit.
+    /// Check the configuration and exit; says which of the files that it names cannot be used yet.
     #[arg(long)]
     check_config: bool,
+    /// Check the configuration and certificates, and exit: 1 if a start or a reload would be refused.
+    #[arg(long)]
+    check_files: bool,
     /// Stop when standard input ends (used by `izar dev`, so that no child outlives it).
     #[arg(long, hide = true)]
     stdin_lifeline: bool,
@@ -56,6 +59,9 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Carry out one request of the agent that needs root; standard input is the request's socket (izar-gpu@.service).
+    #[command(hide = true)]
+    Remediate(izar_agent::remediate::Arguments),
     /// Measure the engine.
     #[command(subcommand)]
     Bench(izar_agent::bench::Command),
@@ -66,6 +72,7 @@ fn main() -> ExitCode {
     let result = match arguments.command.take() {
         Some(Command::Worker { log_level, .. }) => worker(log_level.as_deref()),
         Some(Command::Inspect { path, json }) => izar_agent::inspect::run(&path, json),
+        Some(Command::Remediate(arguments)) => izar_agent::remediate::run(&arguments),
         Some(Command::Bench(command)) => izar_agent::bench::run(command),
         None => match &arguments.config {
             Some(config) => daemon(config, &arguments),
@@ -92,8 +99,13 @@ fn worker(log_level: Option<&str>) -> anyhow::Result<()> {
 fn daemon(config: &Path, arguments: &Arguments) -> anyhow::Result<()> {
     let path = config;
     let config = Config::load(path)?;
-    if arguments.check_config {
+    if arguments.check_config || arguments.check_files {
+        let unusable = izar_agent::daemon::unusable(&config);
+        if let Some(reason) = unusable.as_ref().filter(|_| arguments.check_files) {
+            anyhow::bail!("{reason}");
+        }
         println!("{}: ok", path.display());
+        unusable.iter().for_each(|reason| println!("not usable here and now: {reason}"));
         return Ok(());
     }
     logging::init(config.log.level.as_deref());
@@ -114,13 +126,27 @@ fn daemon(config: &Path, arguments: &Arguments) -> anyhow::Result<()> {
                 None => std::future::pending().await,
             }
         };
-        let daemon = Daemon::start(config).await?;
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-            _ = lifeline => {}
+        let mut hangup = signal(SignalKind::hangup()).context("listen for SIGHUP")?;
+        let daemon = service::extending(Daemon::start(config)).await?;
+        let mut starting = true;
+        {
+            let linked = service::extending(daemon.linked());
+            tokio::pin!(lifeline, linked);
+            loop {
+                tokio::select! {
+                    _ = terminate.recv() => break,
+                    _ = interrupt.recv() => break,
+                    () = &mut lifeline => break,
+                    _ = hangup.recv() => daemon.reload(),
+                    () = &mut linked, if starting => {
+                        starting = false;
+                        service::ready();
+                    }
+                }
+            }
         }
-        daemon.stop().await;
+        service::stopping("drains");
+        service::extending(daemon.stop()).await;
         Ok(())
     })
 }

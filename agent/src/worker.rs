@@ -5,13 +5,15 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use izar_common::blob::Store;
 use izar_common::chat::Job;
-use izar_common::health::{Generation, WorkerReport};
+use izar_common::health::{Generation, WorkerReport, WorkerState};
 use izar_common::id::{NumericsId, WorkerId};
 use izar_common::prefix::Sketch;
+use izar_common::vitals::Vital;
 use izar_common::wire::agent::{Assignment, WorkerSpec};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -28,6 +30,9 @@ mod replica;
 use files::Sources;
 pub use jobs::RunningJob;
 use replica::Replica;
+
+/// Why nothing is taken any more.
+const LEAVING: &str = "the agent stops";
 
 /// How workers are started.
 #[derive(Debug, Clone)]
@@ -55,6 +60,8 @@ struct Inner {
     assignment: watch::Sender<Option<Assignment>>,
     changed: watch::Sender<()>,
     slots: Mutex<Slots>,
+    /// No more jobs: the agent stops.
+    leaving: AtomicBool,
     stop: CancellationToken,
     reconciler: Mutex<Option<JoinHandle<()>>>,
 }
@@ -82,6 +89,7 @@ impl Workers {
             assignment: watch::Sender::new(None),
             changed: watch::Sender::new(()),
             slots: Mutex::default(),
+            leaving: AtomicBool::new(false),
             stop: CancellationToken::new(),
             reconciler: Mutex::new(None),
         });
@@ -106,9 +114,21 @@ impl Workers {
         self.inner.assignment.borrow().as_ref().map_or(Generation::default(), |assignment| assignment.generation)
     }
 
-    /// What each worker is doing.
+    /// What each worker is doing. Once the agent stops, none is ready: controllers send nothing more, and what runs goes on.
     pub fn report(&self) -> Vec<WorkerReport> {
-        self.inner.slots().running.values().map(|slot| slot.replica.report()).collect()
+        let mut reports: Vec<_> = self.inner.slots().running.values().map(|slot| slot.replica.report()).collect();
+        if self.inner.leaving.load(Relaxed) {
+            for report in reports.iter_mut().filter(|report| report.state == WorkerState::Ready) {
+                (report.state, report.detail) = (WorkerState::Backoff, LEAVING.to_owned());
+            }
+        }
+        reports
+    }
+
+    /// Takes no more jobs from now on, and tells every controller.
+    pub fn leave(&self) {
+        self.inner.leaving.store(true, Relaxed);
+        self.poke();
     }
 
     /// What each worker holds for later prompts, as far as it has said so.
@@ -124,6 +144,9 @@ impl Workers {
 
     /// Passes a job to a worker, or says why it cannot take it now.
     pub fn submit(&self, worker: &WorkerId, job: Job) -> Result<RunningJob, String> {
+        if self.inner.leaving.load(Relaxed) {
+            return Err(LEAVING.to_owned());
+        }
         let replica = self.inner.slots().running.get(worker).map(|slot| slot.replica.clone());
         let running = replica.ok_or("the worker is not on this agent")?.submit(job);
         self.poke();
@@ -161,14 +184,16 @@ impl Workers {
 
 /// Makes what runs equal to each new assignment, until the agent stops.
 async fn follow(inner: Arc<Inner>) {
-    let mut assignment = inner.assignment.subscribe();
+    let (mut assignment, vital) = (inner.assignment.subscribe(), Vital::new("workers"));
     loop {
+        vital.work();
         let wanted = assignment.borrow_and_update().clone();
         if let Some(wanted) = wanted {
             inner.apply(&wanted);
         }
         tokio::select! {
             _ = assignment.changed() => {}
+            () = vital.sign() => {}
             () = inner.stop.cancelled() => return,
         }
     }

@@ -1,7 +1,8 @@
 //! TOML files of the daemons: read whole, once, at start; a mistake is named with its file, line, column and key.
 //!
 //! What the keys mean is the business of each daemon's struct, which carries `deny_unknown_fields`, so that a typo is an
-//! error and never a silent default. Nothing here reads the environment.
+//! error and never a silent default. A file of a key may be named as `credential:NAME`, one that the service manager hands
+//! over at the start. Nothing here reads the environment.
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -47,6 +48,24 @@ pub fn parse<T: DeserializeOwned>(path: &Path, text: &str) -> Result<T, Error> {
         let message = error.message().split_whitespace().collect::<Vec<_>>().join(" ");
         Error::Wrong { path: path.to_owned(), line, column, key: key_at(text, span), message }
     })
+}
+
+/// What stands before the name of a credential where a file of a key is named.
+const CREDENTIAL: &str = "credential:";
+
+/// Finds a file that a configuration names: relative paths count from the configuration's own folder, `credential:NAME`
+/// from the folder of credentials. Where there is none, the name stays, and whoever reads it says so.
+pub fn locate(base: &Path, file: &Path, credentials: Option<&Path>) -> PathBuf {
+    match (credential_name(file), credentials) {
+        (Some(name), Some(credentials)) => credentials.join(name),
+        (Some(_), None) => file.to_owned(),
+        (None, _) => base.join(file),
+    }
+}
+
+/// The credential that a path stands for, if it does.
+pub fn credential_name(file: &Path) -> Option<&str> {
+    file.to_str()?.strip_prefix(CREDENTIAL).filter(|name| !name.is_empty() && !name.contains('/'))
 }
 
 /// Line and column, both from 1, of a byte offset.
@@ -121,6 +140,19 @@ mod tests {
             "node = \"n\"\n[tls]\nca = \"x\"\n[[members]]\nid = 1\n[[members]]\nid = \"b\"\n",
             "/etc/izar/c.toml:7:6: `members.id`: invalid type",
         );
+    }
+
+    #[test]
+    fn files_are_found_beside_the_configuration_and_credentials_in_their_folder() {
+        let check = |file: &str, credentials: Option<&str>, expected: &str| {
+            let found = locate(Path::new("/etc/izar"), Path::new(file), credentials.map(Path::new));
+            assert_eq!(found, Path::new(expected));
+        };
+        check("pki/node.key", Some("/run/c"), "/etc/izar/pki/node.key");
+        check("/srv/node.key", None, "/srv/node.key");
+        check("credential:node.key", Some("/run/c"), "/run/c/node.key");
+        check("credential:node.key", None, "credential:node.key");
+        check("credential:../shadow", Some("/run/c"), "/etc/izar/credential:../shadow");
     }
 
     #[test]

@@ -16,6 +16,9 @@ use systemd_journal_logger::{JournalLog, connected_to_journal};
 const NOISY: [&str; 10] =
     ["rustls", "quinn", "tracing", "h2", "hyper", "mio", "tokio_util", "raft", "tokenizers", "cubecl"];
 
+/// The key-value that gives a record its event (`events`): a field of the journal, of no use to whoever reads a line.
+const MESSAGE_ID: &str = "message_id";
+
 /// Sends the process's records to the journal or to standard error.
 ///
 /// `level`: `off`, `error`, `warn`, `info` (the default), `debug` or `trace`; another word is reported and means
@@ -89,6 +92,9 @@ struct Pairs<'a>(&'a mut String);
 
 impl<'kvs> VisitSource<'kvs> for Pairs<'_> {
     fn visit_pair(&mut self, key: Key<'kvs>, value: Value<'kvs>) -> Result<(), log::kv::Error> {
+        if key.as_str() == MESSAGE_ID {
+            return Ok(());
+        }
         self.0.push(' ');
         put(self.0, &key, false);
         self.0.push('=');
@@ -150,7 +156,12 @@ mod tests {
 
     #[test]
     fn a_record_is_one_line_whatever_its_values_are() {
-        let pairs = [("agent", "a1"), ("reason", "it \"broke\"\nERROR forged"), ("empty", "")];
+        let pairs = [
+            ("message_id", crate::events::AGENT_LOST),
+            ("agent", "a1"),
+            ("reason", "it \"broke\"\nERROR forged"),
+            ("empty", ""),
+        ];
         let record = Record::builder()
             .level(Level::Warn)
             .target("izar_agent::link")

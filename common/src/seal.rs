@@ -12,6 +12,7 @@ use rand::TryRngCore as _;
 use ring::{aead, hmac};
 
 use crate::id::{Hash, TenantId};
+use crate::{config, service};
 
 const KEY_BYTES: usize = 32;
 /// The form of an envelope; a new cipher is a new number.
@@ -30,6 +31,12 @@ pub enum Error {
     Write { path: PathBuf, source: std::io::Error },
     #[error("the key file {path} may be read by others (mode {mode:03o}): use chmod 600", path = path.display())]
     Permissions { path: PathBuf, mode: u32 },
+    /// The service manager did not hand it over.
+    #[error(
+        "the credential {name} is missing: make it with `systemd-creds encrypt --name={name}` where the unit looks for \
+         it (LoadCredentialEncrypted= in `systemctl cat`) and start the unit again, or name a file in the configuration"
+    )]
+    Credential { name: String },
     #[error("the key file {path} is not 64 hexadecimal digits", path = path.display())]
     Malformed { path: PathBuf },
     #[error("the sealed value has version {0}, this build knows {VERSION}")]
@@ -40,9 +47,12 @@ pub enum Error {
 
 /// Reads a file that only its owner may read.
 pub(crate) fn read_private(path: &Path) -> Result<Vec<u8>, Error> {
-    let read = |source| Error::Read { path: path.to_owned(), source };
+    let credentials = service::credentials();
+    let read = |source: std::io::Error| match missing_credential(path, credentials.as_deref()) {
+        Some(name) if source.kind() == std::io::ErrorKind::NotFound => Error::Credential { name },
+        _ => Error::Read { path: path.to_owned(), source },
+    };
     let meta = std::fs::metadata(path).map_err(read)?;
-    let credentials = std::env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from);
     let mode = meta.permissions().mode() & 0o777;
     if mode & forbidden_bits(path, credentials.as_deref()) != 0 {
         return Err(Error::Permissions { path: path.to_owned(), mode });
@@ -51,6 +61,12 @@ pub(crate) fn read_private(path: &Path) -> Result<Vec<u8>, Error> {
         return Err(Error::Malformed { path: path.to_owned() });
     }
     std::fs::read(path).map_err(read)
+}
+
+/// The credential that a path which is not there would have been.
+fn missing_credential(path: &Path, credentials: Option<&Path>) -> Option<String> {
+    let found = credentials.and_then(|dir| path.strip_prefix(dir).ok()?.to_str());
+    config::credential_name(path).or(found).map(str::to_owned)
 }
 
 /// Permission bits that a key file must not have.

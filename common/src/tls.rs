@@ -20,10 +20,12 @@ use crate::id::{ClusterId, Identity, NodeId, Role};
 
 mod files;
 pub mod pki;
+mod renewal;
 mod verify;
 
 use files::{Held, Renewed, Trust};
-use verify::PeerVerifier;
+pub use renewal::Certificates;
+use verify::{PeerVerifier, check_own};
 
 /// The application protocol of connections between nodes.
 pub const ALPN: &[u8] = b"izar/1";
@@ -36,8 +38,15 @@ pub struct Files {
     pub ca: PathBuf,
     /// PEM of this node's certificate, then of intermediates if there are any.
     pub cert: PathBuf,
-    /// PEM of this node's private key; only its owner may read it.
+    /// PEM of this node's private key; only its owner may read it. Default: the credential `node.key`.
+    #[serde(default = "Files::credential")]
     pub key: PathBuf,
+}
+
+impl Files {
+    fn credential() -> PathBuf {
+        "credential:node.key".into()
+    }
 }
 
 /// Why a certificate does not say who its holder is.
@@ -116,15 +125,23 @@ impl NodeTls {
         let trust = Renewed::new(vec![files.ca.clone()], Trust::load)?;
         let tls = Self { identity, own: Arc::new(own), trust: Arc::new(trust) };
         // A node that its own CA does not accept could reach nobody: better to say so at once.
-        tls.verifier(None, None).check_own(&tls.own.get().key.cert).with_context(|| {
-            format!("the certificate {} is not one of the CA {}", files.cert.display(), files.ca.display())
-        })?;
+        tls.check(&tls.own.get(), &tls.trust.get())?;
         Ok(tls)
     }
 
     /// Who this node is.
     pub fn identity(&self) -> &Identity {
         &self.identity
+    }
+
+    fn check(&self, own: &Held, trust: &Trust) -> anyhow::Result<()> {
+        check_own(&own.key.cert, &trust.roots).with_context(|| {
+            format!(
+                "the certificate {} is not one of the CA {}",
+                self.own.path().display(),
+                self.trust.path().display()
+            )
+        })
     }
 
     fn verifier(&self, role: Option<Role>, node: Option<&NodeId>) -> PeerVerifier {
@@ -176,17 +193,35 @@ impl std::fmt::Debug for NodeTls {
     }
 }
 
-/// Settings of the API's listener: TLS 1.3, HTTP/2 or HTTP/1.1. Follows the files when these are renewed.
+/// The certificate and key of the API's listener. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct ApiTls {
+    own: Arc<Renewed<Held>>,
+}
+
+impl ApiTls {
+    /// Reads the files and checks that they belong together.
+    pub fn load(cert: &Path, key: &Path) -> anyhow::Result<Self> {
+        let own = Renewed::new(vec![cert.to_owned(), key.to_owned()], Held::load)?;
+        Ok(Self { own: Arc::new(own) })
+    }
+
+    /// Settings of the listener: TLS 1.3, HTTP/2 or HTTP/1.1. Follows the files when these are renewed.
+    pub fn server(&self) -> anyhow::Result<Arc<ServerConfig>> {
+        let mut config = ServerConfig::builder_with_provider(provider())
+            .with_protocol_versions(&[&TLS13])?
+            .with_no_client_auth()
+            .with_cert_resolver(self.own.clone());
+        config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+        // Stateless tickets: a client that comes back spares both sides a signature, and the server keeps nothing.
+        config.ticketer = rustls::crypto::ring::Ticketer::new()?;
+        Ok(Arc::new(config))
+    }
+}
+
+/// Settings of an API's listener on these files.
 pub fn https_server(cert: &Path, key: &Path) -> anyhow::Result<Arc<ServerConfig>> {
-    let own = Renewed::new(vec![cert.to_owned(), key.to_owned()], Held::load)?;
-    let mut config = ServerConfig::builder_with_provider(provider())
-        .with_protocol_versions(&[&TLS13])?
-        .with_no_client_auth()
-        .with_cert_resolver(Arc::new(own));
-    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
-    // Stateless tickets: a client that comes back spares both sides a signature, and the server keeps nothing.
-    config.ticketer = rustls::crypto::ring::Ticketer::new()?;
-    Ok(Arc::new(config))
+    ApiTls::load(cert, key)?.server()
 }
 
 /// Settings of a client of the API that trusts the CA in `ca` alone. Offers no ALPN: HTTP/1.1 is spoken unless the

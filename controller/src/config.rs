@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
 use izar_common::id::{ClusterId, NodeId, SiteId};
-use izar_common::tls;
+use izar_common::{config, service, tls};
 use serde::Deserialize;
 
 use crate::gateway::Limits;
@@ -32,6 +32,7 @@ pub struct Config {
     pub members: Vec<Member>,
     pub api: Api,
     pub admin: Admin,
+    #[serde(default)]
     pub secrets: Secrets,
     /// What a client may cost before and after it is known. Defaults are in `gateway::Limits`.
     #[serde(default)]
@@ -68,17 +69,25 @@ pub struct Api {
     pub listen: SocketAddr,
     /// Certificate chain and key that clients see; may come from another CA than the cluster's.
     pub cert: PathBuf,
+    /// Default: the credential `api.key`.
+    #[serde(default = "Api::credential")]
     pub key: PathBuf,
     /// Plain HTTP for programs on this machine; refused for any address but loopback. Default: none.
     #[serde(default)]
     pub plaintext_listen: Option<SocketAddr>,
 }
 
+impl Api {
+    fn credential() -> PathBuf {
+        "credential:api.key".into()
+    }
+}
+
 /// The operator's socket.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Admin {
-    /// A Unix socket.
+    /// A Unix socket. One that systemd has bound is used in its place; its unit then says who may use it.
     pub socket: PathBuf,
     /// Members of this group may use it besides root and the daemon's own user. Default: nobody else.
     #[serde(default)]
@@ -87,12 +96,18 @@ pub struct Admin {
 
 /// Files of 64 hexadecimal digits, mode 0600, the same on all controllers of all sites. Never replicated.
 #[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, default)]
 pub struct Secrets {
-    /// Keys the hashes of API keys.
+    /// Keys the hashes of API keys. Default: the credential `pepper`.
     pub pepper: PathBuf,
-    /// Wraps the data keys of tenants.
+    /// Wraps the data keys of tenants. Default: the credential `master-key`.
     pub master_key: PathBuf,
+}
+
+impl Default for Secrets {
+    fn default() -> Self {
+        Self { pepper: "credential:pepper".into(), master_key: "credential:master-key".into() }
+    }
 }
 
 /// Raft's clock.
@@ -122,10 +137,12 @@ pub struct Log {
 }
 
 impl Config {
-    /// Reads and checks the file; relative paths in it count from its own folder.
+    /// Reads and checks the file; relative paths in it count from its own folder, `credential:NAME` from that of the
+    /// credentials.
     pub fn load(path: &Path) -> anyhow::Result<Self> {
-        let mut config: Self = izar_common::config::load(path)?;
+        let mut config: Self = config::load(path)?;
         let base = path.parent().unwrap_or(Path::new("."));
+        let credentials = service::credentials();
         for file in [
             &mut config.data_dir,
             &mut config.tls.ca,
@@ -137,7 +154,7 @@ impl Config {
             &mut config.secrets.pepper,
             &mut config.secrets.master_key,
         ] {
-            *file = base.join(&*file);
+            *file = config::locate(base, file, credentials.as_deref());
         }
         config.check().with_context(|| format!("check {}", path.display()))?;
         Ok(config)

@@ -35,7 +35,7 @@ use crate::gateway::Gateway;
 use crate::raft::Raft;
 use error::Error;
 use peer::{Caller, Gate};
-pub use peer::{Listener, bind};
+pub use peer::{Listener, bind, inherit};
 
 /// Connections at once: operators and their scripts; more wait in the socket's backlog.
 const CONNECTIONS: usize = 64;
@@ -79,7 +79,7 @@ impl Control {
         Arc::new(Self { parts, importing: Arc::new(Semaphore::new(1)), refused: AtomicU64::new(0) })
     }
 
-    /// Serves the socket until `stop`, lets running calls end, and removes the socket's file.
+    /// Serves the socket until `stop`, lets running calls end, and removes the socket's file if it is its own.
     pub async fn serve(self: Arc<Self>, listener: Listener, stop: CancellationToken) {
         let (places, connections) = (Arc::new(Semaphore::new(CONNECTIONS)), TaskTracker::new());
         let app = self.router();
@@ -90,10 +90,10 @@ impl Control {
                 drop(place);
             });
         }
-        let path = listener.path.clone();
+        let own = listener.own.clone();
         drop(listener);
-        if let Err(error) = std::fs::remove_file(&path) {
-            log::debug!(path:% = path.display(), error:%; "the admin socket's file could not be removed");
+        if let Some(Err(error)) = own.map(std::fs::remove_file) {
+            log::debug!(error:%; "the admin socket's file could not be removed");
         }
         connections.close();
         connections.wait().await;

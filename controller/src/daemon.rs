@@ -4,6 +4,7 @@
 //! before anything answers.
 
 use std::net::SocketAddr;
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,7 +14,7 @@ use izar_common::clock::Clock;
 use izar_common::id::Role;
 use izar_common::seal::{MasterKey, Pepper};
 use izar_common::wire::handshake::Open;
-use izar_common::{blob, quic, tls};
+use izar_common::{blob, disk, quic, service, tls};
 use serde::Serialize;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
@@ -27,6 +28,8 @@ use crate::gateway::Gateway;
 use crate::gateway::provisional::Provisional;
 use crate::raft::{self, HAND_OVER, Raft};
 use crate::state::command::Command;
+
+mod told;
 
 /// How long running requests may take to finish at a stop.
 const DRAIN: Duration = Duration::from_secs(10);
@@ -56,16 +59,18 @@ pub struct Daemon {
     agents: Agents,
     endpoint: Arc<quic::Endpoint>,
     driver: Arc<raft::Driver>,
+    certificates: Arc<tls::Certificates>,
 }
 
 impl Daemon {
-    /// Builds and starts everything; returns when all listeners are bound.
-    pub async fn start(config: Config) -> anyhow::Result<Self> {
-        let node_tls = tls::NodeTls::load(&config.tls)?;
-        check_identity(&config, &node_tls)?;
+    /// Builds and starts everything; returns when all listeners are bound. `admin` is the operators' socket if somebody
+    /// else has bound it.
+    pub async fn start(config: Config, admin: Option<UnixListener>) -> anyhow::Result<Self> {
+        service::watch();
+        let node_tls = node_tls(&config)?;
         let pepper = Arc::new(Pepper::load(&config.secrets.pepper)?);
         MasterKey::load(&config.secrets.master_key)?;
-        let api_tls = tls::https_server(&config.api.cert, &config.api.key)?;
+        let api_tls = tls::ApiTls::load(&config.api.cert, &config.api.key)?;
         let options = config.raft_options();
 
         let endpoint = Arc::new(quic::Endpoint::bind(config.quic.listen, &node_tls)?);
@@ -116,14 +121,36 @@ impl Daemon {
             others: config.others(),
         });
         let serving = TaskTracker::new();
-        let admin = control::bind(&config.admin.socket, config.admin.group.as_deref())?;
+        let admin = match admin {
+            Some(inherited) => control::inherit(inherited)?,
+            None => control::bind(&config.admin.socket, config.admin.group.as_deref())?,
+        };
         serving.spawn(control.serve(admin, shutdown.clone()));
-        serving.spawn(gateway.clone().serve(Some((https, api_tls)), plain, shutdown.clone()));
+        serving.spawn(gateway.clone().serve(Some((https, api_tls.server()?)), plain, shutdown.clone()));
         links.spawn(close_orphans(raft.clone(), links_end.clone()));
         links.spawn(leave_leading(raft.clone(), gateway.clone(), links_end.clone()));
+        let certificates = Arc::new(tls::Certificates::new(node_tls, Some(api_tls)));
+        let (dates, disk_of) = (certificates.clone(), config.data_dir.clone());
+        let until = |end: &CancellationToken| end.clone().cancelled_owned();
+        let (dates_end, disk_end, told_end) = (until(&links_end), until(&links_end), until(&links_end));
+        links.spawn(async move {
+            tokio::select! { () = dates.watch_dates() => {}, () = dates_end => {} }
+        });
+        links.spawn(async move {
+            tokio::select! { () = disk::watch(&disk_of) => {}, () = disk_end => {} }
+        });
+        let leadership = raft.leadership();
+        links.spawn(async move {
+            tokio::select! { () = told::leadership(leadership) => {}, () = told_end => {} }
+        });
         write_endpoints(&config.data_dir, &endpoints)?;
         log::info!(node:% = config.node, api:% = endpoints.api, quic:% = endpoints.quic; "controller serves");
-        Ok(Self { shutdown, serving, links, links_end, raft, gateway, agents, endpoint, driver })
+        Ok(Self { shutdown, serving, links, links_end, raft, gateway, agents, endpoint, driver, certificates })
+    }
+
+    /// Reads certificates anew; requests and connections go on.
+    pub fn reload(&self) {
+        service::reload(&self.certificates);
     }
 
     /// Lets another controller lead and clients move on, running requests finish for a while, then closes links and
@@ -146,6 +173,23 @@ impl Daemon {
         self.links.close();
         self.links.wait().await;
     }
+}
+
+/// Which files that the configuration names a start or a reload could not use, and why. Opens nothing else.
+pub fn unusable(config: &Config) -> Vec<String> {
+    let looks = [
+        ("tls", node_tls(config).map(drop)),
+        ("secrets.pepper", Pepper::load(&config.secrets.pepper).map(drop).map_err(Into::into)),
+        ("secrets.master_key", MasterKey::load(&config.secrets.master_key).map(drop).map_err(Into::into)),
+        ("api", tls::ApiTls::load(&config.api.cert, &config.api.key).map(drop)),
+    ];
+    looks.into_iter().filter_map(|(key, look)| Some(format!("{key}: {:#}", look.err()?))).collect()
+}
+
+fn node_tls(config: &Config) -> anyhow::Result<tls::NodeTls> {
+    let tls = tls::NodeTls::load(&config.tls)?;
+    check_identity(config, &tls)?;
+    Ok(tls)
 }
 
 fn check_identity(config: &Config, tls: &tls::NodeTls) -> anyhow::Result<()> {

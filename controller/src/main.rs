@@ -1,12 +1,13 @@
-//! `izar-controller`: reads its configuration, runs the daemon until a signal, exits 0.
+//! `izar-controller`: reads its configuration, runs the daemon until a signal, exits 0. SIGHUP reads certificates anew.
 #![forbid(unsafe_code)]
 
 use std::path::PathBuf;
 
 use anyhow::Context;
 use clap::Parser;
+use izar_common::service;
 use izar_controller::config::Config;
-use izar_controller::daemon::Daemon;
+use izar_controller::daemon::{self, Daemon};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// Threads of the runtime at most; it takes half of the cores. The other half is for consensus, which has threads of its
@@ -20,9 +21,12 @@ struct Arguments {
     /// The configuration file.
     #[arg(long)]
     config: PathBuf,
-    /// Check the configuration and exit.
+    /// Check the configuration and exit; says which of the files that it names cannot be used yet.
     #[arg(long)]
     check_config: bool,
+    /// Check the configuration, certificates and secrets, and exit: 1 if a start or a reload would be refused.
+    #[arg(long)]
+    check_files: bool,
     /// Stop when standard input ends (used by `izar dev`, so that no child outlives it).
     #[arg(long, hide = true)]
     stdin_lifeline: bool,
@@ -41,10 +45,16 @@ fn main() -> std::process::ExitCode {
 
 fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let config = Config::load(&arguments.config)?;
-    if arguments.check_config {
+    if arguments.check_config || arguments.check_files {
+        let unusable = daemon::unusable(&config);
+        if arguments.check_files && !unusable.is_empty() {
+            anyhow::bail!("{}", unusable.join("\n"));
+        }
         println!("{}: ok", arguments.config.display());
+        unusable.iter().for_each(|reason| println!("not usable here and now: {reason}"));
         return Ok(());
     }
+    let admin = service::inherited_socket()?;
     izar_common::logging::init(config.log.level.as_deref());
     let threads = std::thread::available_parallelism().map_or(1, |cores| (cores.get() / 2).clamp(1, RUNTIME_THREADS));
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -55,13 +65,21 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let result = runtime.block_on(async {
         let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
-        let daemon = Daemon::start(config).await?;
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-            _ = stdin_end(), if arguments.stdin_lifeline => {}
+        let mut hangup = signal(SignalKind::hangup()).context("listen for SIGHUP")?;
+        let daemon = service::extending(Daemon::start(config, admin)).await?;
+        service::ready();
+        let lifeline = stdin_end();
+        tokio::pin!(lifeline);
+        loop {
+            tokio::select! {
+                _ = terminate.recv() => break,
+                _ = interrupt.recv() => break,
+                () = &mut lifeline, if arguments.stdin_lifeline => break,
+                _ = hangup.recv() => daemon.reload(),
+            }
         }
-        daemon.stop().await;
+        service::stopping("drains");
+        service::extending(daemon.stop()).await;
         Ok(())
     });
     // A read of standard input cannot be cancelled; do not wait for it.

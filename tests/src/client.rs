@@ -153,6 +153,18 @@ impl Client {
     }
 }
 
+impl Client {
+    /// The certificate that the server shows to a client it has never seen, as DER.
+    pub fn server_certificate(&self) -> Result<Vec<u8>> {
+        let Connection::Tls(mut stream) = self.connect()? else { bail!("{} speaks no TLS", self.address) };
+        while stream.conn.is_handshaking() {
+            stream.conn.complete_io(&mut stream.sock)?;
+        }
+        let shown = stream.conn.peer_certificates().and_then(|chain| chain.first());
+        Ok(shown.context("the server shows no certificate")?.to_vec())
+    }
+}
+
 /// TLS 1.3 with exactly one authority.
 fn tls_config(ca: &Path) -> Result<Arc<ClientConfig>> {
     let mut roots = RootCertStore::empty();

@@ -12,6 +12,7 @@ use nix::sys::signal::Signal;
 
 use crate::cli::{self, Admin};
 use crate::client::Client;
+use crate::manager::Manager;
 use crate::relay::Relay;
 use crate::{logs, process, waiting};
 
@@ -200,14 +201,24 @@ level = "{level}"
 
     /// Starts a node's daemon on the configuration that was written for it.
     pub fn start(&mut self, program: &str, node: &str) {
+        let mut command = Command::new(crate::binaries::path(program));
+        command.stdin(Stdio::null());
+        self.spawn(command, node);
+    }
+
+    /// Like [`Site::start`], as a service manager's child.
+    pub fn start_under(&mut self, manager: &Manager, program: &str, node: &str) {
+        self.spawn(manager.command(&crate::binaries::path(program)), node);
+    }
+
+    fn spawn(&mut self, mut command: Command, node: &str) {
         let log = std::fs::File::options().create(true).append(true).open(self.logs().join(format!("{node}.log")));
         let log = log.expect("the folder is ours");
-        let child = Command::new(crate::binaries::path(program))
+        let child = command
             .arg("--config")
             .arg(self.config(node))
             .env(process::MARK, &self.mark)
             .env_remove("JOURNAL_STREAM")
-            .stdin(Stdio::null())
             .stdout(log.try_clone().expect("a file has two ends"))
             .stderr(log)
             .spawn()
@@ -245,6 +256,27 @@ level = "{level}"
         waiting::until_true("the daemon to end", waiting::SOON, || child.try_wait().is_ok_and(|s| s.is_some()));
         let status = child.wait().expect("it has ended");
         assert!(status.success(), "{node} ended with {status}:\n{}", logs::excerpt(&self.logs()));
+    }
+
+    /// Ends one node as a power cut would.
+    pub fn kill(&mut self, node: &str) {
+        let mut child = self.running.remove(node).expect("the story started it");
+        process::kill_hard(child.id());
+        waiting::until_true("the daemon to end", waiting::SOON, || !process::runs(child.id()));
+        // Whoever held one of its threads may have seen the end first.
+        let _ = child.wait();
+    }
+
+    /// The process of a node that runs.
+    pub fn pid(&self, node: &str) -> u32 {
+        self.running[node].id()
+    }
+
+    /// Changes the text of a node's configuration; panics if it has nothing to change.
+    pub fn edit_config(&self, node: &str, from: &str, to: &str) {
+        let text = std::fs::read_to_string(self.config(node)).expect("it was written");
+        assert!(text.contains(from), "{from} is not in the configuration of {node}");
+        std::fs::write(self.config(node), text.replace(from, to)).expect("the folder is ours");
     }
 
     /// Stops everything, agents first; checks what is left and the logs.

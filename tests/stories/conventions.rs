@@ -114,6 +114,8 @@ fn each_library_has_one_home() {
         ("ring", &["common/src/seal", "common/src/blob", "common/src/tls", "common/src/quic"]),
         ("toml", &["common/src/config"]),
         ("systemd_journal_logger", &["common/src/logging"]),
+        ("sd_notify", &["common/src/service"]),
+        ("listenfd", &["common/src/service"]),
         ("axum", &["controller/src/gateway", "controller/src/control"]),
         ("redb", &["controller/src/raft/log", "controller/src/state/store"]),
         ("raft", &["controller/src/raft"]),
@@ -255,6 +257,29 @@ fn replicated_state_has_no_clock_and_no_chance() {
         let float = line.split(|c: char| !c.is_alphanumeric() && c != '_').any(|word| word == "f32" || word == "f64");
         pure && (float || impure.iter().any(|word| line.contains(word)))
     });
+}
+
+#[test]
+fn every_event_is_told_somewhere_and_by_its_name() {
+    let events: Vec<&str> = izar_common::events::ALL.iter().map(|(name, _)| *name).collect();
+    let mut told = BTreeMap::new();
+    check("a message_id that is no event", |source, line| {
+        for (at, _) in line.match_indices("message_id = ") {
+            let rest = &line[at + "message_id = ".len()..];
+            let name: String = rest
+                .trim_start_matches("events::")
+                .chars()
+                .take_while(|c| *c == '_' || c.is_ascii_uppercase())
+                .collect();
+            if !rest.starts_with("events::") || !events.contains(&name.as_str()) {
+                return true;
+            }
+            told.insert(name, source.path.clone());
+        }
+        false
+    });
+    let silent: Vec<_> = events.iter().filter(|name| !told.contains_key(**name)).collect();
+    assert!(silent.is_empty(), "nobody tells of {silent:?}");
 }
 
 #[test]

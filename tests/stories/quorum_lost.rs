@@ -81,7 +81,8 @@ fn a_project_that_is_available_is_answered_without_a_quorum_and_recorded_once_th
         anyhow::ensure!(notes == [0, 0, 0], "{notes:?}");
         Ok(())
     });
-    cluster.finish(&[]);
+    // When the machine is slow, it lasts long enough to be told.
+    cluster.finish(&["no controller leads"]);
 }
 
 /// All folders below one.

@@ -13,6 +13,9 @@ use crate::worker::{RunningJob, Workers};
 /// How long a submission may take to arrive after its stream was opened; the longest are a few megabytes.
 const SUBMIT_LIMIT: Duration = Duration::from_secs(30);
 
+/// How long the end of an answer may take to arrive, so that a stopping agent does not close the connection before.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+
 /// Bytes put together before they are sent, when several events are ready at once.
 const FLUSH_BYTES: usize = 64 << 10;
 
@@ -41,7 +44,7 @@ pub(super) async fn serve(workers: Workers, kept: Kept, connection: Connection, 
     };
     let passed = pass_events(&job, &mut tx, &mut rx, |event| kept.push(&entry, event, Instant::now())).await;
     match passed {
-        Ok(true) => {}
+        Ok(true) => drop(tokio::time::timeout(LAST_WORDS, quic::stopped(&mut tx)).await),
         // It was cancelled; dropping the job tells the worker.
         Ok(false) if connection.close_reason().is_none() => kept.forget(&entry, Instant::now()),
         _ => {

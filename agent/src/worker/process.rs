@@ -14,6 +14,7 @@ use izar_common::health::Load;
 use izar_common::id::{NumericsId, WorkerId};
 use izar_common::manifest::{Kind, Manifest};
 use izar_common::prefix::Sketch;
+use izar_common::vitals::Vital;
 use izar_common::wire::agent::EngineOptions;
 use izar_common::wire::worker::{FromWorker, ToWorker};
 use izar_common::wire::{Reader, Writer};
@@ -173,9 +174,11 @@ async fn until_hung(jobs: &Jobs, frames: &AtomicU64) -> String {
 
 /// Watches a process until it is stopped by a signal; says so.
 async fn until_stopped(pid: Option<u32>, gap: impl Fn() -> Duration) -> String {
+    let vital = Vital::new("watch of a worker");
     let mut looks = 0;
     // Two looks, since whoever looks at a process may stop it for a moment.
     while looks < 2 {
+        vital.promise(WATCH_IDLE);
         tokio::time::sleep(gap()).await;
         looks = if pid.is_some_and(is_stopped) { looks + 1 } else { 0 };
     }

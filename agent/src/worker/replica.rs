@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use izar_common::blob::Store;
 use izar_common::chat::Job;
+use izar_common::events;
 use izar_common::health::{Load, WorkerReport, WorkerState};
 use izar_common::id::NumericsId;
 use izar_common::prefix::Sketch;
@@ -24,6 +25,9 @@ const RESTART_MOST: Duration = Duration::from_secs(10);
 
 /// A worker that served this long was well: its next death begins with the first wait again.
 const HEALTHY: Duration = Duration::from_secs(60);
+
+/// Deaths in a row, none of them after such a time, that make a worker one that a human must look at.
+const FAILURES_TOLD: u32 = 5;
 
 /// Characters of a report's detail: reports of 64 workers must fit a frame of 1 MiB.
 const DETAIL: usize = 500;
@@ -133,7 +137,7 @@ impl Replica {
     /// Runs until `stop`; then no process is left.
     pub async fn run(&self, options: &Options, store: &Store, sources: &Sources, stop: &CancellationToken) {
         let worker = &self.spec.worker;
-        let mut backoff = Backoff::new(RESTART_FIRST, RESTART_MOST);
+        let (mut backoff, mut failures) = (Backoff::new(RESTART_FIRST, RESTART_MOST), 0u32);
         loop {
             let (reason, ready) = match self.live(options, store, sources, stop).await {
                 End::Stopped => break,
@@ -141,6 +145,11 @@ impl Replica {
             };
             if ready.is_some_and(|time| time >= HEALTHY) {
                 backoff.reset();
+                failures = 0;
+            }
+            failures = failures.saturating_add(1);
+            if failures == FAILURES_TOLD {
+                log::error!(message_id = events::WORKER_FAILS, worker:%, failures, reason; "worker fails again and again");
             }
             let wait = backoff.wait();
             log::warn!(worker:%, reason, wait_ms = wait.as_millis() as u64; "worker failed and will be started again");

@@ -5,6 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::events;
 use crate::id::NodeId;
 
 /// Reasons and addresses that are remembered as logged. When it is full it begins anew, so that a flood from many
@@ -68,8 +69,12 @@ impl Refusals {
         if self.is_new(kind, from.ip(), node) {
             // A slow peer may be one that died or a machine under load; what the others tried is wrong.
             let level = if kind == Kind::Slow { log::Level::Info } else { log::Level::Warn };
-            let node = node.map_or("unknown", NodeId::as_str);
-            log::log!(level, kind = kind.name(), from:% = from, node, reason; "refused a peer");
+            let (node, kind_name) = (node.map_or("unknown", NodeId::as_str), kind.name());
+            if matches!(kind, Kind::Certificate | Kind::Cluster) {
+                log::log!(level, message_id = events::FOREIGN_PEER, kind = kind_name, from:% = from, node, reason; "refused a peer");
+            } else {
+                log::log!(level, kind = kind_name, from:% = from, node, reason; "refused a peer");
+            }
         }
     }
 

@@ -1,10 +1,11 @@
 //! Certificates and keys in files, and their renewal while the process runs.
 //!
 //! Nobody watches the files: they are looked at when a handshake needs them, at most once in a while, so that an idle
-//! node does nothing. A renewal that does not load is reported once and the old certificate stays in use.
+//! node does nothing; or at once, when the daemon is told to (`renewal`). A renewal that does not load is reported once and
+//! the old certificate stays in use.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context as _, ensure};
@@ -62,6 +63,24 @@ impl<T> Renewed<T> {
         self.value.load_full()
     }
 
+    /// Makes the value of the files as they are now, without using it. Until they change again, nobody else tries them.
+    pub(super) fn make_now(&self) -> anyhow::Result<T> {
+        // Nothing in here is left half done.
+        let mut looked = self.looked.lock().unwrap_or_else(PoisonError::into_inner);
+        *looked = Looked { at: Instant::now(), stamp: stamp(&self.paths) };
+        (self.make)(&self.paths, Some(&self.value.load()))
+    }
+
+    /// Uses a value from now on.
+    pub(super) fn put(&self, value: T) {
+        self.value.store(Arc::new(value));
+    }
+
+    /// The file that gives the value its name.
+    pub(super) fn path(&self) -> &Path {
+        &self.paths[0]
+    }
+
     /// Looks at the files now, whatever the time of the last look.
     #[cfg(test)]
     pub(super) fn look_now(&self) {
@@ -107,6 +126,8 @@ pub(super) struct Held {
     pub(super) key: Arc<CertifiedKey>,
     /// The private key's own bytes, from which other secrets are derived.
     pub(super) secret: Vec<u8>,
+    /// When the first certificate of the chain expires, in Unix seconds.
+    pub(super) expires: i64,
 }
 
 impl Held {
@@ -123,9 +144,10 @@ impl Held {
             ensure!(now == before, "the new certificate names {now}, this node is {before}");
         }
         let secret = private.secret_der().to_vec();
+        let expires = first_expiry(&chain);
         let certified = CertifiedKey::from_der(chain, private, &provider())
             .with_context(|| format!("the certificate {} and the key {}", cert.display(), key.display()))?;
-        Ok(Self { key: Arc::new(certified), secret })
+        Ok(Self { key: Arc::new(certified), secret, expires })
     }
 }
 
@@ -147,12 +169,14 @@ impl ResolvesClientCert for Renewed<Held> {
 /// The CAs that are trusted.
 pub(super) struct Trust {
     pub(super) roots: Roots,
+    /// When the first of them expires, in Unix seconds.
+    pub(super) expires: i64,
 }
 
 impl Trust {
     pub(super) fn load(paths: &[PathBuf], _old: Option<&Self>) -> anyhow::Result<Self> {
         let [ca] = paths else { unreachable!("trust has one path") };
-        Ok(Self { roots: Arc::new(read_roots(ca)?) })
+        Ok(Self { roots: Arc::new(read_roots(ca)?), expires: first_expiry(&read_certs(ca)?) })
     }
 }
 
@@ -173,4 +197,11 @@ fn read_certs(path: &Path) -> anyhow::Result<Vec<CertificateDer<'static>>> {
         .map_err(|error| anyhow::anyhow!("the certificate {} does not parse: {error}", path.display()))?;
     ensure!(!certs.is_empty(), "{} holds no certificate", path.display());
     Ok(certs)
+}
+
+/// When the first of these certificates expires, in Unix seconds. One that does not parse is refused elsewhere.
+fn first_expiry(certs: &[CertificateDer<'_>]) -> i64 {
+    use x509_parser::prelude::{FromDer as _, X509Certificate};
+    let parsed = certs.iter().filter_map(|cert| X509Certificate::from_der(cert).ok());
+    parsed.map(|(_, cert)| cert.validity().not_after.timestamp()).min().unwrap_or(i64::MAX)
 }

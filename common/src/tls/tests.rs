@@ -25,6 +25,14 @@ impl Pki {
     pub(crate) fn node(&self, uri: &str) -> NodeTls {
         NodeTls::load(&self.issue(uri)).unwrap()
     }
+    pub(crate) fn path(&self, name: &str) -> std::path::PathBuf {
+        self.0.path().join(name)
+    }
+    /// A new certificate for an API's listener, in the place of an older one.
+    pub(crate) fn api(&self) -> ApiTls {
+        pki::issue_server(self.0.path(), "api", &["localhost".into()], self.0.path()).unwrap();
+        ApiTls::load(&self.path("api.pem"), &self.path("api.key")).unwrap()
+    }
 }
 
 /// Shakes hands in memory; returns the first refusal.

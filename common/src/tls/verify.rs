@@ -8,7 +8,8 @@ use rustls::crypto::{WebPkiSupportedAlgorithms, verify_tls13_signature};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::server::{ParsedCertificate, WebPkiClientVerifier};
 use rustls::{
-    CertificateError, DigitallySignedStruct, DistinguishedName, Error, OtherError, PeerIncompatible, SignatureScheme,
+    CertificateError, DigitallySignedStruct, DistinguishedName, Error, OtherError, PeerIncompatible, RootCertStore,
+    SignatureScheme,
 };
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 
@@ -33,29 +34,29 @@ impl PeerVerifier {
         Self { trust, expected, algorithms: provider().signature_verification_algorithms }
     }
 
-    /// Checks a chain as a peer would that is dialled by this node, as far as the CA goes.
-    pub(super) fn check_own(&self, chain: &[CertificateDer<'_>]) -> Result<(), Error> {
-        let (own, intermediates) = chain.split_first().ok_or(Error::NoCertificatesPresented)?;
-        self.check_server_chain(own, intermediates, UnixTime::now())
-    }
-
-    fn check_server_chain(
-        &self,
-        end_entity: &CertificateDer<'_>,
-        intermediates: &[CertificateDer<'_>],
-        now: UnixTime,
-    ) -> Result<(), Error> {
-        let cert = ParsedCertificate::try_from(end_entity)?;
-        let roots = &self.trust.get().roots;
-        verify_server_cert_signed_by_trust_anchor(&cert, roots, intermediates, now, self.algorithms.all)
-    }
-
     fn check_identity(&self, cert: &CertificateDer<'_>) -> Result<(), Error> {
         let wrong =
             |text: String| Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(WrongPeer(text)))));
         let peer = identity_of(cert).map_err(|error| wrong(error.to_string()))?;
         self.expected.mismatch(&peer).map_or(Ok(()), |text| Err(wrong(text)))
     }
+}
+
+/// Checks a chain as a peer would that is dialled by this node, as far as the CA goes.
+pub(super) fn check_own(chain: &[CertificateDer<'_>], roots: &RootCertStore) -> Result<(), Error> {
+    let (own, intermediates) = chain.split_first().ok_or(Error::NoCertificatesPresented)?;
+    check_chain(own, intermediates, roots, UnixTime::now())
+}
+
+fn check_chain(
+    end_entity: &CertificateDer<'_>,
+    intermediates: &[CertificateDer<'_>],
+    roots: &RootCertStore,
+    now: UnixTime,
+) -> Result<(), Error> {
+    let cert = ParsedCertificate::try_from(end_entity)?;
+    let algorithms = provider().signature_verification_algorithms;
+    verify_server_cert_signed_by_trust_anchor(&cert, roots, intermediates, now, algorithms.all)
 }
 
 impl ServerCertVerifier for PeerVerifier {
@@ -67,7 +68,7 @@ impl ServerCertVerifier for PeerVerifier {
         _ocsp: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        self.check_server_chain(end_entity, intermediates, now)?;
+        check_chain(end_entity, intermediates, &self.trust.get().roots, now)?;
         self.check_identity(end_entity)?;
         Ok(ServerCertVerified::assertion())
     }

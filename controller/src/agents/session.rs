@@ -4,12 +4,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
-use izar_common::blob;
 use izar_common::id::NodeId;
 use izar_common::quic::{self, Connection, Receiver, Sender};
-use izar_common::wire;
 use izar_common::wire::agent::{Down, Up};
 use izar_common::wire::handshake::Open;
+use izar_common::{blob, events, wire};
 use tokio::sync::Semaphore;
 
 use super::assignment::assignment;
@@ -81,7 +80,7 @@ async fn session(inner: &Inner, agent: &NodeId, connection: &Connection, tx: Sen
         ended = read_reports(inner, agent, connection, rx, &heard) => ended,
         ended = write_orders(inner, agent, tx, &tripwire) => ended,
         reason = watch(inner, agent, &heard, &tripwire) => {
-            log::warn!(agent:%, reason; "agent is given up");
+            log::warn!(message_id = events::AGENT_LOST, agent:%, reason; "agent is given up");
             inner.given_up.fetch_add(1, Relaxed);
             Ok(())
         }

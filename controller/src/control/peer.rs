@@ -1,5 +1,9 @@
 //! Who may use the admin socket: root, the daemon's own user, and members of the configured group. The kernel says who
 //! calls (SO_PEERCRED); the file's mode only keeps others from knocking.
+//!
+//! A socket that systemd has bound is different: its unit gives it a group and a mode, which the kernel checks at every
+//! call, and the daemon sits in a user namespace where the kernel shows it nobody but root and itself. There the mode
+//! decides, and a mode that lets everybody in is refused at the start.
 
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -13,7 +17,8 @@ use tokio::net::UnixListener;
 pub struct Listener {
     pub socket: UnixListener,
     pub gate: Gate,
-    pub path: PathBuf,
+    /// The socket's file, if it goes when this listener ends.
+    pub own: Option<PathBuf>,
 }
 
 /// Decides about callers.
@@ -21,6 +26,8 @@ pub struct Listener {
 pub struct Gate {
     own: Uid,
     group: Option<Group>,
+    /// Whoever the file's mode lets in.
+    by_mode: bool,
 }
 
 /// Who is at the other end of a connection.
@@ -57,7 +64,25 @@ pub fn bind(path: &Path, group: Option<&str>) -> anyhow::Result<Listener> {
     };
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))
         .with_context(|| format!("admin.socket: set the mode of {shown}"))?;
-    Ok(Listener { socket, gate: Gate { own: Uid::effective(), group }, path: path.to_owned() })
+    let gate = Gate { own: Uid::effective(), group, by_mode: false };
+    Ok(Listener { socket, gate, own: Some(path.to_owned()) })
+}
+
+/// Takes a socket that somebody else has bound, and whose mode says who may use it.
+pub fn inherit(socket: std::os::unix::net::UnixListener) -> anyhow::Result<Listener> {
+    let address = socket.local_addr().context("admin.socket: ask for the address of the inherited socket")?;
+    let path = address.as_pathname().context("admin.socket: the inherited socket has no file, so no mode")?;
+    let shown = path.display();
+    let metadata = std::fs::metadata(path).with_context(|| format!("admin.socket: look at the mode of {shown}"))?;
+    let mode = metadata.permissions().mode() & 0o777;
+    ensure!(
+        mode & 0o007 == 0,
+        "admin.socket: everybody may use {shown} (mode {mode:03o}): use SocketMode=0660 and a SocketGroup="
+    );
+    socket.set_nonblocking(true).context("admin.socket: set the inherited socket non-blocking")?;
+    let socket = UnixListener::from_std(socket).context("admin.socket: take the inherited socket")?;
+    let gate = Gate { own: Uid::effective(), group: None, by_mode: true };
+    Ok(Listener { socket, gate, own: None })
 }
 
 fn find_group(name: &str) -> anyhow::Result<Group> {
@@ -93,7 +118,8 @@ impl Gate {
 
     /// The part of `admits` that needs no user database: root, the own user, the caller's effective group.
     pub fn admits_without_lookup(&self, caller: Caller) -> bool {
-        caller.uid == 0
+        self.by_mode
+            || caller.uid == 0
             || caller.uid == self.own.as_raw()
             || self.group.as_ref().is_some_and(|g| g.gid == Gid::from_raw(caller.gid))
     }
@@ -110,7 +136,7 @@ mod tests {
             gid: Gid::from_raw(gid),
             mem: Vec::new(),
         });
-        Gate { own: Uid::from_raw(500), group }
+        Gate { own: Uid::from_raw(500), group, by_mode: false }
     }
 
     fn caller(uid: u32, gid: u32) -> Caller {
@@ -139,6 +165,21 @@ mod tests {
         assert!(bind(&path, None).unwrap_err().to_string().contains("another process answers"));
         drop(first);
         bind(&path, None).unwrap();
+    }
+
+    #[tokio::test]
+    async fn an_inherited_socket_is_as_open_as_its_mode_and_never_open_to_all() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("admin.sock");
+        let bound = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let mode = |mode| std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
+        mode(0o666);
+        let refused = inherit(bound.try_clone().unwrap()).unwrap_err().to_string();
+        assert!(refused.contains("everybody may use") && refused.contains("SocketMode=0660"), "{refused}");
+        mode(0o660);
+        let listener = inherit(bound).unwrap();
+        assert!(listener.gate.admits_without_lookup(caller(65_534, 65_534)), "a member of the group, unseen from here");
+        assert_eq!(listener.own, None, "its file stays");
     }
 
     #[tokio::test]

@@ -2,7 +2,10 @@
 //! slow to take. One budget, so that the controller's memory has a bound whatever the clients do.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
+
+use izar_common::clock::wall_ms;
+use izar_common::events;
 
 /// What a turn takes besides its tokens: tasks, the stream to the agent, the first buffer of its answer.
 pub const TURN_BYTES: usize = 24 << 10;
@@ -17,21 +20,34 @@ pub const PROMPT_TOKEN_BYTES: usize = 8;
 pub const ANSWER_TOKEN_BYTES: usize = 4;
 pub const SCORED_TOKEN_BYTES: usize = 512;
 
+/// Refusals are told once in this time: they come in thousands.
+const TOLD_EVERY_MS: u64 = 60_000;
+
 /// The budget.
 #[derive(Debug)]
 pub struct Memory {
     used: AtomicUsize,
     limit: usize,
+    /// When a refusal was told last, Unix milliseconds.
+    told_ms: AtomicU64,
 }
 
 impl Memory {
     pub fn new(limit: usize) -> Arc<Self> {
-        Arc::new(Self { used: AtomicUsize::new(0), limit })
+        Arc::new(Self { used: AtomicUsize::new(0), limit, told_ms: AtomicU64::new(0) })
     }
 
     /// Bytes that requests hold now.
     pub fn used(&self) -> usize {
         self.used.load(Relaxed)
+    }
+
+    fn tell(&self, used: usize) {
+        let (now, last) = (wall_ms(), self.told_ms.load(Relaxed));
+        let due = now.saturating_sub(last) >= TOLD_EVERY_MS;
+        if due && self.told_ms.compare_exchange(last, now, Relaxed, Relaxed).is_ok() {
+            log::warn!(message_id = events::MEMORY_REFUSED, used_mib = used >> 20, limit_mib = self.limit >> 20; "requests are refused: the budget of memory is used up");
+        }
     }
 
     /// Takes bytes until the charge is dropped; `None` if there are not so many left.
@@ -54,6 +70,7 @@ impl Charge {
         let before = self.memory.used.fetch_add(bytes, Relaxed);
         if before.saturating_add(bytes) > self.memory.limit {
             self.memory.used.fetch_sub(bytes, Relaxed);
+            self.memory.tell(before);
             return false;
         }
         self.bytes += bytes;

@@ -9,6 +9,7 @@ use std::sync::mpsc::{Receiver, SyncSender};
 
 use anyhow::{Context, ensure};
 use izar_common::clock::Clock;
+use izar_common::vitals::Vital;
 use izar_common::wire;
 use raft::eraftpb::{Entry, EntryType};
 use tokio::sync::watch;
@@ -44,7 +45,9 @@ pub struct Applier {
 impl Applier {
     /// Applies until the raft loop lets go of the queue.
     pub fn run(&self, committed: &Receiver<Vec<Entry>>, keeper: &SyncSender<Lot>) {
+        let vital = Vital::new("raft-apply");
         while let Ok(entries) = committed.recv() {
+            vital.work();
             for entries in entries.chunks(LOCKED) {
                 let lot = self.apply(entries).unwrap_or_else(|error| fatal("apply an entry", &error));
                 let applied = lot.write.applied;
@@ -54,6 +57,7 @@ impl Applier {
                     return;
                 }
             }
+            vital.rest();
         }
     }
 

@@ -5,6 +5,8 @@ use std::sync::mpsc::SyncSender;
 use std::time::{Duration, Instant};
 
 use ::raft::eraftpb::Entry;
+use izar_common::events;
+use izar_common::vitals::Vital;
 use tokio::sync::watch;
 
 use super::inbox::Inbox;
@@ -31,9 +33,11 @@ pub struct Loop {
 impl Loop {
     /// Runs until the inbox says to stop; what must still be written is then with the writer.
     pub fn run(self, mut node: Node) {
+        let vital = Vital::new("raft");
         let mut last = Instant::now();
         loop {
             let wait = node.ticks_to_wait();
+            vital.promise(self.tick * wait as u32);
             let inputs = self.inbox.take(last + self.tick * wait as u32);
             let stop = inputs.shutdown;
             let passed = last.elapsed().as_nanos() / self.tick.as_nanos();
@@ -77,7 +81,7 @@ impl Loop {
     fn tell(&self, lead: Lead) {
         let member = self.members.iter().find(|member| member.id == lead.leader);
         let leader = member.map(|member| member.node.clone());
-        log::info!(leader = leader.as_ref().map_or("none", |node| node.as_str()), term = lead.term; "the leader changed");
+        log::info!(message_id = events::LEADER_CHANGED, leader = leader.as_ref().map_or("none", |node| node.as_str()), term = lead.term; "the leader changed");
         self.leadership.send_replace(Leadership { leader, term: lead.term, here: lead.here });
     }
 }

@@ -6,6 +6,8 @@
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
+use izar_common::vitals::Vital;
+
 use super::fatal;
 use super::inbox::Inbox;
 use super::writer::LoggedCommit;
@@ -35,8 +37,10 @@ pub fn queue() -> (SyncSender<Lot>, Receiver<Lot>) {
 
 /// Keeps until the applier lets go of the queue; then everything is durable.
 pub fn run(mut store: Store, lots: &Receiver<Lot>, inbox: &Inbox, logged: &LoggedCommit) {
+    let vital = Vital::new("state-keep");
     let mut compacted = 0;
     while let Ok(lot) = lots.recv() {
+        vital.work();
         let deadline = Instant::now() + DURABLE_AFTER;
         let mut more = true;
         let mut take = |store: &mut Store, lot: Lot| {
@@ -56,6 +60,7 @@ pub fn run(mut store: Store, lots: &Receiver<Lot>, inbox: &Inbox, logged: &Logge
             fatal("make the state durable", &error);
         }
         inbox.compact(compacted.min(applied));
+        vital.rest();
     }
 }
 

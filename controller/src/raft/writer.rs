@@ -8,6 +8,7 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
+use izar_common::vitals::Vital;
 use raft::eraftpb::{Entry, HardState, Message};
 
 use super::inbox::Inbox;
@@ -64,7 +65,9 @@ pub fn queue() -> (SyncSender<Job>, Receiver<Job>) {
 
 /// Writes until the raft loop lets go of the queue.
 pub fn run(mut disk: Disk, jobs: &Receiver<Job>, inbox: &Inbox, net: &Net, logged: &Arc<LoggedCommit>) {
+    let vital = Vital::new("raft-log");
     while let Ok(first) = jobs.recv() {
+        vital.work();
         let mut group = first;
         let mut bytes = weight(&group);
         while bytes < GROUP_BYTES {
@@ -82,6 +85,7 @@ pub fn run(mut disk: Disk, jobs: &Receiver<Job>, inbox: &Inbox, net: &Net, logge
         }
         inbox.persisted(number);
         net.send(messages, inbox);
+        vital.rest();
     }
 }
 
