@@ -64,7 +64,7 @@ impl Daemon {
         let node_tls = tls::NodeTls::load(&config.tls)?;
         check_identity(&config, &node_tls)?;
         let pepper = Arc::new(Pepper::load(&config.secrets.pepper)?);
-        MasterKey::load(&config.secrets.master_key)?;
+        let master_key = Arc::new(MasterKey::load(&config.secrets.master_key)?);
         let api_tls = tls::https_server(&config.api.cert, &config.api.key)?;
         let options = config.raft_options();
 
@@ -107,6 +107,8 @@ impl Daemon {
             gateway: gateway.clone(),
             store,
             pepper,
+            master_key,
+            cluster: config.cluster.clone(),
             peers: endpoint.clone(),
             api: control::view::Api {
                 endpoint: format!("https://{}", endpoints.api),

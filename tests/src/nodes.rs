@@ -247,6 +247,17 @@ level = "{level}"
         assert!(status.success(), "{node} ended with {status}:\n{}", logs::excerpt(&self.logs()));
     }
 
+    /// A running node's process.
+    pub fn pid(&self, node: &str) -> u32 {
+        self.running[node].id()
+    }
+
+    /// Ends one node as a power cut would.
+    pub fn kill(&mut self, node: &str) {
+        let mut child = self.running.remove(node).expect("the story started it");
+        child.kill().and_then(|()| child.wait()).unwrap_or_else(|error| panic!("kill {node}: {error}"));
+    }
+
     /// Stops everything, agents first; checks what is left and the logs.
     pub fn finish(mut self, expected: &[&str]) {
         let nodes: Vec<String> = self.running.keys().cloned().collect();

@@ -6,6 +6,8 @@
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
+use tokio::sync::watch;
+
 use super::fatal;
 use super::inbox::Inbox;
 use super::writer::LoggedCommit;
@@ -33,8 +35,8 @@ pub fn queue() -> (SyncSender<Lot>, Receiver<Lot>) {
     sync_channel(QUEUE)
 }
 
-/// Keeps until the applier lets go of the queue; then everything is durable.
-pub fn run(mut store: Store, lots: &Receiver<Lot>, inbox: &Inbox, logged: &LoggedCommit) {
+/// Keeps until the applier lets go of the queue; then everything is durable. Tells `durable` how far it is.
+pub fn run(mut store: Store, lots: &Receiver<Lot>, inbox: &Inbox, logged: &LoggedCommit, durable: &watch::Sender<u64>) {
     let mut compacted = 0;
     while let Ok(lot) = lots.recv() {
         let deadline = Instant::now() + DURABLE_AFTER;
@@ -55,6 +57,7 @@ pub fn run(mut store: Store, lots: &Receiver<Lot>, inbox: &Inbox, logged: &Logge
         if let Err(error) = store.flush() {
             fatal("make the state durable", &error);
         }
+        durable.send_replace(applied);
         inbox.compact(compacted.min(applied));
     }
 }
