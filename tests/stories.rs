@@ -8,6 +8,8 @@
 mod answers;
 #[path = "stories/asked_twice.rs"]
 mod asked_twice;
+#[path = "stories/backup.rs"]
+mod backup;
 #[path = "stories/controllers_drained.rs"]
 mod controllers_drained;
 #[path = "stories/controllers_killed.rs"]

@@ -42,6 +42,24 @@ fn finish(digest: digest::Digest) -> Hash {
     Hash(digest.as_ref().try_into().expect("SHA-256 has 32 bytes"))
 }
 
+/// SHA-256 of what comes in pieces.
+pub struct Hasher(digest::Context);
+
+impl Default for Hasher {
+    fn default() -> Self {
+        Self(digest::Context::new(&digest::SHA256))
+    }
+}
+
+impl Hasher {
+    pub fn update(&mut self, piece: &[u8]) {
+        self.0.update(piece);
+    }
+    pub fn finish(self) -> Hash {
+        finish(self.0.finish())
+    }
+}
+
 /// Puts all that a reader gives into a hash; returns how much that was.
 fn hash_reader(reader: &mut impl io::Read, digest: &mut digest::Context) -> io::Result<u64> {
     let mut piece = vec![0; PIECE_BYTES];

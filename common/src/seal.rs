@@ -2,7 +2,8 @@
 //!
 //! Both come from key files of 64 hexadecimal digits that only their owner may read, are the same on every controller,
 //! and never travel through Raft. An envelope is `version u8 | nonce 12 | ciphertext | tag 16`, AES-256-GCM; its
-//! version and the caller's context are authenticated, so that a sealed value does not open in another place.
+//! version and the caller's context are authenticated, so that a sealed value does not open in another place. What is
+//! too long for one envelope is a `stream` of them.
 
 use std::io::Write as _;
 use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
@@ -13,6 +14,8 @@ use ring::{aead, hmac};
 
 use crate::id::{Hash, TenantId};
 use crate::{config, service};
+
+pub mod stream;
 
 const KEY_BYTES: usize = 32;
 /// The form of an envelope; a new cipher is a new number.

@@ -18,6 +18,7 @@ use serde::Deserialize;
 
 use crate::id::{ClusterId, Identity, NodeId, Role};
 
+pub mod dates;
 mod files;
 pub mod pki;
 mod renewal;

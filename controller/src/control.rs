@@ -4,6 +4,7 @@
 //! changing in `orders`. A change is a command like any other: it is answered once this node has applied it. It never
 //! shows a prompt, an answer or a stored key, for it has none.
 
+mod backup;
 mod drain;
 mod error;
 pub mod explain;
@@ -22,8 +23,8 @@ use axum::http::{Method, Uri};
 use axum::routing::{get, post, put};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
-use izar_common::id::NodeId;
-use izar_common::seal::Pepper;
+use izar_common::id::{ClusterId, NodeId};
+use izar_common::seal::{MasterKey, Pepper};
 use izar_common::{blob, quic};
 use tokio::net::UnixStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -54,6 +55,9 @@ pub struct Parts {
     /// Where imported files go.
     pub store: blob::Store,
     pub pepper: Arc<Pepper>,
+    /// Seals backups.
+    pub master_key: Arc<MasterKey>,
+    pub cluster: ClusterId,
     /// For the count of refused peers.
     pub peers: Arc<quic::Endpoint>,
     /// Where the API is served.
@@ -68,6 +72,8 @@ pub struct Control {
     parts: Parts,
     /// One import at a time: it reads and writes whole models.
     importing: Arc<Semaphore>,
+    /// One backup at a time: it reads all that is on the disk.
+    backing_up: Arc<Semaphore>,
     /// Callers turned away.
     refused: AtomicU64,
 }
@@ -76,7 +82,12 @@ type Shared = axum::extract::State<Arc<Control>>;
 
 impl Control {
     pub fn new(parts: Parts) -> Arc<Self> {
-        Arc::new(Self { parts, importing: Arc::new(Semaphore::new(1)), refused: AtomicU64::new(0) })
+        Arc::new(Self {
+            parts,
+            importing: Arc::new(Semaphore::new(1)),
+            backing_up: Arc::new(Semaphore::new(1)),
+            refused: AtomicU64::new(0),
+        })
     }
 
     /// Serves the socket until `stop`, lets running calls end, and removes the socket's file if it is its own.
@@ -140,6 +151,7 @@ impl Control {
     fn router(self: &Arc<Self>) -> Router {
         Router::new()
             .route("/v1/status", get(listings::status))
+            .route("/v1/backup", get(backup::backup))
             .route("/v1/keys", get(listings::keys).post(orders::create_key))
             .route("/v1/keys/{id}/revoke", post(orders::revoke_key))
             .route("/v1/models", get(listings::models).post(orders::import))

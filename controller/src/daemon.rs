@@ -69,7 +69,7 @@ impl Daemon {
         service::watch();
         let node_tls = node_tls(&config)?;
         let pepper = Arc::new(Pepper::load(&config.secrets.pepper)?);
-        MasterKey::load(&config.secrets.master_key)?;
+        let master_key = Arc::new(MasterKey::load(&config.secrets.master_key)?);
         let api_tls = tls::ApiTls::load(&config.api.cert, &config.api.key)?;
         let options = config.raft_options();
 
@@ -112,6 +112,8 @@ impl Daemon {
             gateway: gateway.clone(),
             store,
             pepper,
+            master_key,
+            cluster: config.cluster.clone(),
             peers: endpoint.clone(),
             api: control::view::Api {
                 endpoint: format!("https://{}", endpoints.api),

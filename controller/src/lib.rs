@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 pub mod agents;
+pub mod backup;
 pub mod catalog;
 pub mod config;
 pub mod control;

@@ -37,10 +37,12 @@ mod net;
 mod node;
 mod proposer;
 mod reads;
+pub mod rebuild;
 mod start;
 mod writer;
 
 use crate::state::command::{Batch, Command, Origin, Refusal, Reply};
+use crate::state::store::Reader;
 use crate::state::{self, Config};
 use inbox::Inbox;
 use net::Net;
@@ -100,11 +102,23 @@ pub struct Raft {
     config: watch::Receiver<Arc<Config>>,
     leadership: watch::Receiver<Leadership>,
     state: state::Shared,
+    durable: Durable,
     origin: Origin,
     clock: Arc<Clock>,
     net: Arc<net::Net>,
     inbox: Arc<Inbox>,
 }
+
+/// What of the state is on disk, for those who copy it.
+#[derive(Debug, Clone)]
+struct Durable {
+    store: Reader,
+    /// The index that it has reached.
+    reached: watch::Receiver<u64>,
+}
+
+/// How long the disk may be behind the state until a copy is given up. It is a tenth of a second behind.
+const DURABLE_WITHIN: Duration = Duration::from_secs(30);
 
 /// How long an election may take that nobody waits for; a leader that lost its followers gives up after this.
 const ELECTED: Duration = Duration::from_millis(500);
@@ -135,6 +149,20 @@ impl Raft {
     /// Returns once the state here is at least as new as it was anywhere when this was called.
     pub async fn read_index(&self) -> Result<(), Unavailable> {
         reads::read_index(&self.readers).await
+    }
+
+    /// Waits until all that was acknowledged anywhere before this was called is on this node's disk; returns what reads
+    /// it there.
+    pub async fn durable(&self) -> Result<Reader, Unavailable> {
+        self.read_index().await?;
+        let applied = self.state.applied();
+        let mut reached = self.durable.reached.clone();
+        let caught_up = tokio::time::timeout(DURABLE_WITHIN, reached.wait_for(|reached| *reached >= applied)).await;
+        match caught_up {
+            Ok(Ok(_)) => Ok(self.durable.store.clone()),
+            Ok(Err(_)) => Err(Unavailable { reason: "this controller stops".into() }),
+            Err(_) => Err(Unavailable { reason: "this controller's disk is far behind".into() }),
+        }
     }
 
     /// Lets another member lead, if this one does, and waits until it does. Returns who leads; nobody after `limit`, in a

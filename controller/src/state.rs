@@ -12,6 +12,7 @@ pub mod audit;
 pub mod command;
 mod dedupe;
 pub mod models;
+pub mod rebirth;
 pub mod rows;
 pub mod store;
 pub mod tenants;
@@ -438,6 +439,21 @@ impl State {
     pub fn latest(&self) -> Hlc {
         self.head.latest
     }
+    /// How often the cluster was rebuilt, from 1.
+    pub fn incarnation(&self) -> u64 {
+        self.head.incarnation
+    }
+    /// Number of the last audit record.
+    pub fn audit_seq(&self) -> u64 {
+        self.head.audit_seq
+    }
+    /// What every registered model consists of, by revision.
+    pub fn manifests(&self) -> impl Iterator<Item = (&Hash, &Manifest)> {
+        self.models.iter().map(|(revision, model)| (revision, &model.manifest))
+    }
+    pub fn site(&self) -> &SiteId {
+        &self.site
+    }
     /// Index of the entry that last changed the configuration.
     pub fn config_index(&self) -> u64 {
         self.head.config_index
@@ -556,4 +572,4 @@ impl Shared {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -6,11 +6,13 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
 
 use axum::Json;
 use axum::extract::Query;
 use axum::extract::State as Extract;
 use axum::extract::rejection::QueryRejection;
+use izar_common::id::NodeId;
 use serde::Deserialize;
 
 use super::error::Error;
@@ -68,6 +70,10 @@ impl Control {
     }
 }
 
+fn away((node, time): (NodeId, Duration)) -> view::Away {
+    view::Away { node, for_ms: time.as_millis() as u64 }
+}
+
 pub async fn status(Extract(control): Shared) -> Json<view::Status> {
     let parts = &control.parts;
     let leadership = parts.raft.leadership().borrow().clone();
@@ -93,6 +99,8 @@ pub async fn status(Extract(control): Shared) -> Json<view::Status> {
         deployments: config.deployments.values().map(summary).collect(),
         running: parts.gateway.running().len(),
         draining: *parts.gateway.draining().borrow(),
+        away: parts.raft.away().into_iter().map(away).collect(),
+        latest_ms: parts.raft.state().read(|state| state.latest().ms()),
         refused,
     })
 }

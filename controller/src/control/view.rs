@@ -40,6 +40,12 @@ pub struct Status {
     /// Clients are told to move on to another controller.
     #[serde(default)]
     pub draining: bool,
+    /// Members that this node cannot reach.
+    #[serde(default)]
+    pub away: Vec<Away>,
+    /// The latest time that a controller has put on a record.
+    #[serde(default)]
+    pub latest_ms: u64,
     /// What was turned away since the start: peers by their certificate, role or schema (`peers`), callers of this
     /// socket (`admin`).
     pub refused: BTreeMap<String, u64>,
@@ -59,6 +65,13 @@ pub struct Drain {
 pub struct Member {
     pub node: NodeId,
     pub address: String,
+}
+
+/// A member that cannot be reached.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Away {
+    pub node: NodeId,
+    pub for_ms: u64,
 }
 
 /// Where this controller serves the API.

@@ -22,7 +22,7 @@ use crate::state::audit::Record;
 use crate::state::command::{Batch, Origin};
 use crate::state::rows::Row;
 use crate::state::store::Write;
-use crate::state::{Applied, Config, Shared, State, What, audit};
+use crate::state::{Applied, Change, Config, Shared, State, What, audit};
 
 /// Lots of committed entries that may wait for the applier, 4 MiB each at most. When they do, the raft loop waits: a
 /// node whose state is that far behind is of no use as a leader.
@@ -92,10 +92,15 @@ impl Applier {
         if batch.origin == self.origin && !result.ignored {
             self.unsettled.settle(batch.seq, result.replies);
         }
-        for change in result.changes {
-            if let What::Audited(what) = change.what {
-                audit::encode(&Record { site: change.site, seq: change.seq, at: change.at, what }, audit);
-            }
+        encode_audit(result.changes, audit);
+    }
+}
+
+/// Appends the audit records among changes, as frames.
+pub fn encode_audit(changes: Vec<Change>, out: &mut Vec<u8>) {
+    for change in changes {
+        if let What::Audited(what) = change.what {
+            audit::encode(&Record { site: change.site, seq: change.seq, at: change.at, what }, out);
         }
     }
 }
@@ -104,7 +109,7 @@ impl Applier {
 ///
 /// An entry that does not decode was made by a newer version, or is damaged: going on would part this node's state
 /// from the others'.
-fn batch_of(entry: &Entry) -> anyhow::Result<Option<Batch>> {
+pub fn batch_of(entry: &Entry) -> anyhow::Result<Option<Batch>> {
     ensure!(
         entry.entry_type == EntryType::EntryNormal,
         "entry {} changes the membership, which this version cannot",

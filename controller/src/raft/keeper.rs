@@ -7,6 +7,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
 use izar_common::vitals::Vital;
+use tokio::sync::watch;
 
 use super::fatal;
 use super::inbox::Inbox;
@@ -35,8 +36,8 @@ pub fn queue() -> (SyncSender<Lot>, Receiver<Lot>) {
     sync_channel(QUEUE)
 }
 
-/// Keeps until the applier lets go of the queue; then everything is durable.
-pub fn run(mut store: Store, lots: &Receiver<Lot>, inbox: &Inbox, logged: &LoggedCommit) {
+/// Keeps until the applier lets go of the queue; then everything is durable. Tells `durable` how far it is.
+pub fn run(mut store: Store, lots: &Receiver<Lot>, inbox: &Inbox, logged: &LoggedCommit, durable: &watch::Sender<u64>) {
     let vital = Vital::new("state-keep");
     let mut compacted = 0;
     while let Ok(lot) = lots.recv() {
@@ -59,6 +60,7 @@ pub fn run(mut store: Store, lots: &Receiver<Lot>, inbox: &Inbox, logged: &Logge
         if let Err(error) = store.flush() {
             fatal("make the state durable", &error);
         }
+        durable.send_replace(applied);
         inbox.compact(compacted.min(applied));
         vital.rest();
     }

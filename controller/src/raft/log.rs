@@ -22,6 +22,10 @@ use serde::{Deserialize, Serialize};
 
 use super::{fatal, message};
 
+mod life;
+
+pub use life::{begin, read};
+
 const ENTRIES: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("entries");
 const META: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("meta");
 const HARD_STATE: &str = "hard_state";

@@ -62,6 +62,16 @@ pub fn is_ready(options: &Options) -> anyhow::Result<bool> {
     Ok(check(&bytes, options)?.ready)
 }
 
+/// The node that a directory belongs to, if it is one of this cluster's site.
+pub fn owner(options: &Options) -> anyhow::Result<NodeId> {
+    let path = options.data_dir.join(MARKER);
+    let bytes = fs::read(&path).with_context(|| format!("read {}", path.display()))?;
+    let marker: Marker = serde_json::from_slice(&bytes).context("izar.json is damaged")?;
+    let options = Options { node: marker.node.clone(), ..options.clone() };
+    check(&bytes, &options).with_context(|| format!("data directory {}", options.data_dir.display()))?;
+    Ok(marker.node)
+}
+
 /// Notes that log and state were created.
 pub fn set_ready(options: &Options) -> anyhow::Result<()> {
     write(options, true)

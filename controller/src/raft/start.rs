@@ -19,9 +19,9 @@ use super::node::{Node, Times};
 use super::proposer::{self, Proposer, Unsettled, Waiting};
 use super::reads::{self, Answer, Reads};
 use super::writer::{self, LoggedCommit};
-use super::{AUDIT_DIR, Driver, LOG_FILE, Leadership, Options, Raft, STATE_FILE, fatal, keeper, log, marker};
+use super::{AUDIT_DIR, Driver, Durable, LOG_FILE, Leadership, Options, Raft, STATE_FILE, fatal, keeper, log, marker};
 use crate::state::command::{Command, Origin};
-use crate::state::store::Store;
+use crate::state::store::{Reader, Store};
 use crate::state::{self, Config};
 
 /// What lay in the data directory.
@@ -87,6 +87,7 @@ struct Told {
     applied: watch::Receiver<u64>,
     answers: watch::Receiver<Answer>,
     compactable: watch::Receiver<u64>,
+    durable: watch::Receiver<u64>,
 }
 
 /// Starts the threads and tasks of a member.
@@ -94,6 +95,7 @@ pub fn run(options: &Options, found: Found, endpoint: &Arc<Endpoint>, clock: Arc
     let Found { me, log, state: state::store::Opened { store, state, voters } } = found;
     clock.see(state.latest());
     let origin = Origin { node: options.node.clone(), incarnation: log.incarnation };
+    let reader = store.reader();
     ::log::info!(
         node:% = options.node, incarnation = origin.incarnation, applied = state.applied(), last = log.last.index;
         "raft starts"
@@ -108,7 +110,7 @@ pub fn run(options: &Options, found: Found, endpoint: &Arc<Endpoint>, clock: Arc
         state: state::Shared::new(state),
     };
     let (threads, told) = start_threads(options, &common, log, voters, store);
-    start_tasks(common, told, endpoint, threads)
+    start_tasks(common, told, reader, endpoint, threads)
 }
 
 fn start_threads(
@@ -124,6 +126,7 @@ fn start_threads(
     let (leadership_tx, leadership) = watch::channel(Leadership::default());
     let (answers_tx, answers) = watch::channel(Answer::default());
     let (compactable_tx, compactable) = watch::channel(0);
+    let (durable_tx, durable) = watch::channel(applied_index);
     let (jobs, jobs_rx) = writer::queue();
     let (committed, committed_rx) = std::sync::mpsc::sync_channel(applier::QUEUE);
     let (lots, lots_rx) = keeper::queue();
@@ -162,14 +165,20 @@ fn start_threads(
         }),
         thread("raft-log", move || writer::run(found.disk, &jobs_rx, &inbox, &net, &logged)),
         thread("raft-apply", move || applier.run(&committed_rx, &lots)),
-        thread("state-keep", move || keeper::run(store, &lots_rx, &keeper_inbox, &keeper_logged)),
+        thread("state-keep", move || keeper::run(store, &lots_rx, &keeper_inbox, &keeper_logged, &durable_tx)),
     ];
-    (threads, Told { config, leadership, applied, answers, compactable })
+    (threads, Told { config, leadership, applied, answers, compactable, durable })
 }
 
-fn start_tasks(common: Common, told: Told, endpoint: &Arc<Endpoint>, threads: Vec<JoinHandle<()>>) -> (Raft, Driver) {
+fn start_tasks(
+    common: Common,
+    told: Told,
+    store: Reader,
+    endpoint: &Arc<Endpoint>,
+    threads: Vec<JoinHandle<()>>,
+) -> (Raft, Driver) {
     let Common { me, origin, clock, inbox, net, unsettled, state } = common;
-    let Told { config, leadership, applied, answers, compactable } = told;
+    let Told { config, leadership, applied, answers, compactable, durable } = told;
     let (tasks, end) = (TaskTracker::new(), CancellationToken::new());
     let (commands, commands_rx) = mpsc::channel(proposer::QUEUE);
     let (readers, readers_rx) = mpsc::channel(reads::QUEUE);
@@ -200,7 +209,9 @@ fn start_tasks(common: Common, told: Told, endpoint: &Arc<Endpoint>, threads: Ve
     }
     tasks.spawn(compact(compactable, commands.clone(), end.clone()));
     let (net_too, inbox_too) = (net.clone(), inbox.clone());
-    let raft = Raft { commands, readers, config, leadership, state, origin, clock, net: net_too, inbox: inbox_too };
+    let durable = Durable { store, reached: durable };
+    let raft =
+        Raft { commands, readers, config, leadership, state, durable, origin, clock, net: net_too, inbox: inbox_too };
     (raft, Driver { me, inbox, net, tasks, end, threads: Mutex::new(threads) })
 }
 

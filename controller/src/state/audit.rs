@@ -64,6 +64,12 @@ pub enum Event {
         agent: NodeId,
         standing: Option<Standing>,
     },
+    /// The cluster goes on from a backup, or from what one member had: what followed `applied` in the life before is not
+    /// part of this one.
+    ClusterRebuilt {
+        incarnation: u64,
+        applied: u64,
+    },
 }
 
 /// An event with its place: `seq` counts the records of a site without a gap.

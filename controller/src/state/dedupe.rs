@@ -49,6 +49,16 @@ impl Origins {
         }
         admitted
     }
+    /// The highest incarnation of any controller.
+    pub fn newest(&self) -> u64 {
+        self.0.values().map(|seen| seen.incarnation).max().unwrap_or(0)
+    }
+    /// Refuses from now on whatever an incarnation below this one proposed.
+    pub fn outlive(&mut self, incarnation: u64) {
+        for seen in self.0.values_mut() {
+            *seen = Seen { incarnation, ..Seen::default() };
+        }
+    }
     pub fn get(&self, node: &NodeId) -> Option<&Seen> {
         self.0.get(node)
     }

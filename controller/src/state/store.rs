@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::{Seek, SeekFrom, Write as _};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context, bail, ensure};
 use izar_common::id::SiteId;
@@ -17,6 +18,12 @@ use redb::{Database, ReadableDatabase, TableDefinition};
 use serde::{Deserialize, Serialize};
 
 use super::State;
+
+mod begin;
+mod cut;
+
+pub use begin::{audit_segment, begin};
+pub use cut::{Cut, Reader, Segment};
 
 const ROWS: TableDefinition<'_, &[u8], &[u8]> = TableDefinition::new("rows");
 const META: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("meta");
@@ -64,7 +71,7 @@ pub struct Opened {
 /// The state's files. One thread has them.
 #[derive(Debug)]
 pub struct Store {
-    database: Database,
+    database: Arc<Database>,
     audit: PathBuf,
     segment: File,
     head: Head,
@@ -96,8 +103,14 @@ impl Store {
         let segment =
             open_segments(audit, &head).with_context(|| format!("open the audit segments in {}", audit.display()))?;
         let voters = head.voters.clone();
+        let database = Arc::new(database);
         let store = Self { database, audit: audit.to_owned(), segment, head, pending: Pending::default() };
         Ok(Opened { store, state, voters })
+    }
+
+    /// A handle for those who read what is durable, beside this one.
+    pub fn reader(&self) -> Reader {
+        Reader::new(self.database.clone(), self.audit.clone())
     }
 
     /// Takes changes; they are durable after the next `flush`.

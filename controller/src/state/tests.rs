@@ -92,7 +92,7 @@ fn write(state: &State, applied: Applied) -> Write {
 }
 
 /// A key, a turn that is closed and one that stays open, as three writes.
-pub(super) fn two_turns(state: &mut State) -> Vec<Write> {
+pub(crate) fn two_turns(state: &mut State) -> Vec<Write> {
     [vec![key("k")], vec![open(1, "k", 1), open(2, "k", 1)], vec![close(1)]]
         .into_iter()
         .map(|commands| {
@@ -100,6 +100,15 @@ pub(super) fn two_turns(state: &mut State) -> Vec<Write> {
             write(state, applied)
         })
         .collect()
+}
+
+/// A model of these files, as a write.
+pub(crate) fn registered(state: &mut State, text: Hash, file: Hash) -> Write {
+    let mut manifest = manifest();
+    manifest.text.hash = text;
+    manifest.files.push(File { name: "weights".into(), hash: file, bytes: 7 });
+    let applied = apply(state, vec![Command::RegisterModel(manifest)]);
+    write(state, applied)
 }
 
 /// One more open turn, as a write.

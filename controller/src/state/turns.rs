@@ -174,6 +174,10 @@ impl Turns {
         }
         Ok(forgotten)
     }
+    /// Every open turn, in the order of their ids.
+    pub fn open_turns(&self) -> Vec<TurnId> {
+        self.by_id.values().filter(|r| r.order == 0).map(|r| r.turn.opening.turn).collect()
+    }
     /// Open turns that earlier incarnations of a controller left, in the order of their ids.
     pub fn orphans(&self, node: &NodeId, before_incarnation: u64) -> Vec<TurnId> {
         let left = |r: &&Remembered| {

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
 use http_body_util::{BodyExt, Full, Limited};
-use hyper::body::Bytes;
-use hyper::{Method, Request, StatusCode};
+use hyper::body::{Bytes, Incoming};
+use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -23,6 +23,9 @@ pub const IMPORT_TIMEOUT: Duration = Duration::from_secs(3600);
 
 /// The largest answer taken: 10,000 turns are about 4 MiB.
 const ANSWER_LIMIT: usize = 64 << 20;
+
+/// What drives a connection until it ends.
+type Driver = tokio::task::JoinHandle<hyper::Result<()>>;
 
 /// A controller's admin socket.
 #[derive(Debug, Clone)]
@@ -90,7 +93,37 @@ impl Admin {
         serde_json::from_slice(&bytes).with_context(|| format!("understand the controller's answer to {path}"))
     }
 
+    /// Asks for what comes as a stream; the controller must have it, and begin within the usual time.
+    pub async fn open(&self, path: &str) -> anyhow::Result<Incoming> {
+        let (response, driver) = tokio::time::timeout(TIMEOUT, self.send(Method::GET, path, None))
+            .await
+            .map_err(|_| anyhow!("the controller did not answer within {} s", TIMEOUT.as_secs()))??;
+        // It ends with the body.
+        drop(driver);
+        let status = response.status();
+        if !status.is_success() {
+            let body = Limited::new(response.into_body(), ANSWER_LIMIT).collect().await;
+            let body = body.map_err(|e| anyhow!("read the controller's answer: {e}"))?.to_bytes();
+            bail!("{}", refusal(status.as_u16(), &body));
+        }
+        Ok(response.into_body())
+    }
+
     async fn exchange(&self, method: Method, path: &str, body: Option<Vec<u8>>) -> anyhow::Result<(StatusCode, Bytes)> {
+        let (response, driver) = self.send(method, path, body).await?;
+        let status = response.status();
+        let body = Limited::new(response.into_body(), ANSWER_LIMIT).collect().await;
+        driver.abort();
+        Ok((status, body.map_err(|e| anyhow!("read the controller's answer: {e}"))?.to_bytes()))
+    }
+
+    /// Sends a request; the task drives the connection.
+    async fn send(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<Vec<u8>>,
+    ) -> anyhow::Result<(Response<Incoming>, Driver)> {
         let stream = UnixStream::connect(&self.socket)
             .await
             .with_context(|| format!("connect to the admin socket {} (see --socket)", self.socket.display()))?;
@@ -105,10 +138,7 @@ impl Admin {
             .body(Full::new(Bytes::from(body.unwrap_or_default())))
             .context("build the request")?;
         let response = sender.send_request(request).await.context("ask the controller")?;
-        let status = response.status();
-        let body = Limited::new(response.into_body(), ANSWER_LIMIT).collect().await;
-        driver.abort();
-        Ok((status, body.map_err(|e| anyhow!("read the controller's answer: {e}"))?.to_bytes()))
+        Ok((response, driver))
     }
 }
 

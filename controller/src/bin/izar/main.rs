@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod admin;
+mod backup;
 mod bench;
 mod chat;
 mod dev;
@@ -17,12 +18,13 @@ mod models;
 mod pki;
 mod programs;
 mod ready;
+mod restore;
 mod show;
 mod sse;
 mod status;
 mod tenants;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Context;
@@ -61,8 +63,13 @@ impl Common {
 
     /// The client of the chosen controller.
     pub fn admin(&self) -> admin::Admin {
+        self.admin_of(Path::new(admin::DEFAULT_SOCKET))
+    }
+
+    /// Like `admin`, where a configuration says which socket it is if nobody else does.
+    pub fn admin_of(&self, default: &Path) -> admin::Admin {
         let socket = self.socket.clone().or_else(|| std::env::var_os("IZAR_SOCKET").map(PathBuf::from));
-        admin::Admin::new(socket.unwrap_or_else(|| PathBuf::from(admin::DEFAULT_SOCKET)))
+        admin::Admin::new(socket.unwrap_or_else(|| default.to_owned()))
     }
 }
 
@@ -100,6 +107,10 @@ enum Command {
     Drain,
     /// Take a drain back
     Undrain,
+    /// Take, list and verify backups
+    Backup(backup::Backup),
+    Restore(restore::Restore),
+    Recover(restore::Recover),
     /// Talk to a model in the terminal
     Chat(chat::Options),
     /// The private CA and the certificates of nodes
@@ -133,7 +144,7 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
     let result = runtime.block_on(async {
-        match command {
+        let done = match command {
             Command::Status => status::run(&common).await,
             Command::Keys(command) => keys::run(command, &common).await,
             Command::Tenants(command) => tenants::tenants(command, &common).await,
@@ -145,14 +156,18 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
             Command::Turns(command) => listings::turns(command, &common).await,
             Command::Drain => drain::run(true, &common).await,
             Command::Undrain => drain::run(false, &common).await,
+            Command::Backup(command) => backup::run(command, &common).await,
+            Command::Restore(command) => restore::restore(command, &common).await,
+            Command::Recover(command) => restore::recover(command, &common).await,
             Command::Chat(options) => chat::run(options).await,
             Command::Dev(options) => dev::run(options).await,
             Command::Bench(_) | Command::Pki(_) => unreachable!("returned above"),
-        }
+        };
+        done.map(|()| ExitCode::SUCCESS)
     });
     // A thread may still wait for a line of standard input; it must not keep the program alive.
     runtime.shutdown_background();
-    result.map(|()| ExitCode::SUCCESS)
+    result
 }
 
 #[cfg(test)]

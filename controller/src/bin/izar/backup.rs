@@ -1,0 +1,291 @@
+//! `izar backup`: takes, lists and verifies backups.
+//!
+//! The controller seals and streams; this tool only keeps what comes, under a name that appears when all of it is
+//! there. So credentials of a store stay out of the controller, and a timer is a timer of systemd that runs this
+//! (`systemd/izar-backup.timer`), on every controller alike: `--if-leader` lets one of them do it.
+
+pub mod place;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::Context;
+use clap::{Args, Subcommand};
+use http_body_util::BodyExt;
+use izar_common::id::Hash;
+use izar_common::seal::MasterKey;
+use izar_controller::backup::Header;
+use izar_controller::backup::archive::Reader;
+use izar_controller::backup::load::{NeededModel, load};
+use izar_controller::config::Config;
+use izar_controller::control::view::Status;
+use serde::Serialize;
+use serde_json::json;
+
+use crate::{Common, show};
+use place::{Place, Stored};
+
+/// The longest wait for the next piece; a controller reads from its disk meanwhile.
+const PIECE_TIMEOUT: Duration = Duration::from_secs(60);
+
+#[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+pub struct Backup {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    take: Option<Take>,
+}
+
+/// Takes a backup through the admin socket of any controller.
+#[derive(Debug, Args)]
+struct Take {
+    /// The folder to keep it in
+    #[arg(long, value_name = "DIR")]
+    to: String,
+    /// With the weights of models, not only the list of what is needed
+    #[arg(long)]
+    with_models: bool,
+    /// Afterwards remove all but the newest N of this cluster and site [default: keep all]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    keep: Option<u32>,
+    /// Do nothing unless the controller leads: for timers that run on every controller
+    #[arg(long)]
+    if_leader: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// List the backups in a place; needs no key
+    List {
+        #[arg(long, value_name = "DIR")]
+        to: String,
+    },
+    /// Read a backup whole, check every byte of it, and say what is in it
+    Verify {
+        /// The backup's file
+        file: String,
+        #[command(flatten)]
+        key: KeySource,
+    },
+}
+
+/// Where the master key is found.
+#[derive(Debug, Args)]
+pub struct KeySource {
+    /// The controller's configuration
+    #[arg(long, default_value = "/etc/izar/controller.toml")]
+    pub config: PathBuf,
+    /// The master key's file [default: the configuration's]
+    #[arg(long)]
+    pub master_key: Option<PathBuf>,
+}
+
+impl KeySource {
+    pub fn load(&self) -> anyhow::Result<MasterKey> {
+        let path = match &self.master_key {
+            Some(path) => path.clone(),
+            None => Config::load(&self.config).context("or name the key with --master-key")?.secrets.master_key,
+        };
+        Ok(MasterKey::load(path)?)
+    }
+}
+
+pub async fn run(backup: Backup, common: &Common) -> anyhow::Result<()> {
+    match (backup.command, backup.take) {
+        (Some(Command::List { to }), _) => list(&Place::parse(&to)?, common).await,
+        (Some(Command::Verify { file, key }), _) => verify(&file, &key, common).await,
+        (None, Some(take)) => self::take(take, common).await,
+        (None, None) => anyhow::bail!("--to: say where the backup shall be kept"),
+    }
+}
+
+/// What was taken.
+#[derive(Debug, Serialize)]
+struct Taken {
+    kept_as: String,
+    bytes: u64,
+    #[serde(flatten)]
+    header: Header,
+    removed: Vec<String>,
+}
+
+async fn take(take: Take, common: &Common) -> anyhow::Result<()> {
+    let (place, admin) = (Place::parse(&take.to)?, common.admin());
+    if take.if_leader {
+        let status: Status = admin.get("/v1/status").await?;
+        if status.role != "leader" {
+            let nothing = json!({ "taken": false, "role": status.role });
+            return show::print(common.json, &nothing, |_| format!("{} does not lead: nothing to do\n", status.node));
+        }
+    }
+    let path = if take.with_models { "/v1/backup?models=true" } else { "/v1/backup" };
+    let mut body = admin.open(path).await?;
+    let (mut begin, mut kept) = (Vec::new(), None);
+    let mut next = async || tokio::time::timeout(PIECE_TIMEOUT, body.frame()).await.context("the controller is silent");
+    while let Some(frame) = next().await? {
+        let Ok(piece) = frame.context("the controller broke off; see its log")?.into_data() else { continue };
+        match &mut kept {
+            None => {
+                begin.extend_from_slice(&piece);
+                if let Some(header) = Header::of_prefix(&begin)? {
+                    let mut upload = place.begin(&header.file_name()).await?;
+                    upload.write(std::mem::take(&mut begin).into()).await?;
+                    kept = Some((header, upload));
+                }
+            }
+            Some((_, upload)) => upload.write(piece).await?,
+        }
+    }
+    let (header, upload) = kept.context("the controller sent no backup")?;
+    let (kept_as, bytes) = upload.finish().await?;
+    let removed = match take.keep {
+        Some(keep) => prune(&place, &header, keep as usize)
+            .await
+            .context("the backup is kept, older ones could not be removed")?,
+        None => Vec::new(),
+    };
+    show::print(common.json, &Taken { kept_as, bytes, header, removed }, |t| {
+        let removed = if t.removed.is_empty() { String::new() } else { format!("; removed {}", t.removed.join(", ")) };
+        let size = show::bytes(t.bytes);
+        format!("{} ({size}): all that was acknowledged up to entry {}{removed}\n", t.kept_as, t.header.applied)
+    })
+}
+
+/// Removes all but the newest backups of one cluster and site; returns their names.
+async fn prune(place: &Place, like: &Header, keep: usize) -> anyhow::Result<Vec<String>> {
+    let mut removed = Vec::new();
+    for name in outdated(place.list().await?, like, keep) {
+        place.remove(&name).await?;
+        removed.push(name);
+    }
+    Ok(removed)
+}
+
+/// Names of the backups that are older than the newest `keep` of one cluster and site.
+fn outdated(mut stored: Vec<Stored>, like: &Header, keep: usize) -> Vec<String> {
+    stored.retain(|s| s.header.as_ref().is_some_and(|h| (&h.cluster, &h.site) == (&like.cluster, &like.site)));
+    stored.sort_by_key(|s| std::cmp::Reverse(s.header.as_ref().map_or(0, |h| h.taken_ms)));
+    stored.into_iter().skip(keep).map(|s| s.name).collect()
+}
+
+async fn list(place: &Place, common: &Common) -> anyhow::Result<()> {
+    let mut stored = place.list().await?;
+    stored.sort_by_key(|s| s.header.as_ref().map_or(0, |h| h.taken_ms));
+    show::print(common.json, &json!({ "backups": stored }), |_| {
+        let row = |s: &Stored| {
+            let size = show::bytes(s.bytes);
+            match &s.header {
+                Some(h) => {
+                    let models = if h.models { "with weights" } else { "-" };
+                    let life = h.incarnation.to_string();
+                    let (time, applied) = (show::time(h.taken_ms), h.applied.to_string());
+                    vec![s.name.clone(), time, format!("{}/{}", h.cluster, h.site), life, applied, size, models.into()]
+                }
+                None => vec![s.name.clone(), "DAMAGED".into(), "-".into(), "-".into(), "-".into(), size, "-".into()],
+            }
+        };
+        let rows: Vec<_> = stored.iter().map(row).collect();
+        show::table(&["BACKUP", "TAKEN (UTC)", "OF", "LIFE", "APPLIED", "SIZE", "MODELS"], &rows)
+    })
+}
+
+/// What a verified backup holds.
+#[derive(Debug, Serialize)]
+struct Verified {
+    #[serde(flatten)]
+    header: Header,
+    digest: Hash,
+    keys: usize,
+    turns: usize,
+    open_turns: usize,
+    audit_records: u64,
+    deployments: Vec<String>,
+    models: Vec<NeededModel>,
+}
+
+async fn verify(file: &str, key: &KeySource, common: &Common) -> anyhow::Result<()> {
+    let key = key.load()?;
+    let input = place::open(file).await?;
+    let loaded = Reader::open(input, &key).and_then(|reader| load(reader, |_| Ok(())));
+    let loaded = loaded.with_context(|| file.to_owned())?;
+    let (config, models) = (loaded.state.config_snapshot(), loaded.models());
+    let verified = Verified {
+        digest: loaded.summary.digest,
+        keys: config.keys.len(),
+        turns: loaded.state.turns().count(),
+        open_turns: loaded.state.open_turns(),
+        audit_records: loaded.records,
+        deployments: config.deployments.keys().map(ToString::to_string).collect(),
+        models,
+        header: loaded.header,
+    };
+    show::print(common.json, &verified, human)
+}
+
+fn human(v: &Verified) -> String {
+    let h = &v.header;
+    let mut out = format!(
+        "whole: cluster {}, site {}, life {}, applied {}, taken {} by {} (version {})\n\
+         {} keys, {} turns ({} open), {} audit records, deployments: {}\n",
+        h.cluster,
+        h.site,
+        h.incarnation,
+        h.applied,
+        show::time(h.taken_ms),
+        h.node,
+        h.version,
+        v.keys,
+        v.turns,
+        v.open_turns,
+        v.audit_records,
+        if v.deployments.is_empty() { "none".to_owned() } else { v.deployments.join(", ") },
+    );
+    out += &models(&v.models);
+    out
+}
+
+/// A line for each model: what of it is in the backup.
+pub fn models(models: &[NeededModel]) -> String {
+    let line = |m: &NeededModel| {
+        let here = match (m.text, m.weights) {
+            (true, true) => "whole in the backup",
+            (true, false) => "its weights are not in the backup: agents that have them go on, else import it again",
+            (false, _) => "not in the backup: import it again",
+        };
+        format!("model {} {} ({}): {here}\n", m.name, show::short(&m.revision), show::bytes(m.bytes))
+    };
+    models.iter().map(line).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn stored(site: &str, taken_ms: u64) -> Stored {
+        let header = Header {
+            format: 1,
+            cluster: "bank".parse().unwrap(),
+            site: site.parse().unwrap(),
+            node: "c1".parse().unwrap(),
+            incarnation: 1,
+            applied: 1,
+            taken_ms,
+            version: "0".into(),
+            master_key: "0".into(),
+            models: false,
+            nonce: "0".into(),
+        };
+        Stored { name: format!("{site}{taken_ms}"), bytes: 1, header: Some(header) }
+    }
+
+    #[test]
+    fn only_older_backups_of_the_same_site_are_outdated() {
+        let damaged = Stored { name: "damaged".into(), bytes: 1, header: None };
+        let all = || vec![stored("east", 3), stored("west", 1), stored("east", 1), stored("east", 2), damaged.clone()];
+        let like = stored("east", 9).header.unwrap();
+        assert_eq!(outdated(all(), &like, 2), ["east1"]);
+        assert_eq!(outdated(all(), &like, 1), ["east2", "east1"]);
+        assert!(outdated(all(), &like, 3).is_empty());
+    }
+}

@@ -1,0 +1,139 @@
+//! Where backups are kept: a folder. A name appears there only when all of its content is on the disk.
+
+use std::fs::File;
+use std::io::{Read, Seek, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, ensure};
+use hyper::body::Bytes;
+use izar_controller::backup::{ENDING, Header};
+use serde::Serialize;
+
+/// A place for backups.
+#[derive(Debug)]
+pub enum Place {
+    Folder(PathBuf),
+}
+
+/// A backup in a place.
+#[derive(Debug, Clone, Serialize)]
+pub struct Stored {
+    pub name: String,
+    pub bytes: u64,
+    /// `None`: it does not begin as a backup does.
+    pub header: Option<Header>,
+}
+
+impl Place {
+    /// Understands a folder's path.
+    pub fn parse(text: &str) -> anyhow::Result<Self> {
+        ensure!(!text.is_empty(), "a place for backups is a folder");
+        Ok(Self::Folder(PathBuf::from(text)))
+    }
+
+    /// Begins to keep a backup.
+    pub async fn begin(&self, name: &str) -> anyhow::Result<Upload> {
+        let Self::Folder(dir) = self;
+        std::fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
+        let shown = || format!("write to {}", dir.display());
+        let file = tempfile::Builder::new().prefix(".").suffix(".partial").tempfile_in(dir).with_context(shown)?;
+        Ok(Upload::Folder { file, path: dir.join(name), bytes: 0 })
+    }
+
+    /// The backups that are here, in no order.
+    pub async fn list(&self) -> anyhow::Result<Vec<Stored>> {
+        let Self::Folder(dir) = self;
+        let mut stored = Vec::new();
+        for entry in std::fs::read_dir(dir).with_context(|| format!("list {}", dir.display()))?.flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if name.ends_with(ENDING) {
+                let bytes = entry.metadata().with_context(|| format!("look at {name}"))?.len();
+                let header =
+                    File::open(entry.path()).map_err(anyhow::Error::from).and_then(|mut f| Header::read(&mut f));
+                stored.push(Stored { name, bytes, header: header.ok().map(|(header, _)| header) });
+            }
+        }
+        Ok(stored)
+    }
+
+    /// Removes a backup.
+    pub async fn remove(&self, name: &str) -> anyhow::Result<()> {
+        match self {
+            Self::Folder(dir) => {
+                let path = dir.join(name);
+                std::fs::remove_file(&path).with_context(|| format!("remove {}", path.display()))
+            }
+        }
+    }
+}
+
+/// A backup that is being kept. Dropped before its end it leaves nothing that looks like one.
+pub enum Upload {
+    Folder { file: tempfile::NamedTempFile, path: PathBuf, bytes: u64 },
+}
+
+impl Upload {
+    pub async fn write(&mut self, piece: Bytes) -> anyhow::Result<()> {
+        match self {
+            Self::Folder { file, path, bytes } => {
+                *bytes += piece.len() as u64;
+                file.write_all(&piece).with_context(|| format!("write {}", path.display()))
+            }
+        }
+    }
+
+    /// Gives the backup its name; returns where it is and how large.
+    pub async fn finish(self) -> anyhow::Result<(String, u64)> {
+        let Self::Folder { file, path, bytes } = self;
+        let keep = || -> std::io::Result<()> {
+            file.as_file().sync_all()?;
+            file.persist_noclobber(&path)?;
+            File::open(path.parent().unwrap_or(Path::new(".")))?.sync_all()
+        };
+        keep().with_context(|| format!("write {}", path.display()))?;
+        Ok((path.display().to_string(), bytes))
+    }
+}
+
+/// Keeps a backup that is in a file already; returns where it is.
+pub async fn keep(place: &Place, mut file: File, name: &str) -> anyhow::Result<String> {
+    const PIECE_BYTES: usize = 1 << 20;
+    file.rewind().context("read the temporary file")?;
+    let mut upload = place.begin(name).await?;
+    loop {
+        let mut piece = Vec::with_capacity(PIECE_BYTES);
+        if (&file).take(PIECE_BYTES as u64).read_to_end(&mut piece).context("read the temporary file")? == 0 {
+            return Ok(upload.finish().await?.0);
+        }
+        upload.write(piece.into()).await?;
+    }
+}
+
+/// Opens one backup for reading.
+pub async fn open(file: &str) -> anyhow::Result<std::io::BufReader<File>> {
+    Ok(std::io::BufReader::new(File::open(file).with_context(|| format!("open {file}"))?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_backup_that_breaks_off_leaves_nothing_and_none_is_overwritten() {
+        let dir = tempfile::tempdir().unwrap();
+        let place = Place::parse(dir.path().join("kept").to_str().unwrap()).unwrap();
+        let mut upload = place.begin("a.izarbak").await.unwrap();
+        upload.write(Bytes::from_static(b"half")).await.unwrap();
+        drop(upload);
+        assert_eq!(std::fs::read_dir(dir.path().join("kept")).unwrap().count(), 0);
+        for first in [true, false] {
+            let mut upload = place.begin("a.izarbak").await.unwrap();
+            upload.write(Bytes::from_static(b"whole")).await.unwrap();
+            assert_eq!(upload.finish().await.is_ok(), first);
+        }
+        let stored = place.list().await.unwrap();
+        assert_eq!((stored.len(), stored[0].bytes, stored[0].header.is_none()), (1, 5, true));
+        place.remove("a.izarbak").await.unwrap();
+        assert!(place.list().await.unwrap().is_empty());
+    }
+}

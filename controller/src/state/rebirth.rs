@@ -1,0 +1,112 @@
+//! A new life of the cluster: what becomes of a state that goes on without the log it came from.
+//!
+//! It follows from the state alone, so that every member that is restored from one file begins with the same rows. The
+//! new incarnation lets agents follow the new life; what controllers of the old one still propose is refused; turns
+//! that were open are closed, for nobody is computing them. Nothing else changes: what was erased is not there to come
+//! back. Pure.
+
+use izar_common::clock::Hlc;
+
+use super::audit::{Event, Record};
+use super::turns::Outcome;
+use super::{Applied, State, Step, What};
+
+/// Starts of a controller within one life: far more than there can be.
+const STARTS: u64 = 1 << 20;
+
+/// What the new life begins with, beside the state.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rebirth {
+    /// The index that the state now has; it is in no log.
+    pub applied: u64,
+    /// Every controller's starts are counted on from here, so that none has a number that an old life had.
+    pub starts: u64,
+    /// Turns that were closed as abandoned.
+    pub abandoned: usize,
+    /// Records for the audit trail, in order.
+    pub audit: Vec<Record>,
+}
+
+impl State {
+    /// Begins the life of number `incarnation`, which must be higher than the state's own.
+    pub fn begin_life(&mut self, incarnation: u64) -> Rebirth {
+        assert!(incarnation > self.head.incarnation, "a new life has a new number");
+        let before = self.applied;
+        self.pass(before + 1);
+        let mut step = Step { at: Hlc(self.head.latest.0 + 1), index: before + 1, applied: Applied::default() };
+        let open = self.turns.open_turns();
+        for turn in &open {
+            self.close_turn(&mut step, *turn, Outcome::Abandoned).expect("the turn is open");
+        }
+        self.audit(&mut step, Event::ClusterRebuilt { incarnation, applied: before });
+        let starts = (self.origins.newest() / STARTS + 1) * STARTS;
+        self.origins.outlive(starts);
+        self.head.incarnation = incarnation;
+        self.head.latest = step.at;
+        self.head.config_index = step.index;
+        self.head.compacted = step.index;
+        let audit = step.applied.changes.into_iter().filter_map(|change| match change.what {
+            What::Audited(what) => Some(Record { site: change.site, seq: change.seq, at: change.at, what }),
+            _ => None,
+        });
+        Rebirth { applied: self.applied, starts, abandoned: open.len(), audit: audit.collect() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::state::command::{Batch, Origin};
+    use crate::state::tests::{opened, two_turns};
+    use izar_common::id::TurnId;
+
+    /// A state with closed turns and an open one.
+    fn lived() -> State {
+        let mut state = State::new("east".parse().unwrap());
+        two_turns(&mut state);
+        opened(&mut state, 99);
+        state
+    }
+
+    #[test]
+    fn every_member_begins_a_new_life_alike() {
+        let (mut one, mut other) = (lived(), lived());
+        let (incarnation, applied, audit) = (one.incarnation(), one.applied(), one.audit_seq());
+        let rebirth = one.begin_life(incarnation + 1);
+        assert_eq!(other.begin_life(incarnation + 1), rebirth);
+        assert_eq!(one.digest(), other.digest());
+        assert_eq!((one.incarnation(), one.applied()), (incarnation + 1, applied + 1));
+        assert_eq!(one.config_snapshot().incarnation, incarnation + 1);
+        assert_eq!((rebirth.applied, one.compacted()), (applied + 1, applied + 1));
+        let seqs: Vec<u64> = rebirth.audit.iter().map(|record| record.seq).collect();
+        assert_eq!(seqs, (audit + 1..=one.audit_seq()).collect::<Vec<_>>(), "the trail has no gap");
+        let last = &rebirth.audit.last().unwrap().what;
+        assert_eq!(*last, Event::ClusterRebuilt { incarnation: incarnation + 1, applied });
+    }
+
+    #[test]
+    fn open_turns_are_closed_as_abandoned_and_closed_ones_stay() {
+        let mut state = lived();
+        let (open, all) = (state.open_turns(), state.turns().count());
+        assert!(open > 0 && all > open);
+        let rebirth = state.begin_life(2);
+        assert_eq!((rebirth.abandoned, state.open_turns(), state.turns().count()), (open, 0, all));
+        let (_, outcome) = state.turn(&TurnId(99)).unwrap().closed.clone().unwrap();
+        assert_eq!(outcome, Outcome::Abandoned);
+    }
+
+    #[test]
+    fn what_the_old_life_still_proposes_is_refused_and_the_new_one_is_heard() {
+        let mut state = lived();
+        let seen = state.origins.newest();
+        let rebirth = state.begin_life(2);
+        let node = state.origins.iter().next().unwrap().0.clone();
+        let mut proposed = |incarnation| {
+            let origin = Origin { node: node.clone(), incarnation };
+            let batch = Batch { origin, seq: 1, floor: 1, at: Hlc::default(), commands: Vec::new() };
+            state.apply(state.applied() + 1, &batch).ignored
+        };
+        assert!(proposed(seen) && proposed(seen + 1000), "also of starts that the backup did not see");
+        assert!(!proposed(rebirth.starts + 1));
+    }
+}
