@@ -10,6 +10,7 @@ use izar_common::id::{Identity, Role};
 use izar_common::{blob, quic, tls};
 
 use crate::config::Config;
+use crate::gpu::Gpus;
 use crate::link::{Facts, Link};
 use crate::worker::files::Sources;
 use crate::worker::{Options, Workers};
@@ -18,6 +19,7 @@ use crate::worker::{Options, Workers};
 pub struct Daemon {
     link: Link,
     workers: Workers,
+    gpus: Gpus,
     endpoint: Arc<quic::Endpoint>,
     /// Held so that no second agent uses the same data directory.
     _lock: File,
@@ -40,10 +42,12 @@ impl Daemon {
             log_level: config.log.level.clone(),
         };
         let sources = Sources::default();
+        let gpus = Gpus::start(config.gpu.clone());
         let workers = Workers::start(options, store, sources.clone());
-        let link = Link::start(endpoint.clone(), &config.controllers, workers.clone(), sources, facts);
+        workers.heed(gpus.clone());
+        let link = Link::start(endpoint.clone(), &config.controllers, workers.clone(), sources, facts, gpus.clone());
         log::info!(agent:% = config.node, controllers = config.controllers.len(); "agent runs");
-        Ok(Self { link, workers, endpoint, _lock: lock })
+        Ok(Self { link, workers, gpus, endpoint, _lock: lock })
     }
 
     /// Tells the controllers, stops the workers, and returns when no process is left.
@@ -51,6 +55,7 @@ impl Daemon {
         log::info!("agent stops");
         self.link.stop().await;
         self.workers.stop().await;
+        self.gpus.stop();
         self.endpoint.close().await;
     }
 }

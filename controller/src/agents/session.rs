@@ -173,9 +173,10 @@ async fn write_orders(inner: &Inner, agent: &NodeId, mut tx: Sender, tripwire: &
     let mut sent = None;
     loop {
         let wanted = assignment(&config.borrow_and_update().clone(), agent);
-        if sent.as_ref() != Some(&wanted.workers) {
+        let content = (wanted.workers.clone(), wanted.holds.clone());
+        if sent.as_ref() != Some(&content) {
             log::debug!(agent:%, workers = wanted.workers.len(), applied = wanted.generation.applied; "assignment sent");
-            sent = Some(wanted.workers.clone());
+            sent = Some(content);
             tx.send(&Down::Assignment(wanted)).await?;
         }
         if config.changed().await.is_err() {

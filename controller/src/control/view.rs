@@ -198,6 +198,8 @@ pub enum ReplicaState {
     Loading,
     Ready,
     Backoff,
+    /// Ready, and its GPU or its server is not sound.
+    Fenced,
 }
 
 impl From<WorkerState> for ReplicaState {
@@ -207,6 +209,7 @@ impl From<WorkerState> for ReplicaState {
             WorkerState::Loading => Self::Loading,
             WorkerState::Ready => Self::Ready,
             WorkerState::Backoff => Self::Backoff,
+            WorkerState::Fenced => Self::Fenced,
         }
     }
 }
@@ -220,6 +223,7 @@ impl std::fmt::Display for ReplicaState {
             Self::Loading => "loading",
             Self::Ready => "ready",
             Self::Backoff => "back-off",
+            Self::Fenced => "fenced",
         })
     }
 }
@@ -519,6 +523,7 @@ mod tests {
             restarts: 1,
             numerics: Some(NumericsId(0x17)),
             detail: String::new(),
+            share: 100,
         }
     }
 
@@ -532,6 +537,7 @@ mod tests {
             gpus: 0,
             labels: Default::default(),
             workers,
+            health: Default::default(),
         };
         AgentView { connected, last_report_ms: 1, report: Some(report), ..AgentView::default() }
     }
