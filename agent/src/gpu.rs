@@ -313,7 +313,7 @@ fn follow(inner: &Inner, path: Option<PathBuf>) {
         let reason = match opened {
             Ok((mut tail, child)) => {
                 *inner.follower.lock().expect("no panic while the child is held") = child;
-                while let Some(line) = tail.next() {
+                while let Some(line) = tail.next_xid() {
                     inner.judge(|judge, now, wall| match judge.in_slot(&line.bus) {
                         Some(id) => judge.xid(&id, line.code, Source::Kernel, now, wall),
                         None => Vec::new(),

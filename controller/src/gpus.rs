@@ -77,3 +77,98 @@ pub fn usable(report: &Report) -> u32 {
     let stopped = report.health.gpus.iter().filter(|gpu| gpu.state.share() == 0).count() as u32;
     if report.health.mode == Mode::Observe { report.gpus } else { report.gpus.saturating_sub(stopped) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::agents::fixture::{config, empty_report, gpu};
+
+    const KNOWN: u64 = 7;
+
+    /// What an agent on an assignment of index `applied` says of a GPU, and what is held against it by which agent.
+    fn check(
+        state: State,
+        applied: u64,
+        fell_ms: Option<u64>,
+        held: Option<(&str, Option<bool>)>,
+        mode: Mode,
+    ) -> Option<String> {
+        let mut config = config("", "");
+        if let Some((agent, quarantined)) = held {
+            let hold = quarantined.map(|quarantined| Hold {
+                gpu: "gpu-1".parse().unwrap(),
+                quarantined,
+                reason: "old".into(),
+                boot: "b".into(),
+            });
+            let (gpu, agent) = ("gpu-1".parse().unwrap(), agent.parse().unwrap());
+            let record = GpuRecord { gpu, agent, hold, index: KNOWN, falls_ms: vec![5] };
+            config.gpus.insert("gpu-1".parse().unwrap(), record);
+        }
+        let (mut fleet, mut report) = (Fleet::new(0), empty_report());
+        report.generation = Generation { incarnation: config.incarnation, applied };
+        report.health.mode = mode;
+        report.health.gpus = vec![gpu("gpu-1", state)];
+        report.health.gpus[0].fell_ms = fell_ms;
+        let agent: NodeId = "a1".parse().unwrap();
+        fleet.connect(&agent, 1);
+        fleet.report(&agent, report, 1);
+        let words = |command: &Command| match command {
+            Command::HoldGpu { hold, fell_ms, .. } => {
+                let what = if hold.quarantined { "quarantine" } else { "cordon" };
+                format!("{what} {}{}", hold.reason, if fell_ms.is_some() { " fell" } else { "" })
+            }
+            Command::ReleaseGpu { operator: false, .. } => "release".to_owned(),
+            other => panic!("{other:?}"),
+        };
+        notes(&config, &fleet).first().map(words)
+    }
+
+    fn said(state: State, applied: u64, held: Option<Option<bool>>) -> Option<String> {
+        check(state, applied, None, held.map(|held| ("a1", held)), Mode::Advise)
+    }
+
+    #[test]
+    fn what_an_agent_finds_is_remembered_once() {
+        for (state, cordoned) in [(State::Cordoned, "cordon Xid 95"), (State::Quarantined, "quarantine Xid 95")] {
+            assert_eq!(said(state, 0, None).as_deref(), Some(cordoned));
+        }
+        assert_eq!(said(State::Cordoned, KNOWN, Some(Some(false))), None);
+        assert_eq!(said(State::Quarantined, KNOWN, Some(Some(true))), None);
+        assert_eq!(said(State::Quarantined, KNOWN, Some(Some(false))).as_deref(), Some("quarantine Xid 95"));
+        for state in [State::Unknown, State::Healthy, State::Degraded, State::Probation] {
+            assert_eq!(said(state, KNOWN, None), None, "{state}");
+        }
+        assert_eq!(check(State::Cordoned, KNOWN, None, None, Mode::Observe), None);
+    }
+
+    #[test]
+    fn a_cordon_is_lifted_when_an_agent_that_knows_of_it_is_well_and_quarantine_never() {
+        assert_eq!(said(State::Probation, KNOWN, Some(Some(false))).as_deref(), Some("release"));
+        assert_eq!(said(State::Healthy, KNOWN - 1, Some(Some(false))), None, "it has just begun and was not told yet");
+        assert_eq!(said(State::Unknown, KNOWN, Some(Some(false))), None);
+        for state in State::ALL {
+            assert_eq!(said(state, KNOWN, Some(Some(true))), None, "{state}");
+        }
+    }
+
+    #[test]
+    fn what_was_just_released_is_not_held_again_before_its_agent_has_heard_of_it() {
+        assert_eq!(said(State::Quarantined, KNOWN - 1, Some(None)), None);
+        assert_eq!(said(State::Quarantined, KNOWN, Some(None)).as_deref(), Some("quarantine Xid 95"));
+    }
+
+    #[test]
+    fn a_fall_that_is_not_known_is_remembered() {
+        let fell = |at, held| check(State::Cordoned, KNOWN, Some(at), Some(("a1", held)), Mode::Advise);
+        assert_eq!(fell(9, Some(false)).as_deref(), Some("cordon old fell"));
+        assert_eq!(fell(5, Some(false)), None);
+        assert_eq!(fell(5, None).as_deref(), Some("cordon Xid 95"));
+    }
+
+    #[test]
+    fn a_card_takes_what_is_held_against_it_into_another_server() {
+        let moved = check(State::Healthy, 0, None, Some(("a2", Some(true))), Mode::Advise);
+        assert_eq!(moved.as_deref(), Some("quarantine old"));
+    }
+}

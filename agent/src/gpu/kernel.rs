@@ -67,7 +67,7 @@ impl Tail {
     }
 
     /// Waits for the next Xid; `None` when the log has ended.
-    pub fn next(&mut self) -> Option<Line> {
+    pub fn next_xid(&mut self) -> Option<Line> {
         let mut bytes = Vec::new();
         loop {
             bytes.clear();
@@ -132,8 +132,8 @@ mod tests {
         let long = "x".repeat(3 * LINE as usize);
         std::fs::write(&path, format!("a\n{long}\nNVRM: Xid (PCI:0000:01:00): 13, pid=1\n\u{fffd}")).unwrap();
         let (mut tail, _) = Tail::open(Some(&path)).unwrap();
-        assert_eq!(tail.next(), Some(Line { bus: "0000:01:00".into(), code: 13 }));
-        assert_eq!(tail.next(), None);
+        assert_eq!(tail.next_xid(), Some(Line { bus: "0000:01:00".into(), code: 13 }));
+        assert_eq!(tail.next_xid(), None);
     }
 
     proptest! {

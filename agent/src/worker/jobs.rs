@@ -358,6 +358,23 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_fenced_worker_gives_its_jobs_back_and_takes_some_again_when_it_may() {
+        let jobs = Arc::new(Jobs::new(1));
+        let running = jobs.submit(job(3, 0)).unwrap();
+        jobs.deliver(vec![(1, tokens(0, &[1]))]);
+        jobs.fence(Some("its GPU is cordoned"));
+        let failed = JobEvent::Failed { reason: "its GPU is cordoned".into(), retryable: true };
+        assert_eq!(drain(&running), [tokens(0, &[1]), failed]);
+        assert!(!jobs.busy());
+        assert_eq!(jobs.submit(job(3, 0)).unwrap_err(), "its GPU is cordoned");
+        drop(running);
+        let sent = jobs.outgoing().await;
+        assert!(matches!(sent[..], [ToWorker::Submit { id: 1, .. }, ToWorker::Cancel { id: 1 }]), "{sent:?}");
+        jobs.fence(None);
+        assert!(jobs.submit(job(3, 0)).is_ok());
+    }
+
+    #[tokio::test]
     async fn a_dropped_job_is_cancelled_once() {
         let jobs = Arc::new(Jobs::new(1));
         drop(jobs.submit(job(3, 0)).unwrap());
