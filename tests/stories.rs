@@ -20,6 +20,8 @@ mod conventions;
 mod golden_bytes;
 #[path = "stories/golden_rows.rs"]
 mod golden_rows;
+#[path = "stories/gpu_health.rs"]
+mod gpu_health;
 #[path = "stories/idle.rs"]
 mod idle;
 #[path = "stories/openai_client.rs"]

@@ -5,9 +5,12 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
+use izar_common::health::gpu::GPUS;
 use izar_common::id::{ClusterId, NodeId, SiteId};
 use izar_common::{config, service, tls};
 use serde::Deserialize;
+
+use crate::gpu;
 
 /// Controllers in the file at most: a site has up to five, and some may be on their way out.
 const CONTROLLERS: usize = 16;
@@ -37,6 +40,8 @@ pub struct Config {
     pub engine: Engine,
     #[serde(default)]
     pub stop: Stop,
+    #[serde(default)]
+    pub gpu: gpu::Settings,
     #[serde(default)]
     pub log: Log,
 }
@@ -118,6 +123,9 @@ impl Config {
         for file in [&mut config.data_dir, &mut config.tls.ca, &mut config.tls.cert, &mut config.tls.key] {
             *file = config::locate(base, file, credentials.as_deref());
         }
+        for file in [&mut config.gpu.nvml, &mut config.gpu.kernel_log].into_iter().flatten() {
+            *file = base.join(&*file);
+        }
         config.check().with_context(|| format!("check {}", path.display()))?;
         Ok(config)
     }
@@ -139,6 +147,8 @@ impl Config {
         let drain = self.stop.drain_ms;
         ensure!(drain <= DRAIN_MS, "stop.drain_ms: {drain} is more than {DRAIN_MS}; systemd would cut it short");
         ensure!(self.engine.threads <= 1024, "engine.threads: {} is more than 1024", self.engine.threads);
+        let expected = self.gpu.expected.unwrap_or(0);
+        ensure!(expected as usize <= GPUS, "gpu.expected: {expected} is more than {GPUS}");
         Ok(())
     }
 
@@ -206,5 +216,8 @@ mod tests {
         check("[tls]", "[engine]\ncpus = \"3-1\"\n[tls]", "`3-1` is not a range between 0 and 1023");
         check("[tls]", "[engine]\ncpus = \"0-3,2\"\n[tls]", "CPU 2 stands twice");
         check("[tls]", "[engine]\nthreads = 5000\n[tls]", "engine.threads: 5000");
+        check("[tls]", "[gpu]\nexpected = 65\n[tls]", "gpu.expected: 65 is more than 64");
+        check("[tls]", "[gpu]\nmode = \"acts\"\n[tls]", "acts");
+        check("[tls]", "[gpu]\nnmvl = \"/x\"\n[tls]", "nmvl");
     }
 }

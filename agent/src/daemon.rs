@@ -12,6 +12,7 @@ use izar_common::{blob, disk, quic, service, tls};
 use tokio::task::JoinSet;
 
 use crate::config::Config;
+use crate::gpu::Gpus;
 use crate::link::{Facts, Link};
 use crate::worker::files::Sources;
 use crate::worker::{Options, Workers};
@@ -26,6 +27,7 @@ const LINKED: Duration = Duration::from_secs(20);
 pub struct Daemon {
     link: Link,
     workers: Workers,
+    gpus: Gpus,
     endpoint: Arc<quic::Endpoint>,
     certificates: Arc<tls::Certificates>,
     drain: Duration,
@@ -52,8 +54,10 @@ impl Daemon {
             log_level: config.log.level.clone(),
         };
         let sources = Sources::default();
+        let gpus = Gpus::start(config.gpu.clone());
         let workers = Workers::start(options, store, sources.clone());
-        let link = Link::start(endpoint.clone(), &config.controllers, workers.clone(), sources, facts);
+        workers.heed(gpus.clone());
+        let link = Link::start(endpoint.clone(), &config.controllers, workers.clone(), sources, facts, gpus.clone());
         let (certificates, data_dir) = (Arc::new(tls::Certificates::new(node_tls, None)), config.data_dir.clone());
         let (mut watches, dates) = (JoinSet::new(), certificates.clone());
         watches.spawn(async move { dates.watch_dates().await });
@@ -63,7 +67,7 @@ impl Daemon {
         }
         log::info!(agent:% = config.node, controllers = config.controllers.len(); "agent runs");
         let drain = Duration::from_millis(config.stop.drain_ms);
-        Ok(Self { link, workers, endpoint, certificates, drain, _watches: watches, _lock: lock })
+        Ok(Self { link, workers, gpus, endpoint, certificates, drain, _watches: watches, _lock: lock })
     }
 
     /// Returns when a controller has been reached, or was waited for long enough.
@@ -87,6 +91,7 @@ impl Daemon {
         }
         self.link.stop().await;
         self.workers.stop().await;
+        self.gpus.stop();
         self.endpoint.close().await;
     }
 }

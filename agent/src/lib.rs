@@ -1,10 +1,10 @@
 //! The agent: computes and reports.
 //!
 //! `daemon` builds and stops the parts of the agent process: `link` keeps a session with every controller, `reconcile`
-//! compares what shall run with what does, `worker` supervises one process per replica. Inside a worker process
-//! `serve` speaks with the agent, `engine` batches, `model` computes on `ops`; `bench` measures them. `remediate` runs as
-//! root, in a process of its own, and does three things to a GPU or the machine. An agent holds nothing that must survive: a
-//! controller tells it everything again.
+//! compares what shall run with what does, `worker` supervises one process per replica, `gpu` knows whether the cards
+//! that they compute on are sound. Inside a worker process `serve` speaks with the agent, `engine` batches, `model` computes
+//! on `ops`; `bench` measures them. `remediate` runs as root, in a process of its own, and does three things to a GPU or the
+//! machine. An agent holds nothing that must survive: a controller tells it everything again.
 #![deny(unsafe_code)]
 
 pub mod backoff;
@@ -12,6 +12,7 @@ pub mod bench;
 pub mod config;
 pub mod daemon;
 pub mod engine;
+pub mod gpu;
 pub mod inspect;
 pub mod link;
 pub mod model;

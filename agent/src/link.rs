@@ -25,6 +25,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::backoff::Backoff;
+use crate::gpu::Gpus;
 use crate::worker::Workers;
 use crate::worker::files::Sources;
 use kept::Kept;
@@ -99,6 +100,7 @@ struct Parts {
     workers: Workers,
     sources: Sources,
     facts: Facts,
+    gpus: Gpus,
     kept: Kept,
     stop: CancellationToken,
     tasks: TaskTracker,
@@ -116,6 +118,7 @@ impl Link {
         workers: Workers,
         sources: Sources,
         facts: Facts,
+        gpus: Gpus,
     ) -> Self {
         let (stop, tasks) = (CancellationToken::new(), TaskTracker::new());
         let kept = Kept::default();
@@ -126,6 +129,7 @@ impl Link {
             workers,
             sources,
             facts,
+            gpus,
             kept,
             stop: stopped,
             tasks: all,
@@ -242,14 +246,21 @@ async fn send_reports(parts: &Parts, mut tx: Sender) -> std::io::Result<()> {
 fn report(parts: &Parts) -> Report {
     let Facts { pid, version, cores, memory_bytes, gpus, labels } = parts.facts.clone();
     let generation = parts.workers.generation();
-    Report { generation, pid, version, cores, memory_bytes, gpus, labels, workers: parts.workers.report() }
+    let health = (*parts.gpus.health()).clone();
+    let gpus = gpus.max(health.gpus.len() as u32);
+    let workers = parts.workers.report();
+    Report { generation, pid, version, cores, memory_bytes, gpus, labels, workers, health }
 }
 
 async fn take_orders(parts: &Parts, connection: &Connection, mut rx: Receiver) -> Result<(), wire::Error> {
     let mut tripwire = JoinSet::new();
     while let Some(order) = rx.next().await? {
         match order {
-            Down::Assignment(assignment) => parts.workers.offer(assignment),
+            Down::Assignment(assignment) => {
+                // First what is held against GPUs: the report that names this generation must know of it.
+                parts.gpus.hold(assignment.generation, &assignment.holds);
+                parts.workers.offer(assignment);
+            }
             Down::Tripwire(words) => {
                 tripwire.abort_all();
                 tripwire.spawn(hold_tripwire(parts.workers.clone(), connection.remote_addr(), words));

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use izar_common::blob::Store;
 use izar_common::chat::Job;
@@ -19,6 +19,7 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
+use crate::gpu::{Fit, Gpus};
 use crate::reconcile::{Action, cpus, reconcile, threads};
 
 pub mod files;
@@ -62,6 +63,8 @@ struct Inner {
     slots: Mutex<Slots>,
     /// No more jobs: the agent stops.
     leaving: AtomicBool,
+    /// Whose health speaks for workers, if anybody's does.
+    gpus: OnceLock<Gpus>,
     stop: CancellationToken,
     reconciler: Mutex<Option<JoinHandle<()>>>,
 }
@@ -90,12 +93,33 @@ impl Workers {
             changed: watch::Sender::new(()),
             slots: Mutex::default(),
             leaving: AtomicBool::new(false),
+            gpus: OnceLock::new(),
             stop: CancellationToken::new(),
             reconciler: Mutex::new(None),
         });
         let task = tokio::spawn(follow(inner.clone()));
         *inner.reconciler.lock().expect("no panic while the task is stored") = Some(task);
         Self { inner }
+    }
+
+    /// Lets GPUs' health decide from now on what each worker may be given.
+    pub fn heed(&self, gpus: Gpus) {
+        let inner = self.inner.clone();
+        if inner.gpus.set(gpus.clone()).is_ok() {
+            tokio::spawn(async move {
+                let mut changes = gpus.changes();
+                let heeding = async {
+                    loop {
+                        changes.mark_unchanged();
+                        inner.judge();
+                        if changes.changed().await.is_err() {
+                            return;
+                        }
+                    }
+                };
+                inner.stop.run_until_cancelled(heeding).await;
+            });
+        }
     }
 
     /// Takes an assignment if it is newer than every one before.
@@ -204,6 +228,17 @@ impl Inner {
         self.slots.lock().expect("no panic while the workers are held")
     }
 
+    /// Tells every worker what its GPU's health lets it be given, and reports it.
+    fn judge(&self) {
+        if let Some(gpus) = self.gpus.get() {
+            let (fitness, slots) = (gpus.fitness(), self.slots());
+            for slot in slots.running.values() {
+                slot.replica.allow(fitness.of(slot.replica.spec.engine.device));
+            }
+        }
+        self.changed.send_replace(());
+    }
+
     fn apply(self: &Arc<Self>, wanted: &Assignment) {
         let mut slots = self.slots();
         slots.ending.retain(|_, task| !task.is_finished());
@@ -237,7 +272,8 @@ impl Inner {
         if cpus.is_empty() && !self.options.cpus.is_empty() {
             log::warn!(worker:% = id, threads; "engine.cpus has too few CPUs left for this worker: it is not bound");
         }
-        let replica = Arc::new(Replica::new(spec, threads, cpus, self.changed.clone()));
+        let fit = self.gpus.get().map_or(Fit::WHOLE, |gpus| gpus.fitness().of(spec.engine.device));
+        let replica = Arc::new(Replica::new(spec, threads, cpus, fit, self.changed.clone()));
         let (stop, before) = (self.stop.child_token(), slots.ending.remove(&id));
         let (inner, own, token) = (self.clone(), replica.clone(), stop.clone());
         let task = tokio::spawn(async move {

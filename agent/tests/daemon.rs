@@ -108,7 +108,7 @@ fn echo() -> Assignment {
         manifest,
         engine: EngineOptions::default(),
     };
-    Assignment { generation: Generation { incarnation: 1, applied: 1 }, workers: vec![worker] }
+    Assignment { generation: Generation { incarnation: 1, applied: 1 }, workers: vec![worker], holds: Vec::new() }
 }
 
 fn agent(config: &Path, arguments: &[&str]) -> Child {

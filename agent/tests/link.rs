@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use izar_agent::gpu::Gpus;
 use izar_agent::link::{Facts, Link};
 use izar_agent::worker::files::Sources;
 use izar_agent::worker::{Options, Workers};
@@ -56,7 +57,8 @@ impl Agent {
         let sources = Sources::default();
         let workers = Workers::start(options, store, sources.clone());
         let facts = Facts::of_this_machine(Default::default());
-        let link = Link::start(endpoint.clone(), controllers, workers.clone(), sources, facts);
+        let gpus = Gpus::start(Default::default());
+        let link = Link::start(endpoint.clone(), controllers, workers.clone(), sources, facts, gpus);
         Self { link, workers, endpoint }
     }
     async fn stop(self) {
@@ -100,7 +102,10 @@ impl Session {
             engine: EngineOptions::default(),
         });
         let generation = Generation { incarnation: 1, applied };
-        self.tx.send(&Down::Assignment(Assignment { generation, workers: workers.collect() })).await.unwrap();
+        self.tx
+            .send(&Down::Assignment(Assignment { generation, workers: workers.collect(), holds: Vec::new() }))
+            .await
+            .unwrap();
     }
     async fn submit(&self, worker: &str, manifest: &Manifest, max_tokens: u32) -> (Sender, Receiver) {
         let sampling = Sampling { temperature: 0.0, seed: 1, max_tokens, ..Sampling::default() };

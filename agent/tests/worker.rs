@@ -39,7 +39,8 @@ fn assignment(applied: u64, workers: &[(&str, Manifest)]) -> Assignment {
         manifest: manifest.clone(),
         engine: EngineOptions::default(),
     };
-    Assignment { generation: Generation { incarnation: 1, applied }, workers: workers.iter().map(spec).collect() }
+    let workers = workers.iter().map(spec).collect();
+    Assignment { generation: Generation { incarnation: 1, applied }, workers, holds: Vec::new() }
 }
 
 fn job(manifest: &Manifest, max_tokens: u32) -> Job {

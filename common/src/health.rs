@@ -1,10 +1,12 @@
-//! What an agent says of itself: its workers, their load, its processors. An opinion, never replicated.
+//! What an agent says of itself: its workers, their load, its processors and their health. An opinion, never replicated.
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
 use crate::id::{DeploymentId, Hash, NumericsId, WorkerId};
+
+pub mod gpu;
 
 /// Orders assignments: the highest wins, and a new cluster incarnation beats every index of an old one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]
@@ -24,6 +26,8 @@ pub enum WorkerState {
     Ready,
     /// It died or could not load, and waits to be started again.
     Backoff,
+    /// It is ready and shall not be used: its GPU, or the whole server, is not sound.
+    Fenced,
 }
 
 /// What a worker is busy with.
@@ -62,6 +66,15 @@ pub struct WorkerReport {
     pub numerics: Option<NumericsId>,
     /// Why it is not ready, in words.
     pub detail: String,
+    /// Percent of the work that it should get for the health of its GPU; 100 if there is nothing against it.
+    pub share: u8,
+}
+
+impl WorkerReport {
+    /// Sequences that it should compute at once: its batch, less what its GPU's health speaks against.
+    pub fn places(&self) -> u32 {
+        (u64::from(self.max_batch) * u64::from(self.share.min(100)) / 100).max(1) as u32
+    }
 }
 
 /// An agent's whole report; the newest replaces all older ones.
@@ -78,4 +91,5 @@ pub struct Report {
     /// What the agent's file says of it.
     pub labels: BTreeMap<String, String>,
     pub workers: Vec<WorkerReport>,
+    pub health: gpu::Health,
 }

@@ -93,6 +93,8 @@ names! {
     DeploymentId;
     /// One replica of a deployment on an agent, `<deployment>.<number>`.
     WorkerId;
+    /// A GPU, by the identity that its driver gives it, in lower case: `gpu-8a5b…`. It stays the same in another slot.
+    GpuId;
 }
 
 /// SHA-256 of some content: names files and model revisions.

@@ -8,6 +8,7 @@ mod backup;
 mod drain;
 mod error;
 pub mod explain;
+pub mod gpus;
 mod listings;
 mod orders;
 pub mod peer;
@@ -160,6 +161,8 @@ impl Control {
             .route("/v1/aliases/{name}", put(orders::set_alias).delete(orders::remove_alias))
             .route("/v1/agents", get(listings::agents))
             .route("/v1/agents/{name}/standing", put(orders::set_standing))
+            .route("/v1/gpus", get(gpus::list))
+            .route("/v1/gpus/release", post(gpus::release))
             .route("/v1/tenants", get(listings::tenants))
             .route("/v1/tenants/{name}", put(orders::put_tenant))
             .route("/v1/projects", get(listings::projects))

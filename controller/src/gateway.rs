@@ -293,6 +293,7 @@ fn measure(metrics: &Metrics, raft: &Raft, agents: &Agents) {
     let counted = agents.clone();
     let help = "Agents whose jobs were moved because they seemed dead.";
     metrics.number("izar_agents_given_up_total", help, Kind::Counter, move || counted.given_up() as f64);
+    crate::gpus::metrics::measure(metrics, agents);
     type OfWorker = fn(&WorkerReport) -> u32;
     let of_workers: [(&str, &str, OfWorker); 4] = [
         ("izar_worker_running", "Sequences in a worker's batch.", |worker| worker.load.running),

@@ -13,6 +13,7 @@ pub mod control;
 pub mod daemon;
 pub mod fleet;
 pub mod gateway;
+pub mod gpus;
 pub mod import;
 pub mod metrics;
 pub mod planner;

@@ -3,7 +3,7 @@
 //!
 //! Pure. Rules: a worker goes to an agent that its deployment's constraints allow and that has room, first to one that
 //! has none of this deployment, then to the one with the fewest workers, then by name. What is right stays. What is not
-//! (another revision or other options, a draining agent, a second replica where another agent has none) is replaced
+//! (another revision or other options, a draining agent, an unsound GPU, a second replica where another agent has none) is replaced
 //! before it goes: a new worker first, and only when it is ready the old one retires, which means that it ends what it
 //! has begun. So a deployment never has fewer ready workers than it had or wants, unless nobody has room for both. An
 //! agent that stays away loses its workers if another can take them. Planning again on the result changes nothing.
@@ -17,6 +17,7 @@ use izar_common::manifest::Kind;
 use izar_common::wire::agent::Device;
 
 use crate::fleet::{AgentView, Fleet};
+use crate::gpus;
 use crate::state::{Config, Deployment, Placement, Plan, REPLICA_LIMIT, Standing};
 
 /// How long an agent may be away before others get its workers. Longer than a restart of the server's daemon, for
@@ -103,11 +104,22 @@ pub fn can_be_named(deployment: &DeploymentId) -> bool {
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Misfit {
     Standing(Standing),
-    Label { key: String, value: String },
-    Gpus { free: u32, needed: u32 },
-    Memory { free: u64, needed: u64 },
+    Label {
+        key: String,
+        value: String,
+    },
+    Gpus {
+        free: u32,
+        needed: u32,
+    },
+    Memory {
+        free: u64,
+        needed: u64,
+    },
     Occupied,
     Full,
+    /// Its GPUs, or the one that it would compute on, are not sound.
+    Unsound(String),
 }
 
 impl fmt::Display for Misfit {
@@ -121,6 +133,7 @@ impl fmt::Display for Misfit {
             Misfit::Memory { free, needed } => {
                 write!(f, "has {} MiB of free memory of {} MiB needed", mib(*free), mib(*needed))
             }
+            Misfit::Unsound(why) => write!(f, "is not sound ({why})"),
             Misfit::Occupied => f.write_str("has one already"),
             Misfit::Full => write!(f, "has {WORKERS_PER_AGENT} workers already"),
         }
@@ -178,14 +191,22 @@ impl<'a> Draft<'a> {
 
     /// Those of them that are what is wanted, where it may be, by number.
     fn right(&self, deployment: &Deployment) -> Vec<WorkerId> {
-        let right = |(_, place): &(&WorkerId, &Placement)| {
+        let right = |(id, place): &(&WorkerId, &Placement)| {
             is_twin(place, deployment)
+                && !self.fenced(place, id)
                 && !matches!(self.config.standings.get(&place.agent), Some(Standing::Draining { .. }))
                 && self.allows(&place.agent, deployment).is_ok()
         };
         let mut right: Vec<_> = self.own(deployment).filter(right).map(|(id, _)| id.clone()).collect();
         right.sort_by_key(|id| number(&deployment.id, id));
         right
+    }
+
+    /// Whether a worker's agent says that its GPU is not sound: others take its place, if any has room.
+    fn fenced(&self, place: &Placement, id: &WorkerId) -> bool {
+        let view = self.fleet.agents.get(&place.agent).filter(|view| view.connected);
+        let reported = view.and_then(|view| view.workers().iter().find(|worker| worker.worker == *id));
+        reported.is_some_and(|worker| worker.state == WorkerState::Fenced)
     }
 
     fn ready(&self, id: &WorkerId) -> bool {
@@ -356,6 +377,11 @@ impl<'a> Draft<'a> {
             return Err(Misfit::Standing(*standing));
         }
         self.allows(agent, deployment)?;
+        let report = self.fleet.agents.get(agent).and_then(|view| view.report.as_ref());
+        let cuda = if let Device::Cuda(number) = deployment.engine.device { Some(number) } else { None };
+        if let Some(why) = report.and_then(|report| gpus::stops(report, cuda)) {
+            return Err(Misfit::Unsound(why));
+        }
         let here = || self.workers.values().filter(|place| place.agent == *agent);
         if here().count() >= WORKERS_PER_AGENT {
             return Err(Misfit::Full);
@@ -363,8 +389,7 @@ impl<'a> Draft<'a> {
         if deployment.constraints.apart && here().any(|place| is_twin(place, deployment)) {
             return Err(Misfit::Occupied);
         }
-        let report = self.fleet.agents.get(agent).and_then(|view| view.report.as_ref());
-        let (memory, gpus) = report.map_or((0, 0), |report| (report.memory_bytes, report.gpus));
+        let (memory, gpus) = report.map_or((0, 0), |report| (report.memory_bytes, gpus::usable(report)));
         let taken: Vec<(u64, u32)> = here().map(|place| self.needs(place)).collect();
         let candidate = Placement {
             deployment: deployment.id.clone(),

@@ -23,7 +23,7 @@ fn look_ahead(max_batch: u32) -> u32 {
 pub fn room(fleet: &Fleet, config: &Config, ask: &Ask<'_>) -> Room {
     let mut room = Room::default();
     for (_, view, worker) in scheduler::candidates(fleet, config, ask) {
-        let max_batch = worker.max_batch.max(1);
+        let max_batch = worker.places();
         let ours = view.in_flight.get(&worker.worker).copied().unwrap_or(0);
         let places = (max_batch + look_ahead(max_batch)).saturating_sub(ours + view.others(&worker.worker));
         let streams = JOBS_PER_AGENT.saturating_sub(view.jobs());

@@ -37,6 +37,9 @@ pub const URGENT_PER_AGENT: u32 = 32;
 /// connection times out, so others are preferred.
 pub const LATE_MS: u64 = 1_500;
 
+/// Three reports that are missing: what GPUs of an agent are like is not known any more.
+pub const SILENT_MS: u64 = 3_000;
+
 /// First blocks of a prompt that are looked for in caches: 8,192 tokens. Naming one takes under a microsecond; a prompt
 /// that is longer has shown by then whose it is.
 pub const PREFIX_BLOCKS: usize = 512;
@@ -169,6 +172,8 @@ pub struct States {
     pub fetching: u32,
     pub loading: u32,
     pub backoff: u32,
+    /// Its GPU or its server is not sound.
+    pub fenced: u32,
     /// Ready with another revision of the model.
     pub other_revision: u32,
 }
@@ -182,6 +187,7 @@ impl fmt::Display for States {
             (self.fetching, "fetching the model"),
             (self.loading, "loading the model"),
             (self.backoff, "failed and waiting to be started again"),
+            (self.fenced, "on a GPU or server that is not sound"),
             (self.other_revision, "with another revision"),
         ];
         let mut separator = "";
@@ -262,7 +268,7 @@ pub fn candidates<'a>(
     ask: &'a Ask<'a>,
 ) -> impl Iterator<Item = (&'a NodeId, &'a AgentView, &'a WorkerReport)> {
     let wanted = config.deployments.get(ask.deployment).map(|deployment| deployment.revision);
-    let connected = fleet.agents.iter().filter(|(_, view)| view.connected);
+    let connected = fleet.agents.iter().filter(|(_, view)| view.connected && !silent(view, ask.now_ms));
     connected.flat_map(move |(agent, view)| {
         let fits = move |worker: &&WorkerReport| {
             worker.state == WorkerState::Ready
@@ -278,6 +284,12 @@ pub fn candidates<'a>(
     })
 }
 
+/// Whether an agent with GPUs has missed so many reports that they count as cordoned: nobody knows how they are.
+fn silent(view: &AgentView, now_ms: u64) -> bool {
+    let gpus = view.report.as_ref().is_some_and(|report| !report.health.gpus.is_empty());
+    gpus && now_ms.saturating_sub(view.last_report_ms) > SILENT_MS
+}
+
 /// Says what a job costs on a worker, or `None` if it is full.
 fn offer(
     config: &Config,
@@ -289,7 +301,7 @@ fn offer(
 ) -> Option<Offer> {
     let ours = view.in_flight.get(&worker.worker).copied().unwrap_or(0);
     // The report counts ours as well, only later: the larger number is the nearer one.
-    let (jobs, max_batch) = (worker.load.jobs().max(ours), worker.max_batch.max(1));
+    let (jobs, max_batch) = (worker.load.jobs().max(ours), worker.places());
     let (batches, per_agent) = match ask.class {
         Class::Urgent => (BATCHES_PER_WORKER + URGENT_BATCHES, JOBS_PER_AGENT + URGENT_PER_AGENT),
         Class::Interactive | Class::Batch => (BATCHES_PER_WORKER, JOBS_PER_AGENT),
@@ -332,6 +344,7 @@ fn not_ready(fleet: &Fleet, config: &Config, ask: &Ask<'_>) -> NoPlace {
             (Some(_), Some(WorkerState::Fetching)) => states.fetching += 1,
             (Some(_), Some(WorkerState::Loading)) => states.loading += 1,
             (Some(_), Some(WorkerState::Backoff)) => states.backoff += 1,
+            (Some(_), Some(WorkerState::Fenced)) => states.fenced += 1,
             (Some(_), Some(WorkerState::Ready)) => states.other_revision += 1,
         }
     }
@@ -439,6 +452,36 @@ mod tests {
             ask("m 1", "m.0@a1", &format!("a1 m.0 ready 0 0 0\na1 n.0 ready 0 0 {JOBS_PER_AGENT}"), &[], 0),
             "all 1 ready replicas of m are full"
         );
+    }
+
+    /// The first worker's GPU leaves it so much.
+    fn with_share(said: &str, share: u8, late_ms: u64) -> Result<String, NoPlace> {
+        let (config, mut fleet) = (config("m 2", "m.0@a1 m.1@a2"), fleet(said, NOW));
+        let view = fleet.agents.get_mut("a1").unwrap();
+        view.last_report_ms = NOW - late_ms;
+        let report = view.report.as_mut().unwrap();
+        report.workers[0].share = share;
+        report.health.gpus = vec![crate::agents::fixture::gpu("gpu-1", izar_common::health::gpu::State::Healthy)];
+        let deployment = "m".parse().unwrap();
+        let ask = Ask::any(&deployment, Hash([1; 32]), NOW);
+        place(&fleet, &Prefixes::default(), &config, &ask).map(|place| place.worker.to_string())
+    }
+
+    #[test]
+    fn a_gpu_that_is_not_well_gets_less() {
+        let said = "a1 m.0 ready 1 0 0\na2 m.1 ready 2 0 0";
+        assert_eq!(with_share(said, 100, 0).unwrap(), "m.0");
+        assert_eq!(with_share(said, 25, 0).unwrap(), "m.1", "one job in one place is more than two in four");
+        // Eight batches of one place each.
+        assert!(with_share("a1 m.0 ready 1 7 0\na2 m.1 loading 0 0 0", 25, 0).is_err());
+        assert!(with_share("a1 m.0 ready 1 6 0\na2 m.1 loading 0 0 0", 25, 0).is_ok());
+    }
+
+    #[test]
+    fn gpus_of_which_nothing_is_heard_get_nothing() {
+        let said = "a1 m.0 ready 0 0 0\na2 m.1 loading 0 0 0";
+        assert!(with_share(said, 100, SILENT_MS).is_ok());
+        assert!(with_share(said, 100, SILENT_MS + 1).is_err());
     }
 
     #[test]

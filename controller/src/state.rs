@@ -6,11 +6,12 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, RwLock};
 
 use izar_common::clock::Hlc;
-use izar_common::id::{DeploymentId, Hash, KeyId, NodeId, ProjectId, SiteId, TenantId, TurnId};
+use izar_common::id::{DeploymentId, GpuId, Hash, KeyId, NodeId, ProjectId, SiteId, TenantId, TurnId};
 
 pub mod audit;
 pub mod command;
 mod dedupe;
+pub mod gpus;
 pub mod models;
 pub mod rebirth;
 pub mod rows;
@@ -20,6 +21,7 @@ pub mod turns;
 
 use command::{Batch, Command, Origin, Refusal, Reply};
 use dedupe::Origins;
+pub use gpus::GpuRecord;
 use izar_common::manifest::Manifest;
 pub use models::{Constraints, Deployment, Model, Placement, Plan, Standing};
 use rows::{Head, Row};
@@ -80,6 +82,7 @@ pub enum What {
     ProjectSet(Project),
     AliasSet { alias: DeploymentId, deployment: Option<DeploymentId> },
     StandingSet { agent: NodeId, standing: Option<Standing> },
+    GpuNoted(GpuRecord),
 }
 
 /// What a batch came to.
@@ -113,6 +116,7 @@ pub struct State {
     deployments: BTreeMap<DeploymentId, Deployment>,
     aliases: BTreeMap<DeploymentId, DeploymentId>,
     standings: BTreeMap<NodeId, Standing>,
+    gpus: BTreeMap<GpuId, GpuRecord>,
     plan: Plan,
     turns: Turns,
     origins: Origins,
@@ -135,6 +139,7 @@ impl State {
             deployments: BTreeMap::new(),
             aliases: BTreeMap::new(),
             standings: BTreeMap::new(),
+            gpus: BTreeMap::new(),
             plan: Plan::default(),
             turns: Turns::default(),
             origins: Origins::default(),
@@ -209,6 +214,8 @@ impl State {
             Command::PutProject(project) => self.put_project(step, project),
             Command::SetAlias { alias, deployment } => self.set_alias(step, alias, deployment.as_ref()),
             Command::SetStanding { agent, standing } => self.set_standing(step, agent, *standing),
+            Command::HoldGpu { agent, hold, fell_ms } => self.hold_gpu(step, agent, hold, *fell_ms),
+            Command::ReleaseGpu { gpu, reason, operator } => self.release_gpu(step, gpu, reason, *operator),
             Command::CompactLog { through } => {
                 self.head.compacted = self.head.compacted.max((*through).min(step.index));
                 Ok(())
@@ -497,6 +504,7 @@ impl State {
             deployments: self.deployments.clone(),
             aliases: self.aliases.clone(),
             standings: self.standings.clone(),
+            gpus: self.gpus.clone(),
             rolling: self.rolling(),
             plan: self.plan.clone(),
             applied: self.head.config_index,
@@ -533,6 +541,7 @@ pub struct Config {
     pub deployments: BTreeMap<DeploymentId, Deployment>,
     pub aliases: BTreeMap<DeploymentId, DeploymentId>,
     pub standings: BTreeMap<NodeId, Standing>,
+    pub gpus: BTreeMap<GpuId, GpuRecord>,
     /// Deployments whose workers are on their way from one revision to another.
     pub rolling: BTreeSet<DeploymentId>,
     pub plan: Plan,

@@ -1,7 +1,7 @@
 //! The harness of the stories: starts the whole system as real processes and looks at it from outside.
 //!
-//! `cluster` runs `izar dev`; `far` adds an agent to it whose link can be cut; `nodes` runs daemons without it, on certificates and configurations of its own; `client`
-//! speaks HTTPS as a user's program does; `cli` runs the operator's tool; `relay` stands in a path and records it;
+//! `cluster` runs `izar dev`; `far` adds an agent to it whose link can be cut; `nodes` runs daemons without it, on certificates and configurations of its own; `gpus` gives
+//! agents cards that a library plays; `client` speaks HTTPS as a user's program does; `cli` runs the operator's tool; `relay` stands in a path and records it;
 //! `manager` stands in for systemd;
 //! `logs` makes every warning that a story did not name a failure; `waiting` waits for a level, never for a time.
 //! Nothing here knows the inside of a daemon.
@@ -12,6 +12,7 @@ pub mod cli;
 pub mod client;
 pub mod cluster;
 pub mod far;
+pub mod gpus;
 pub mod logs;
 pub mod manager;
 pub mod nodes;

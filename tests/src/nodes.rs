@@ -219,6 +219,7 @@ level = "{level}"
             .arg(self.config(node))
             .env(process::MARK, &self.mark)
             .env_remove("JOURNAL_STREAM")
+            .env("IZAR_FAKE_NVML", self.path(&format!("{node}.gpus")))
             .stdout(log.try_clone().expect("a file has two ends"))
             .stderr(log)
             .spawn()

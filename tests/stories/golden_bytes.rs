@@ -10,6 +10,7 @@ use std::path::PathBuf;
 
 use izar_common::chat::{Class, Finish, Grammar, Job, JobEvent, Logprobs, Sampling, Usage};
 use izar_common::clock::Hlc;
+use izar_common::health::gpu::{Health, Hold, Mode, Remedy, State, View};
 use izar_common::health::{Generation, Load, Report, WorkerReport, WorkerState};
 use izar_common::id::{
     ClusterId, DeploymentId, Hash, KeyId, NodeId, NumericsId, ProjectId, TenantId, TurnId, WorkerId,
@@ -262,6 +263,7 @@ fn agent(frames: &mut Frames) {
         WorkerState::Loading => "loading",
         WorkerState::Ready => "ready",
         WorkerState::Backoff => "backoff",
+        WorkerState::Fenced => "fenced",
     };
     let worker = |state: WorkerState| WorkerReport {
         worker: name::<WorkerId>("echo.0"),
@@ -274,9 +276,12 @@ fn agent(frames: &mut Frames) {
         restarts: 1,
         numerics: (state == WorkerState::Ready).then_some(NumericsId(17)),
         detail: "why not, ä".into(),
+        share: 50,
     };
     let generation = Generation { incarnation: 2, applied: 1 << 40 };
-    for s in [WorkerState::Fetching, WorkerState::Loading, WorkerState::Ready, WorkerState::Backoff] {
+    for s in
+        [WorkerState::Fetching, WorkerState::Loading, WorkerState::Ready, WorkerState::Backoff, WorkerState::Fenced]
+    {
         let version = "0.1.0".to_owned();
         let report = Report {
             generation,
@@ -287,6 +292,7 @@ fn agent(frames: &mut Frames) {
             gpus: 8,
             labels: [("rack".to_owned(), "r7".to_owned())].into(),
             workers: vec![worker(s)],
+            health: health(),
         };
         let up = Up::Report(report);
         frames.check("up", &format!("report-{}", state(s)), &up);
@@ -309,7 +315,7 @@ fn agent(frames: &mut Frames) {
         Down::Assignment(_) => "assignment",
         Down::Tripwire(_) => "tripwire",
     };
-    let assignment = Down::Assignment(Assignment { generation, workers: workers.into() });
+    let assignment = Down::Assignment(Assignment { generation, workers: workers.into(), holds: vec![hold()] });
     for message in [assignment, Down::Tripwire(std::array::from_fn(|i| i as u8))] {
         frames.check("down", down(&message), &message);
     }
@@ -342,6 +348,45 @@ fn agent(frames: &mut Frames) {
     options(frames);
 }
 
+pub fn hold() -> Hold {
+    Hold { gpu: name("gpu-8a5b"), quarantined: true, reason: "Xid 54".into(), boot: "b7".into() }
+}
+
+/// One GPU in every state, with every remedy.
+fn health() -> Health {
+    let remedies = [Remedy::None, Remedy::Reset, Remedy::Restart, Remedy::Replace];
+    let gpu = |(index, state): (u32, State)| View {
+        id: name(&format!("gpu-{index}")),
+        index,
+        cuda: (index > 0).then_some(index as u16),
+        name: "H100".into(),
+        bus: "00000000:3b:00.0".into(),
+        state,
+        reason: "why, ä".into(),
+        remedy: remedies[index as usize % remedies.len()],
+        since_ms: 1 << 40,
+        temperature_c: Some(91),
+        memory_used_bytes: Some(1 << 35),
+        memory_bytes: Some(1 << 36),
+        utilization_percent: Some(50),
+        power_mw: Some(300_000),
+        corrected_errors: Some(7),
+        uncorrected_errors: None,
+        pcie_replays: Some(300),
+        recovery_action: Some(1),
+        last_xid: Some(95),
+        xids: 2,
+        fell_ms: Some(1 << 41),
+    };
+    Health {
+        mode: Mode::Advise,
+        fault: "2 GPUs of 4".into(),
+        boot: "b7".into(),
+        driver: "570.1".into(),
+        gpus: (0..).zip(State::ALL).map(gpu).collect(),
+    }
+}
+
 /// Every word of every option, in one assignment.
 fn options(frames: &mut Frames) {
     let worker = |engine: EngineOptions| WorkerSpec {
@@ -362,7 +407,7 @@ fn options(frames: &mut Frames) {
     let activations = activations.map(|activations| worker(EngineOptions { activations, ..engine() }));
     let workers = quants.into_iter().chain(kernels).chain(caches).chain(devices).chain(activations).collect();
     let generation = Generation { incarnation: 1, applied: 1 };
-    frames.check("down", "options", &Down::Assignment(Assignment { generation, workers }));
+    frames.check("down", "options", &Down::Assignment(Assignment { generation, workers, holds: Vec::new() }));
 }
 
 fn job_event(event: &JobEvent) -> &'static str {
@@ -483,6 +528,8 @@ fn commands(frames: &mut Frames) {
         Command::PutProject(_) => "put-project",
         Command::SetAlias { .. } => "set-alias",
         Command::SetStanding { .. } => "set-standing",
+        Command::HoldGpu { .. } => "hold-gpu",
+        Command::ReleaseGpu { .. } => "release-gpu",
     };
     let origin = Origin { node: name::<NodeId>("c1"), incarnation: 3 };
     let turn = job().turn;
@@ -566,5 +613,7 @@ pub fn all_commands(origin: &Origin) -> Vec<Command> {
         Command::PutProject(project),
         Command::SetAlias { alias: name("gpt-4o"), deployment: Some(name("echo")) },
         Command::SetStanding { agent: name("a1"), standing: Some(draining) },
+        Command::HoldGpu { agent: name("a1"), hold: hold(), fell_ms: Some(1 << 40) },
+        Command::ReleaseGpu { gpu: hold().gpu, reason: "replaced".into(), operator: true },
     ]
 }

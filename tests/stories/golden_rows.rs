@@ -30,6 +30,7 @@ fn file(row: &Row) -> PathBuf {
         Row::Origin(_) => "origin",
         Row::Alias(_) => "alias",
         Row::Standing(_) => "standing",
+        Row::Gpu(_) => "gpu",
     };
     repository().join(format!("tests/golden/rows/{kind}.bin"))
 }
@@ -43,7 +44,10 @@ fn state() -> State {
     for mut command in all_commands(&origin) {
         match &mut command {
             // Those that would take away again what the others brought.
-            Command::RevokeKey(_) | Command::Undeploy(_) | Command::CloseOrphans { .. } => continue,
+            Command::RevokeKey(_)
+            | Command::Undeploy(_)
+            | Command::CloseOrphans { .. }
+            | Command::ReleaseGpu { .. } => continue,
             Command::RegisterModel(manifest) => revision = Some(manifest.revision()),
             Command::Deploy(deployment) => deployment.revision = revision.expect("the model comes first"),
             Command::OpenTurn(opening) => opening.revision = revision.expect("the model comes first"),
@@ -76,7 +80,7 @@ fn every_row_of_the_state_has_golden_bytes_that_read_and_write_the_same() {
         }
     }
     assert!(problems.is_empty(), "{}", problems.join("\n"));
-    assert_eq!(golden.len(), 13, "one row of each kind, two of tenants and of projects");
+    assert_eq!(golden.len(), 14, "one row of each kind, two of tenants and of projects");
     let read = State::from_rows(name("east"), state.applied(), &golden).expect("golden rows are a state");
     assert_eq!(read.digest(), state.digest());
 }

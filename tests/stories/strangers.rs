@@ -137,6 +137,7 @@ fn oversized_header() -> Vec<u8> {
         gpus: 0,
         labels: Default::default(),
         workers: Vec::new(),
+        health: Default::default(),
     };
     let mut header = to_bytes(&Up::Report(report))[..16].to_vec();
     let bytes = u32::try_from(Up::LIMIT + 1).expect("limits fit");

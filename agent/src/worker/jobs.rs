@@ -35,6 +35,8 @@ pub struct Jobs {
 struct Table {
     /// Why the worker takes no more jobs.
     closed: Option<String>,
+    /// Why it takes none for now.
+    fenced: Option<String>,
     last_id: u64,
     inboxes: HashMap<u64, Arc<Inbox>>,
     outbox: Vec<ToWorker>,
@@ -55,7 +57,7 @@ impl Jobs {
     pub fn submit(self: &Arc<Self>, job: Job) -> Result<RunningJob, String> {
         let inbox = Arc::new(Inbox::new(&job));
         let mut table = self.table();
-        if let Some(reason) = &table.closed {
+        if let Some(reason) = table.closed.as_ref().or(table.fenced.as_ref()) {
             return Err(reason.clone());
         }
         if table.inboxes.len() >= self.limit {
@@ -108,6 +110,20 @@ impl Jobs {
         for (_, inbox) in table.inboxes.drain() {
             inbox.push(JobEvent::Failed { reason: reason.to_owned(), retryable: true });
         }
+    }
+
+    /// Takes no jobs for a reason, and fails those that run as retryable; or takes them again.
+    pub fn fence(&self, reason: Option<&str>) {
+        let mut table = self.table();
+        table.fenced = reason.map(str::to_owned);
+        let Some(reason) = reason else { return };
+        let ended: Vec<(u64, Arc<Inbox>)> = table.inboxes.drain().collect();
+        for (id, inbox) in ended {
+            inbox.push(JobEvent::Failed { reason: reason.to_owned(), retryable: true });
+            table.outbox.push(ToWorker::Cancel { id });
+        }
+        drop(table);
+        self.filled.notify_one();
     }
 
     fn cancel(&self, id: u64) {
@@ -339,6 +355,23 @@ mod tests {
         let failed = JobEvent::Failed { reason: "it died".into(), retryable: true };
         assert_eq!(drain(&running), [tokens(0, &[1]), failed]);
         assert_eq!(jobs.submit(job(3, 0)).unwrap_err(), "it died");
+    }
+
+    #[tokio::test]
+    async fn a_fenced_worker_gives_its_jobs_back_and_takes_some_again_when_it_may() {
+        let jobs = Arc::new(Jobs::new(1));
+        let running = jobs.submit(job(3, 0)).unwrap();
+        jobs.deliver(vec![(1, tokens(0, &[1]))]);
+        jobs.fence(Some("its GPU is cordoned"));
+        let failed = JobEvent::Failed { reason: "its GPU is cordoned".into(), retryable: true };
+        assert_eq!(drain(&running), [tokens(0, &[1]), failed]);
+        assert!(!jobs.busy());
+        assert_eq!(jobs.submit(job(3, 0)).unwrap_err(), "its GPU is cordoned");
+        drop(running);
+        let sent = jobs.outgoing().await;
+        assert!(matches!(sent[..], [ToWorker::Submit { id: 1, .. }, ToWorker::Cancel { id: 1 }]), "{sent:?}");
+        jobs.fence(None);
+        assert!(jobs.submit(job(3, 0)).is_ok());
     }
 
     #[tokio::test]

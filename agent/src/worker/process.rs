@@ -52,6 +52,8 @@ impl Process {
         ours.set_nonblocking(true)?;
         let mut command = Command::new(exe);
         command.arg("worker").arg("--name").arg(name.as_str()).process_group(0).kill_on_drop(true);
+        // CUDA counts cards by their speed otherwise, and `cuda:0` would not be the card that NVML calls 0.
+        command.env("CUDA_DEVICE_ORDER", "PCI_BUS_ID");
         if let Some(level) = log_level {
             command.arg("--log-level").arg(level);
         }

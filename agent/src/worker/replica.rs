@@ -18,6 +18,7 @@ use super::files::{Files, Sources};
 use super::jobs::{Jobs, RunningJob};
 use super::process::Process;
 use crate::backoff::Backoff;
+use crate::gpu::Fit;
 
 /// Waits before a worker is started again: soon after an accident, seldom when it cannot run at all.
 const RESTART_FIRST: Duration = Duration::from_millis(200);
@@ -51,6 +52,8 @@ struct Status {
     restarts: u32,
     numerics: Option<NumericsId>,
     detail: String,
+    /// What its GPU's health lets it be given.
+    fit: Fit,
 }
 
 struct Seen {
@@ -72,10 +75,10 @@ enum End {
 }
 
 impl Replica {
-    pub fn new(spec: WorkerSpec, threads: u32, cpus: Vec<u32>, changed: watch::Sender<()>) -> Self {
+    pub fn new(spec: WorkerSpec, threads: u32, cpus: Vec<u32>, fit: Fit, changed: watch::Sender<()>) -> Self {
         let detail = "starting".to_owned();
         let (state, pid, numerics) = (WorkerState::Fetching, None, None);
-        let status = Status { state, pid, load: Load::default(), restarts: 0, numerics, detail };
+        let status = Status { state, pid, load: Load::default(), restarts: 0, numerics, detail, fit };
         Self { spec, threads, cpus, seen: Mutex::new(Seen { status, jobs: None, sketch: None }), changed }
     }
 
@@ -100,7 +103,10 @@ impl Replica {
     }
 
     pub fn report(&self) -> WorkerReport {
-        let status = self.seen().status.clone();
+        let mut status = self.seen().status.clone();
+        if status.fit.share == 0 && status.state == WorkerState::Ready {
+            (status.state, status.detail) = (WorkerState::Fenced, status.fit.reason);
+        }
         WorkerReport {
             worker: self.spec.worker.clone(),
             deployment: self.spec.deployment.clone(),
@@ -112,12 +118,34 @@ impl Replica {
             restarts: status.restarts,
             numerics: status.numerics,
             detail: status.detail,
+            share: status.fit.share,
         }
     }
 
     /// What its cache holds for later prompts, if it has said so.
     pub fn sketch(&self) -> Option<Arc<Sketch>> {
         self.seen().sketch.clone()
+    }
+
+    /// Lets it be given more or less from now on; at nothing its jobs fail at once, to go on elsewhere.
+    pub fn allow(&self, fit: Fit) {
+        let mut seen = self.seen();
+        if seen.status.fit == fit {
+            return;
+        }
+        if (fit.share == 0) != (seen.status.fit.share == 0) {
+            let worker = &self.spec.worker;
+            match fit.share {
+                0 => log::warn!(worker:%, reason = fit.reason; "worker is fenced"),
+                share => log::info!(worker:%, share; "worker may be used again"),
+            }
+        }
+        if let Some(jobs) = &seen.jobs {
+            jobs.fence((fit.share == 0).then_some(fit.reason.as_str()));
+        }
+        seen.status.fit = fit;
+        drop(seen);
+        self.changed.send_replace(());
     }
 
     /// Gives the worker a job, or says why it cannot take it now.
@@ -161,6 +189,7 @@ impl Replica {
                     restarts: status.restarts + 1,
                     numerics: None,
                     detail: reason,
+                    fit: status.fit.clone(),
                 };
             });
             if stop.run_until_cancelled(tokio::time::sleep(wait)).await.is_none() {
@@ -226,7 +255,11 @@ impl Replica {
         let ready = Instant::now();
         log::info!(worker:%, pid = process.pid(), load_ms = begun.elapsed().as_millis() as u64, numerics:%; "worker ready");
         let jobs = Arc::new(Jobs::new(self.spec.engine.max_batch));
-        self.seen().jobs = Some(jobs.clone());
+        {
+            let mut seen = self.seen();
+            jobs.fence((seen.status.fit.share == 0).then_some(seen.status.fit.reason.as_str()));
+            seen.jobs = Some(jobs.clone());
+        }
         self.note(|status| {
             status.state = WorkerState::Ready;
             status.numerics = Some(numerics);

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Wire;
 use crate::chat::{CAPSULE_BYTES, Job, JobEvent};
+use crate::health::gpu::Hold;
 use crate::health::{Generation, Report};
 use crate::id::{DeploymentId, Hash, NumericsId, TurnId, WorkerId};
 use crate::manifest::Manifest;
@@ -46,6 +47,8 @@ impl Wire for Down {
 pub struct Assignment {
     pub generation: Generation,
     pub workers: Vec<WorkerSpec>,
+    /// What is remembered against its GPUs.
+    pub holds: Vec<Hold>,
 }
 
 /// One worker that an agent shall run.

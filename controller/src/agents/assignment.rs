@@ -1,6 +1,7 @@
 //! What an agent is told to run, derived from replicated state alone. Pure.
 
 use izar_common::health::Generation;
+use izar_common::health::gpu::GPUS;
 use izar_common::id::NodeId;
 use izar_common::wire::agent::{Assignment, WorkerSpec};
 
@@ -32,13 +33,16 @@ pub fn assignment(config: &Config, agent: &NodeId) -> Assignment {
         files <= FILES
     });
     let workers = workers.collect();
-    Assignment { generation: Generation { incarnation: config.incarnation, applied: config.applied }, workers }
+    let held = config.gpus.values().filter(|record| record.agent == *agent);
+    let holds = held.filter_map(|record| record.hold.clone()).take(GPUS).collect();
+    Assignment { generation: Generation { incarnation: config.incarnation, applied: config.applied }, workers, holds }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::agents::fixture::config;
+    use izar_common::health::gpu::Hold;
 
     fn check(agent: &str, expected: &str) {
         let config = config("m 2, n 1", "m.0@a1 m.1@a2 n.0@a2 gone.0@a3!");
@@ -46,6 +50,20 @@ mod tests {
         let names: Vec<_> = assignment.workers.iter().map(|spec| spec.worker.as_str()).collect();
         assert_eq!(names.join(" "), expected);
         assert_eq!(assignment.generation, Generation { incarnation: config.incarnation, applied: config.applied });
+    }
+
+    #[test]
+    fn an_agent_is_told_what_is_held_against_its_gpus() {
+        let mut config = config("m 1", "m.0@a1");
+        for (gpu, agent, held) in [("gpu-1", "a1", true), ("gpu-2", "a1", false), ("gpu-3", "a2", true)] {
+            let (gpu, agent): (izar_common::id::GpuId, _) = (gpu.parse().unwrap(), agent.parse().unwrap());
+            let (reason, boot) = ("Xid 54".to_owned(), String::new());
+            let hold = held.then(|| Hold { gpu: gpu.clone(), quarantined: true, reason, boot });
+            let record = crate::state::GpuRecord { gpu: gpu.clone(), agent, hold, index: 1, falls_ms: Vec::new() };
+            config.gpus.insert(gpu, record);
+        }
+        let holds = assignment(&config, &"a1".parse().unwrap()).holds;
+        assert_eq!(holds.iter().map(|hold| hold.gpu.as_str()).collect::<Vec<_>>(), ["gpu-1"]);
     }
 
     #[test]

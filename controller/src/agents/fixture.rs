@@ -1,6 +1,7 @@
 //! Small configurations and fleets from words, for the tests of the pure modules.
 
 use izar_common::clock::Hlc;
+use izar_common::health::gpu::{Health, Remedy, State, View};
 use izar_common::health::{Generation, Load, Report, WorkerReport, WorkerState};
 use izar_common::id::{DeploymentId, Hash, NodeId, NumericsId, WorkerId};
 use izar_common::manifest::{File, Kind, Manifest};
@@ -67,6 +68,7 @@ pub fn fleet(said: &str, now_ms: u64) -> Fleet {
                 "ready" => WorkerState::Ready,
                 "loading" => WorkerState::Loading,
                 "fetching" => WorkerState::Fetching,
+                "fenced" => WorkerState::Fenced,
                 _ => WorkerState::Backoff,
             },
             pid: None,
@@ -75,6 +77,7 @@ pub fn fleet(said: &str, now_ms: u64) -> Fleet {
             restarts: 0,
             numerics: Some(NumericsId(if words.get(6) == Some(&"other") { 2 } else { 1 })),
             detail: String::new(),
+            share: 100,
         });
         fleet.report(&agent, report, now_ms);
         (0..number(5)).for_each(|_| fleet.begin(&agent, &worker));
@@ -93,5 +96,33 @@ pub fn empty_report() -> Report {
         gpus: 0,
         labels: Default::default(),
         workers: Vec::new(),
+        health: Health::default(),
+    }
+}
+
+/// A GPU with nothing to say.
+pub fn gpu(id: &str, state: State) -> View {
+    View {
+        id: id.parse().unwrap(),
+        index: 0,
+        cuda: Some(0),
+        name: String::new(),
+        bus: String::new(),
+        state,
+        reason: "Xid 95".into(),
+        remedy: Remedy::None,
+        since_ms: 0,
+        temperature_c: None,
+        memory_used_bytes: None,
+        memory_bytes: None,
+        utilization_percent: None,
+        power_mw: None,
+        corrected_errors: None,
+        uncorrected_errors: None,
+        pcie_replays: None,
+        recovery_action: None,
+        last_xid: None,
+        xids: 0,
+        fell_ms: None,
     }
 }

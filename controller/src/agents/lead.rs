@@ -1,5 +1,5 @@
-//! The leader's loop: while this controller leads, it proposes the plan that the planner wants, and closes the turns of
-//! controllers that have died and whose clients never came back.
+//! The leader's loop: while this controller leads, it proposes the plan that the planner wants, notes what agents find of
+//! their GPUs, and closes the turns of controllers that have died and whose clients never came back.
 
 use std::time::Duration;
 
@@ -7,6 +7,7 @@ use izar_common::clock::wall_ms;
 use izar_common::id::NodeId;
 
 use super::Inner;
+use crate::gpus;
 use crate::planner::{self, Times};
 use crate::state::command::{Command, Refusal, Reply};
 
@@ -35,6 +36,7 @@ pub(super) async fn run(inner: &Inner) {
                 propose(inner, plan).await;
             }
             close_abandoned(inner).await;
+            note_gpus(inner).await;
         }
         tokio::select! {
             changed = leadership.changed() => if changed.is_err() { return },
@@ -53,6 +55,23 @@ async fn propose(inner: &Inner, plan: crate::state::Plan) {
         Ok(Reply::Refused(Refusal::OutdatedPlan)) => {}
         Ok(Reply::Refused(refusal)) => log::error!(version, refusal:%; "the state refused the plan"),
         Err(unavailable) => log::debug!(version, reason = unavailable.reason; "the plan was not decided"),
+    }
+}
+
+/// Remembers what agents say of their GPUs, and lets go of what is mended.
+async fn note_gpus(inner: &Inner) {
+    let notes = gpus::notes(&inner.raft.config().borrow().clone(), &inner.roster.fleet());
+    for command in notes {
+        let (gpu, held) = match &command {
+            Command::HoldGpu { hold, .. } => (hold.gpu.clone(), true),
+            Command::ReleaseGpu { gpu, .. } => (gpu.clone(), false),
+            other => unreachable!("no note of a GPU: {other:?}"),
+        };
+        match inner.raft.propose(command).await {
+            Ok(Reply::Done) => log::info!(gpu:%, held; "what is remembered of a GPU changed"),
+            Ok(Reply::Refused(refusal)) => log::warn!(gpu:%, refusal:%; "a note of a GPU was refused"),
+            Err(unavailable) => log::debug!(gpu:%, reason = unavailable.reason; "a note of a GPU was not decided"),
+        }
     }
 }
 

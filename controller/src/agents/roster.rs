@@ -9,6 +9,7 @@ use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use izar_common::chat::Job;
 use izar_common::clock::wall_ms;
+use izar_common::health::gpu::Health;
 use izar_common::health::{Report, WorkerReport};
 use izar_common::id::{DeploymentId, Hash, NodeId, TurnId, WorkerId};
 use izar_common::manifest::Kind;
@@ -103,8 +104,10 @@ impl Roster {
             return;
         }
         let states = |workers: &[WorkerReport]| workers.iter().map(|w| (w.worker.clone(), w.state)).collect::<Vec<_>>();
-        let before = soft.fleet.agents.get(agent).and_then(|view| Some(states(&view.report.as_ref()?.workers)));
-        let moved = before.is_none_or(|before| before != states(&report.workers));
+        let gpus = |health: &Health| health.gpus.iter().map(|gpu| (gpu.id.clone(), gpu.state)).collect::<Vec<_>>();
+        let look = |report: &Report| (states(&report.workers), gpus(&report.health), report.health.fault.clone());
+        let before = soft.fleet.agents.get(agent).and_then(|view| view.report.as_ref().map(look));
+        let moved = before.is_none_or(|before| before != look(&report));
         soft.prefixes.report(agent, &report);
         soft.fleet.report(agent, report, wall_ms());
         drop(soft);

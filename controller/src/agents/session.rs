@@ -171,10 +171,14 @@ async fn write_orders(inner: &Inner, agent: &NodeId, mut tx: Sender, tripwire: &
     let mut config = inner.raft.config();
     let mut sent = None;
     loop {
-        let wanted = assignment(&config.borrow_and_update().clone(), agent);
-        if sent.as_ref() != Some(&wanted.workers) {
+        let now = config.borrow_and_update().clone();
+        let wanted = assignment(&now, agent);
+        // What is remembered of a GPU may come and go between two looks: the agent must hear that it was looked at since.
+        let noted = now.gpus.values().filter(|record| record.agent == *agent).map(|record| record.index).max();
+        let content = (wanted.workers.clone(), wanted.holds.clone(), noted);
+        if sent.as_ref() != Some(&content) {
             log::debug!(agent:%, workers = wanted.workers.len(), applied = wanted.generation.applied; "assignment sent");
-            sent = Some(wanted.workers.clone());
+            sent = Some(content);
             tx.send(&Down::Assignment(wanted)).await?;
         }
         if config.changed().await.is_err() {

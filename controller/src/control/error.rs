@@ -73,6 +73,8 @@ impl From<Refusal> for Error {
             | Refusal::IsAlias(_)
             | Refusal::HasAlias { .. }
             | Refusal::OutdatedPlan
+            | Refusal::NotHeld(_)
+            | Refusal::Quarantined(_)
             | Refusal::Full { .. } => Self::Conflict(text),
         }
     }

@@ -130,7 +130,7 @@ struct PutProject {
     available: Option<bool>,
 }
 
-async fn read<T: DeserializeOwned>(body: Body) -> Result<T, Error> {
+pub(super) async fn read<T: DeserializeOwned>(body: Body) -> Result<T, Error> {
     let bytes = axum::body::to_bytes(body, BODY_LIMIT).await;
     let bytes = bytes.map_err(|e| Error::Invalid(format!("the body could not be read: {e}")))?;
     parse(&bytes)
@@ -146,14 +146,14 @@ fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Error> {
 }
 
 impl Control {
-    async fn order(&self, command: Command) -> Result<(), Error> {
+    pub(super) async fn order(&self, command: Command) -> Result<(), Error> {
         match self.parts.raft.propose(command).await? {
             Reply::Done => Ok(()),
             Reply::Refused(refusal) => Err(refusal.into()),
         }
     }
 
-    async fn current(&self) -> Result<std::sync::Arc<Config>, Error> {
+    pub(super) async fn current(&self) -> Result<std::sync::Arc<Config>, Error> {
         self.parts.raft.read_index().await?;
         Ok(self.parts.raft.config().borrow().clone())
     }

@@ -211,6 +211,8 @@ pub enum ReplicaState {
     Loading,
     Ready,
     Backoff,
+    /// Ready, and its GPU or its server is not sound.
+    Fenced,
 }
 
 impl From<WorkerState> for ReplicaState {
@@ -220,6 +222,7 @@ impl From<WorkerState> for ReplicaState {
             WorkerState::Loading => Self::Loading,
             WorkerState::Ready => Self::Ready,
             WorkerState::Backoff => Self::Backoff,
+            WorkerState::Fenced => Self::Fenced,
         }
     }
 }
@@ -233,6 +236,7 @@ impl std::fmt::Display for ReplicaState {
             Self::Loading => "loading",
             Self::Ready => "ready",
             Self::Backoff => "back-off",
+            Self::Fenced => "fenced",
         })
     }
 }
@@ -532,6 +536,7 @@ mod tests {
             restarts: 1,
             numerics: Some(NumericsId(0x17)),
             detail: String::new(),
+            share: 100,
         }
     }
 
@@ -545,6 +550,7 @@ mod tests {
             gpus: 0,
             labels: Default::default(),
             workers,
+            health: Default::default(),
         };
         AgentView { connected, last_report_ms: 1, report: Some(report), ..AgentView::default() }
     }

@@ -3,7 +3,7 @@
 use izar_common::id::Hash;
 
 use super::*;
-use crate::agents::fixture::{config, empty_report, fleet};
+use crate::agents::fixture::{config, empty_report, fleet, gpu};
 
 const NOW: u64 = 1_000_000;
 const TIMES: Times = Times { now_ms: NOW, leader_since_ms: 0 };
@@ -284,4 +284,42 @@ fn a_change_never_leaves_fewer_ready_workers() {
             begun |= serving >= 3;
         }
     }
+}
+
+#[test]
+fn a_worker_on_a_gpu_that_is_not_sound_is_replaced_where_there_is_room_and_stays_where_there_is_none() {
+    check_said("m 2", "m.0@a1 m.1@a2", "a1 m.0 fenced 0 0 0\na2 m.1 ready 0 0 0", "m.0@a1! m.1@a2 m.2@a1");
+    let mut fleet = fleet("a1 m.0 fenced 0 0 0\na2 m.1 ready 0 0 0", NOW);
+    let fault = |fleet: &mut Fleet, agent: &str, fault: &str| {
+        fleet.agents.get_mut(agent).unwrap().report.as_mut().unwrap().health.fault = fault.into();
+    };
+    fault(&mut fleet, "a1", "1 GPUs of 2 that are expected");
+    assert_eq!(next(&config("m 2", "m.0@a1 m.1@a2"), &fleet, TIMES), "m.0@a1! m.1@a2 m.2@a2");
+    fault(&mut fleet, "a2", "it hangs");
+    let config = config("m 2", "m.0@a1 m.1@a2");
+    assert_eq!(next(&config, &fleet, TIMES), "same");
+    let unmet = unmet(&config, &fleet, &config.deployments["m"]).unwrap();
+    assert!(unmet.contains("a1: is not sound (1 GPUs of 2 that are expected); a2: is not sound (it hangs)"), "{unmet}");
+}
+
+#[test]
+fn a_card_that_is_cordoned_gets_no_worker_and_is_not_counted() {
+    use izar_common::health::gpu::{Mode, State};
+    let mut fleet = agents("a1");
+    let mut report = empty_report();
+    (report.gpus, report.memory_bytes) = (2, 1 << 40);
+    report.health.gpus = vec![gpu("gpu-1", State::Cordoned), gpu("gpu-2", State::Healthy)];
+    report.health.gpus[1].cuda = Some(1);
+    let mut check = |mode, change: &dyn Fn(&mut Deployment), expected: &str| {
+        report.health.mode = mode;
+        fleet.report(&"a1".parse().unwrap(), report.clone(), NOW);
+        let mut config = config("m 1", "");
+        change(config.deployments.get_mut("m").unwrap());
+        assert_eq!(next(&config, &fleet, TIMES), expected);
+    };
+    check(Mode::Advise, &|m| m.engine.device = Device::Cuda(0), "same");
+    check(Mode::Advise, &|m| m.engine.device = Device::Cuda(1), "m.0@a1");
+    check(Mode::Observe, &|m| m.engine.device = Device::Cuda(0), "m.0@a1");
+    check(Mode::Advise, &|m| m.constraints.gpus = 2, "same");
+    check(Mode::Advise, &|m| m.constraints.gpus = 1, "m.0@a1");
 }

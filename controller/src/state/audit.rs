@@ -3,7 +3,7 @@
 //! A record is one frame, `length u32 | crc32 u32 | JSON` (big-endian), in an append-only segment that `store` keeps.
 
 use izar_common::clock::Hlc;
-use izar_common::id::{DeploymentId, Hash, KeyId, NodeId, ProjectId, SiteId, TurnId};
+use izar_common::id::{DeploymentId, GpuId, Hash, KeyId, NodeId, ProjectId, SiteId, TurnId};
 use izar_common::wire::checksum;
 use serde::{Deserialize, Serialize};
 
@@ -69,6 +69,19 @@ pub enum Event {
     ClusterRebuilt {
         incarnation: u64,
         applied: u64,
+    },
+    GpuHeld {
+        gpu: GpuId,
+        agent: NodeId,
+        quarantined: bool,
+        reason: String,
+    },
+    /// By an operator, or because its agent saw that it is back.
+    GpuReleased {
+        gpu: GpuId,
+        agent: NodeId,
+        reason: String,
+        operator: bool,
     },
 }
 

@@ -4,7 +4,8 @@
 //! answer for it on every member. Commands travel in batches, so that one fsync serves many requests.
 
 use izar_common::clock::Hlc;
-use izar_common::id::{DeploymentId, Hash, KeyId, NodeId, ProjectId, TenantId, TurnId};
+use izar_common::health::gpu::Hold;
+use izar_common::id::{DeploymentId, GpuId, Hash, KeyId, NodeId, ProjectId, TenantId, TurnId};
 use izar_common::wire::Wire;
 use serde::{Deserialize, Serialize};
 
@@ -85,6 +86,18 @@ pub enum Command {
         agent: NodeId,
         standing: Option<Standing>,
     },
+    /// Remembers what speaks against a GPU, and perhaps that it fell off the bus. Proposed by the leader.
+    HoldGpu {
+        agent: NodeId,
+        hold: Hold,
+        fell_ms: Option<u64>,
+    },
+    /// Lifts what is held against a GPU; quarantine only if an operator says so.
+    ReleaseGpu {
+        gpu: GpuId,
+        reason: String,
+        operator: bool,
+    },
 }
 
 impl Command {
@@ -110,6 +123,8 @@ impl Command {
                 }
                 Command::SetPlan { plan, .. } => plan.workers.len() * WORKER,
                 Command::CloseTurn { outcome: Outcome::Failed { reason, .. }, .. } => reason.len(),
+                Command::HoldGpu { hold, .. } => hold.reason.len() + hold.boot.len(),
+                Command::ReleaseGpu { reason, .. } => reason.len(),
                 _ => 0,
             }
     }
@@ -161,4 +176,8 @@ pub enum Refusal {
     Repeats(TurnId),
     #[error("another request with this idempotency key was begun as turn {0}")]
     OtherRequest(TurnId),
+    #[error("nothing is held against GPU {0}; see: izar gpus")]
+    NotHeld(GpuId),
+    #[error("GPU {0} is quarantined: only an operator releases it")]
+    Quarantined(GpuId),
 }

@@ -5,13 +5,13 @@
 
 use izar_common::blob;
 use izar_common::clock::Hlc;
-use izar_common::id::{DeploymentId, Hash, KeyId, NodeId, ProjectId, SiteId, TenantId, TurnId};
+use izar_common::id::{DeploymentId, GpuId, Hash, KeyId, NodeId, ProjectId, SiteId, TenantId, TurnId};
 use izar_common::wire::{self, Wire};
 use serde::{Deserialize, Serialize};
 
 use super::dedupe::Seen;
 use super::turns::{Remembered, Turn};
-use super::{Deployment, Digest, Key, Model, Plan, Project, Standing, State, Stream, Tenant};
+use super::{Deployment, Digest, GpuRecord, Key, Model, Plan, Project, Standing, State, Stream, Tenant};
 
 /// Names one row. The order of the variants is the order of the rows and must not change.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -27,6 +27,7 @@ pub enum Row {
     Origin(NodeId),
     Alias(DeploymentId),
     Standing(NodeId),
+    Gpu(GpuId),
 }
 
 impl Row {
@@ -44,6 +45,7 @@ impl Row {
             Row::Origin(node) => (8, node.as_str().as_bytes()),
             Row::Alias(id) => (9, id.as_str().as_bytes()),
             Row::Standing(node) => (10, node.as_str().as_bytes()),
+            Row::Gpu(id) => (11, id.as_str().as_bytes()),
         };
         [&[kind], id].concat()
     }
@@ -102,6 +104,7 @@ enum Value {
     Origin { node: NodeId, seen: Seen },
     Alias { alias: DeploymentId, deployment: DeploymentId },
     Standing { agent: NodeId, standing: Standing },
+    Gpu(GpuRecord),
 }
 
 impl Wire for Value {
@@ -144,6 +147,7 @@ impl State {
             Row::Origin(node) => Value::Origin { node: node.clone(), seen: self.origins.get(node)?.clone() },
             Row::Alias(id) => Value::Alias { alias: id.clone(), deployment: self.aliases.get(id)?.clone() },
             Row::Standing(node) => Value::Standing { agent: node.clone(), standing: *self.standings.get(node)? },
+            Row::Gpu(id) => Value::Gpu(self.gpus.get(id)?.clone()),
         })
     }
 
@@ -160,6 +164,7 @@ impl State {
         rows.extend(self.origins.iter().map(|(node, _)| Row::Origin(node.clone())));
         rows.extend(self.aliases.keys().cloned().map(Row::Alias));
         rows.extend(self.standings.keys().cloned().map(Row::Standing));
+        rows.extend(self.gpus.keys().cloned().map(Row::Gpu));
         rows
     }
 
@@ -212,6 +217,7 @@ impl State {
             Value::Origin { node, seen } => self.origins.restore(node, seen),
             Value::Alias { alias, deployment } => drop(self.aliases.insert(alias, deployment)),
             Value::Standing { agent, standing } => drop(self.standings.insert(agent, standing)),
+            Value::Gpu(record) => drop(self.gpus.insert(record.gpu.clone(), record)),
         }
         Ok(())
     }

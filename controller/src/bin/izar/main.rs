@@ -11,6 +11,7 @@ mod bench;
 mod chat;
 mod dev;
 mod drain;
+mod gpus;
 mod http;
 mod keys;
 mod listings;
@@ -92,6 +93,8 @@ enum Command {
     /// Agents and their workers
     #[command(subcommand)]
     Agents(listings::Agents),
+    /// GPUs: how each is, why, and what would mend it
+    Gpus(gpus::Command),
     /// Requests that run on this controller now
     #[command(subcommand)]
     Requests(listings::Requests),
@@ -151,6 +154,7 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
             Command::Projects(command) => tenants::projects(command, &common).await,
             Command::Models(command) => models::run(command, &common).await,
             Command::Agents(command) => listings::agents(command, &common).await,
+            Command::Gpus(command) => gpus::run(command, &common).await,
             Command::Requests(command) => listings::requests(command, &common).await,
             Command::Explain { request } => listings::explain(&request, &common).await,
             Command::Turns(command) => listings::turns(command, &common).await,

@@ -373,6 +373,7 @@ fn ready(assignment: &Assignment) -> Vec<WorkerReport> {
         restarts: 0,
         numerics: None,
         detail: String::new(),
+        share: 100,
     };
     assignment.workers.iter().map(worker).collect()
 }
@@ -389,6 +390,7 @@ fn report(mut workers: Vec<WorkerReport>, numerics: u64) -> Report {
         gpus: 0,
         labels: Default::default(),
         workers,
+        health: Default::default(),
     }
 }
 

@@ -1,0 +1,334 @@
+//! The health of this server's GPUs: read, judged, told, and heeded by the workers.
+//!
+//! Calls of the driver's library may hang for ever on a sick GPU, so they are made on threads of their own that nobody
+//! waits for (`nvml`); one reads every second, one waits for Xids, one follows the kernel's log (`kernel`). What they bring
+//! is judged by pure functions: `verdict` makes findings of readings and Xids by the tables `limits` and `xid`, `life`
+//! states of findings, `judge` keeps all of it, `fitness` says what it means for a worker. A server without the library
+//! is one without GPUs. Nothing here resets a GPU or restarts a server.
+
+use std::path::PathBuf;
+use std::process::Child;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use izar_common::clock::wall_ms;
+use izar_common::health::Generation;
+use izar_common::health::gpu::{Health, Hold, Mode, State};
+use serde::Deserialize;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+pub mod counters;
+pub mod fitness;
+pub mod judge;
+pub mod kernel;
+pub mod life;
+pub mod limits;
+mod nvml;
+pub mod verdict;
+pub mod xid;
+
+pub use fitness::{Fit, Fitness};
+use judge::{Identity, Judge, Terms, Told};
+use verdict::Source;
+
+/// How long the library waits for an event before it is asked again.
+const EVENT_WAIT_MS: u32 = 1_000;
+
+/// How often it is looked whether a call hangs.
+const LOOK_EVERY: Duration = Duration::from_millis(250);
+
+/// Wait before the kernel's log, or events that ended, are tried again.
+const AGAIN: Duration = Duration::from_secs(10);
+
+/// Which start of the server this is, as the kernel names it.
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+
+/// Which workers a GPU's health speaks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Guards {
+    /// Those that compute on it.
+    #[default]
+    Own,
+    /// Every worker of the server: where one sick card is a reason to leave the whole of it alone.
+    All,
+}
+
+/// What the agent's file says of GPUs.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Settings {
+    /// The driver's library. Default: the system's `libnvidia-ml.so.1`; without one the server has no GPUs.
+    pub nvml: Option<PathBuf>,
+    /// GPUs that the server must have; with fewer it gets no work. Default: as many as it has. At most 64.
+    pub expected: Option<u32>,
+    /// `observe`: health is told and nothing follows. `advise` (default): what is not sound gets no work.
+    pub mode: Mode,
+    /// `own` (default): a GPU's health speaks for the workers on it. `all`: for every worker of the server.
+    pub guards: Guards,
+    /// Where the kernel's messages are read. Default: the journal, through `journalctl`; `/dev/kmsg` where there is none.
+    pub kernel_log: Option<PathBuf>,
+}
+
+/// The handle. Cheap to clone.
+#[derive(Clone)]
+pub struct Gpus {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    judge: Mutex<Judge>,
+    guards: Guards,
+    begun: Instant,
+    health: watch::Sender<Arc<Health>>,
+    /// The child that follows the kernel's log, while it runs.
+    follower: Mutex<Option<Child>>,
+    stop: CancellationToken,
+}
+
+impl Gpus {
+    /// Begins to read, on threads of its own.
+    pub fn start(settings: Settings) -> Self {
+        let boot = std::fs::read_to_string(BOOT_ID).map(|id| id.trim().to_owned()).unwrap_or_default();
+        let terms = Terms { mode: settings.mode, guards: settings.guards, expected: settings.expected, boot };
+        let judge = Judge::new(terms);
+        let health = watch::Sender::new(Arc::new(judge.health(0)));
+        let (begun, follower, stop) = (Instant::now(), Mutex::default(), CancellationToken::new());
+        let inner =
+            Arc::new(Inner { judge: Mutex::new(judge), guards: settings.guards, begun, health, follower, stop });
+        let reader = inner.clone();
+        thread::Builder::new()
+            .name("gpu-reader".into())
+            .spawn(move || read(&reader, settings))
+            .expect("a thread starts");
+        tokio::spawn(look(inner.clone()));
+        Self { inner }
+    }
+
+    /// The health of now.
+    pub fn health(&self) -> Arc<Health> {
+        self.inner.health.borrow().clone()
+    }
+
+    /// Changes whenever the health does.
+    pub fn changes(&self) -> watch::Receiver<Arc<Health>> {
+        self.inner.health.subscribe()
+    }
+
+    /// What the health of now means for workers.
+    pub fn fitness(&self) -> Fitness {
+        Fitness::new(self.health(), self.inner.guards)
+    }
+
+    /// Takes what controllers remember, before the assignment that says so is worked on.
+    pub fn hold(&self, generation: Generation, holds: &[Hold]) {
+        self.inner.judge(|judge, now, wall| judge.hold(generation, holds, now, wall));
+    }
+
+    /// Lets the threads end, when they next look; one that hangs in the library does not, and ends with the process.
+    pub fn stop(&self) {
+        self.inner.stop.cancel();
+        self.inner.unfollow();
+    }
+}
+
+impl Inner {
+    fn lock(&self) -> MutexGuard<'_, Judge> {
+        self.judge.lock().expect("no panic while the judge is held")
+    }
+
+    /// Ends the child that follows the kernel's log.
+    fn unfollow(&self) {
+        let follower = self.follower.lock().expect("no panic while the child is held").take();
+        if let Some(mut child) = follower {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+
+    fn now_ms(&self) -> u64 {
+        // Counted from one, so that no time of the judge's is before its beginning.
+        1 + self.begun.elapsed().as_millis() as u64
+    }
+
+    /// Tells the judge something, logs what it says, and publishes the health if it is another one.
+    fn judge(&self, tell: impl FnOnce(&mut Judge, u64, u64) -> Vec<Told>) {
+        let mut judge = self.lock();
+        let now = self.now_ms();
+        let told = tell(&mut judge, now, wall_ms());
+        let health = judge.health(now);
+        if health.fault != self.health.borrow().fault {
+            match health.fault.as_str() {
+                "" => log::info!(gpus = health.gpus.len(); "the server's GPUs are in order"),
+                fault => log::warn!(fault; "the server's GPUs are not in order"),
+            }
+        }
+        self.health.send_if_modified(|current| {
+            let other = **current != health;
+            if other {
+                *current = Arc::new(health);
+            }
+            other
+        });
+        drop(judge);
+        for Told { gpu, index, moved, reason } in told {
+            match moved {
+                Some((from, to @ (State::Healthy | State::Probation))) => {
+                    log::info!(gpu:%, index, from:%, to:%, reason; "a GPU's state changed");
+                }
+                Some((from, to)) => {
+                    log::warn!(gpu:%, index, from:%, to:%, reason; "a GPU's state changed for the worse")
+                }
+                None => log::warn!(gpu:%, index, reason; "a GPU's driver told of something"),
+            }
+        }
+    }
+}
+
+/// Looks again and again whether a call of the library hangs.
+async fn look(inner: Arc<Inner>) {
+    while inner.stop.run_until_cancelled(tokio::time::sleep(LOOK_EVERY)).await.is_some() {
+        if inner.lock().is_settled() {
+            return;
+        }
+        inner.judge(|_, _, _| Vec::new());
+    }
+}
+
+/// Waits, or returns false because it is the end.
+fn pause(inner: &Inner, time: Duration) -> bool {
+    let until = Instant::now() + time;
+    while Instant::now() < until && !inner.stop.is_cancelled() {
+        thread::sleep(LOOK_EVERY.min(until - Instant::now()));
+    }
+    !inner.stop.is_cancelled()
+}
+
+/// The reader's thread: opens the library, starts the others, and reads until the end.
+fn read(inner: &Arc<Inner>, settings: Settings) {
+    let call = |inner: &Inner| {
+        inner.judge(|judge, now, _| {
+            judge.busy(Some(now));
+            Vec::new()
+        })
+    };
+    let nvml = loop {
+        call(inner);
+        let opened = nvml::open(settings.nvml.as_deref());
+        let failed = match opened {
+            Ok(nvml) => break nvml,
+            Err(error) => error,
+        };
+        let absent = matches!(failed, nvml::Error::Absent);
+        inner.judge(|judge, _, _| {
+            judge.busy(None);
+            if absent {
+                judge.absent()
+            } else {
+                judge.broken(failed.to_string())
+            }
+            Vec::new()
+        });
+        // A driver may still be on its way while the server starts.
+        if (absent && settings.expected.is_none()) || !pause(inner, AGAIN) {
+            return;
+        }
+    };
+    let driver = nvml::driver(&nvml);
+    inner.judge(|judge, _, _| {
+        judge.opened(driver);
+        Vec::new()
+    });
+    let (others, path) = (inner.clone(), settings.nvml.clone());
+    thread::Builder::new().name("gpu-events".into()).spawn(move || events(&others, path)).expect("a thread starts");
+    let (others, path) = (inner.clone(), settings.kernel_log);
+    thread::Builder::new().name("gpu-kernel".into()).spawn(move || follow(&others, path)).expect("a thread starts");
+    let visible = std::env::var("CUDA_VISIBLE_DEVICES").ok();
+    let mut library = nvml::Library::new(nvml);
+    loop {
+        call(inner);
+        let readings = library.read(is_ours);
+        inner.judge(|judge, now, wall| {
+            judge.busy(None);
+            match readings {
+                Ok(readings) => {
+                    let named = readings.into_iter().map(|(who, reading)| {
+                        let cuda = fitness::cuda_number(visible.as_deref(), who.index, who.id.as_str());
+                        (Identity { id: who.id, index: who.index, cuda, name: who.name, bus: who.bus }, reading)
+                    });
+                    judge.read(named.collect(), now, wall)
+                }
+                Err(error) => {
+                    judge.broken(error);
+                    Vec::new()
+                }
+            }
+        });
+        if !pause(inner, Duration::from_millis(limits::READ_EVERY_MS)) {
+            return;
+        }
+    }
+}
+
+/// Whether a process that computes on a GPU is this agent's, or one that this process cannot see: in another container
+/// numbers mean nothing.
+fn is_ours(pid: u32) -> bool {
+    let Ok(stat) = std::fs::read_to_string(format!("/proc/{pid}/stat")) else { return true };
+    // `pid (name) state parent …`; the name may hold anything, a parenthesis too.
+    let parent = stat.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().nth(1)?.parse::<u32>().ok());
+    pid == std::process::id() || parent == Some(std::process::id())
+}
+
+/// The thread that waits for Xids. It has the library to itself: the reader's may hang.
+fn events(inner: &Inner, path: Option<PathBuf>) {
+    let mut told = false;
+    while !inner.stop.is_cancelled() {
+        let ended = nvml::open(path.as_deref()).map_err(|error| error.to_string()).and_then(|nvml| {
+            let events = nvml::Events::of(&nvml)?;
+            while !inner.stop.is_cancelled() {
+                if let nvml::Happened::Xid { id, code } = events.wait(EVENT_WAIT_MS)? {
+                    inner.judge(|judge, now, wall| judge.xid(&id, code, Source::Library, now, wall));
+                }
+            }
+            Ok(())
+        });
+        if let Err(reason) = ended
+            && !std::mem::replace(&mut told, true)
+        {
+            log::info!(reason; "the GPU library tells of no events; the kernel's log has to do");
+        }
+        if !pause(inner, AGAIN) {
+            return;
+        }
+    }
+}
+
+/// The thread that follows the kernel's log. It ends with the process: a read cannot be called off.
+fn follow(inner: &Inner, path: Option<PathBuf>) {
+    let mut told = false;
+    loop {
+        let opened = kernel::Tail::open(path.as_deref());
+        let reason = match opened {
+            Ok((mut tail, child)) => {
+                *inner.follower.lock().expect("no panic while the child is held") = child;
+                while let Some(line) = tail.next_xid() {
+                    inner.judge(|judge, now, wall| match judge.in_slot(&line.bus) {
+                        Some(id) => judge.xid(&id, line.code, Source::Kernel, now, wall),
+                        None => Vec::new(),
+                    });
+                }
+                inner.unfollow();
+                "it ended".to_owned()
+            }
+            Err(error) => error.to_string(),
+        };
+        if !std::mem::replace(&mut told, true) {
+            log::info!(reason; "the kernel's log cannot be followed; the GPU library has to do");
+        }
+        if !pause(inner, AGAIN) {
+            return;
+        }
+    }
+}

@@ -1,0 +1,254 @@
+//! A server's GPUs over hours, minutes and restarts.
+
+use izar_common::health::Generation;
+use izar_common::health::gpu::{Hold, Mode, Remedy, State};
+use proptest::prelude::*;
+
+use super::super::limits::{PROBATION_MS, SOFT_MS};
+use super::*;
+
+const BOOT: &str = "second";
+
+fn terms() -> Terms {
+    Terms { mode: Mode::Advise, guards: Guards::Own, expected: None, boot: BOOT.into() }
+}
+
+fn identity(index: u32) -> Identity {
+    Identity {
+        id: format!("gpu-{index}").parse().unwrap(),
+        index,
+        cuda: Some(index as u16),
+        name: "H100".into(),
+        bus: format!("00000000:0{index}:00.0"),
+    }
+}
+
+fn well() -> Reading {
+    Reading { temperature_c: Some(40), recovery_action: Some(0), ..Reading::default() }
+}
+
+/// A judge and its time, in milliseconds.
+struct Server {
+    judge: Judge,
+    now_ms: u64,
+    applied: u64,
+}
+
+impl Server {
+    fn new(terms: Terms) -> Self {
+        Self { judge: Judge::new(terms), now_ms: 1_000, applied: 0 }
+    }
+    /// Reads two GPUs, the second of which gives `second`, once a second.
+    fn read(&mut self, times: u64, second: &Reading) {
+        for _ in 0..times {
+            self.now_ms += 1_000;
+            let readings = vec![(identity(0), well()), (identity(1), second.clone())];
+            self.judge.read(readings, self.now_ms, self.now_ms);
+        }
+    }
+    fn xid(&mut self, code: u32) {
+        self.judge.xid(&"gpu-1".parse().unwrap(), code, Source::Library, self.now_ms, self.now_ms);
+    }
+    /// An assignment with a hold, or with none.
+    fn assign(&mut self, hold: Option<(bool, &str)>) {
+        self.applied += 1;
+        let generation = Generation { incarnation: 1, applied: self.applied };
+        let hold = hold.map(|(quarantined, boot)| Hold {
+            gpu: "gpu-1".parse().unwrap(),
+            quarantined,
+            reason: "Xid 95".into(),
+            boot: boot.into(),
+        });
+        self.judge.hold(generation, hold.as_slice(), self.now_ms, self.now_ms);
+    }
+    fn second(&self) -> View {
+        self.judge.health(self.now_ms).gpus[1].clone()
+    }
+    fn state(&self) -> State {
+        self.second().state
+    }
+    fn fault(&self) -> String {
+        self.judge.health(self.now_ms).fault
+    }
+}
+
+#[test]
+fn a_server_is_not_sound_before_its_gpus_were_read() {
+    let mut server = Server::new(terms());
+    assert_eq!(server.fault(), "its GPUs have not been read yet");
+    server.read(1, &well());
+    assert_eq!((server.fault().as_str(), server.state()), ("", State::Healthy));
+    let mut without = Server::new(terms());
+    without.judge.absent();
+    assert_eq!(without.fault(), "", "a server without GPUs is sound");
+}
+
+#[test]
+fn fewer_gpus_than_expected_are_a_fault_of_the_server() {
+    let mut server = Server::new(Terms { expected: Some(3), ..terms() });
+    server.read(1, &well());
+    assert_eq!(server.fault(), "2 GPUs of 3 that are expected");
+    server.judge.absent();
+    assert_eq!(server.fault(), "3 GPUs are expected, and there is no GPU library");
+    let mut server = Server::new(Terms { expected: Some(2), ..terms() });
+    server.read(1, &well());
+    assert_eq!(server.fault(), "");
+    server.judge.read(vec![(identity(0), well())], 3_000, 3_000);
+    assert_eq!(server.fault(), "1 GPUs of 2 that are expected");
+    assert_eq!((server.state(), server.second().remedy), (State::Cordoned, Remedy::Restart));
+}
+
+#[test]
+fn a_library_that_does_not_answer_is_a_fault_until_it_does() {
+    let mut server = Server::new(terms());
+    server.read(1, &well());
+    server.judge.busy(Some(server.now_ms));
+    server.now_ms += STUCK_MS - 1;
+    assert_eq!(server.fault(), "");
+    server.now_ms += 1;
+    assert_eq!(server.fault(), "the GPU library has not answered for 10 s");
+    server.judge.busy(None);
+    assert_eq!(server.fault(), "");
+}
+
+#[test]
+fn what_readings_show_is_mended_when_they_do_not_show_it_any_more() {
+    let mut server = Server::new(terms());
+    server.read(2, &well());
+    server.read(5, &Reading { recovery_action: Some(1), ..well() });
+    assert_eq!((server.state(), server.second().remedy), (State::Cordoned, Remedy::Reset));
+    assert_eq!(server.fault(), "", "the other GPU works");
+    server.read(2, &well());
+    assert_eq!(server.state(), State::Cordoned, "one good reading is no proof");
+    server.read(1, &well());
+    assert_eq!(server.state(), State::Probation);
+    server.read(PROBATION_MS / 1000 - 1, &well());
+    assert_eq!(server.state(), State::Probation);
+    server.read(2, &well());
+    assert_eq!((server.state(), server.second().reason.as_str()), (State::Healthy, ""));
+}
+
+#[test]
+fn an_xid_stays_a_cordon_whatever_readings_say() {
+    let mut server = Server::new(terms());
+    server.read(2, &well());
+    server.xid(95);
+    server.read(1, &Reading { lost: true, ..Reading::default() });
+    server.read(5_000, &well());
+    assert_eq!((server.state(), server.second().reason.as_str()), (State::Cordoned, "Xid 95"));
+    assert_eq!((server.second().last_xid, server.second().xids), (Some(95), 1));
+}
+
+#[test]
+fn a_gpu_that_falls_off_the_bus_takes_its_server_along_and_falls_once() {
+    let mut server = Server::new(terms());
+    server.read(2, &well());
+    server.xid(79);
+    let fell = server.second().fell_ms;
+    assert_eq!(fell, Some(server.now_ms));
+    assert_eq!(server.fault(), "GPU 1 is cordoned: Xid 79: it fell off the bus");
+    server.read(3, &Reading { lost: true, ..Reading::default() });
+    assert_eq!(server.second().fell_ms, fell);
+}
+
+#[test]
+fn where_every_gpu_guards_every_worker_one_is_enough() {
+    let mut server = Server::new(Terms { guards: Guards::All, ..terms() });
+    server.read(2, &well());
+    server.xid(48);
+    assert_eq!(server.fault(), "GPU 1 is cordoned: Xid 48: a memory error that was not corrected");
+}
+
+#[test]
+fn a_degraded_gpu_is_well_again_after_a_while() {
+    let mut server = Server::new(terms());
+    server.read(2, &well());
+    server.read(1, &Reading { persistence: Some(false), ..well() });
+    assert_eq!((server.state(), server.second().reason.as_str()), (State::Degraded, "persistence mode is off"));
+    server.read(SOFT_MS / 1000 - 1, &well());
+    assert_eq!(server.state(), State::Degraded);
+    server.read(1, &well());
+    assert_eq!(server.state(), State::Healthy);
+}
+
+#[test]
+fn a_cordon_outlives_the_agent_until_its_server_is_restarted() {
+    for (boot, expected) in [(BOOT, State::Cordoned), ("first", State::Probation)] {
+        // The assignment may come before the first reading, or after it.
+        for early in [true, false] {
+            let mut server = Server::new(terms());
+            if early {
+                server.assign(Some((false, boot)));
+                server.read(1, &well());
+            } else {
+                server.read(1, &well());
+                server.assign(Some((false, boot)));
+            }
+            server.read(10, &well());
+            assert_eq!(server.state(), expected, "{boot} {early}");
+        }
+    }
+}
+
+#[test]
+fn quarantine_ends_when_controllers_lift_it_and_not_before() {
+    let mut server = Server::new(terms());
+    server.read(1, &well());
+    server.xid(54);
+    assert_eq!(server.state(), State::Quarantined);
+    server.assign(None);
+    assert_eq!(server.state(), State::Quarantined, "they have not heard of it yet");
+    server.assign(Some((true, BOOT)));
+    server.read(10_000, &well());
+    assert_eq!(server.state(), State::Quarantined);
+    server.assign(None);
+    assert_eq!(server.state(), State::Probation);
+}
+
+#[test]
+fn what_controllers_remember_of_a_cordon_that_was_mended_meanwhile_does_not_bring_it_back() {
+    let mut server = Server::new(terms());
+    server.read(1, &well());
+    server.read(1, &Reading { recovery_action: Some(1), ..well() });
+    server.assign(Some((false, BOOT)));
+    server.read(3, &well());
+    assert_eq!(server.state(), State::Probation);
+    server.assign(Some((false, BOOT)));
+    assert_eq!(server.state(), State::Probation, "it is the cordon that has just ended");
+    server.assign(None);
+    assert_eq!(server.state(), State::Probation);
+}
+
+#[test]
+fn an_older_assignment_lifts_nothing() {
+    let mut server = Server::new(terms());
+    server.read(1, &well());
+    server.assign(Some((true, BOOT)));
+    server.judge.hold(Generation { incarnation: 1, applied: 0 }, &[], server.now_ms, server.now_ms);
+    assert_eq!(server.state(), State::Quarantined);
+}
+
+#[test]
+fn the_slot_of_the_kernels_log_finds_its_gpu() {
+    let mut server = Server::new(terms());
+    server.read(1, &well());
+    assert_eq!(server.judge.in_slot("0000:01:00"), Some("gpu-1".parse().unwrap()));
+    assert_eq!(server.judge.in_slot("0000:09:00"), None);
+}
+
+proptest! {
+    #[test]
+    fn no_reading_and_no_xid_leads_out_of_quarantine(
+        events in prop::collection::vec((0..200_u32, any::<bool>(), any::<bool>()), 0..30)
+    ) {
+        let mut server = Server::new(terms());
+        server.read(1, &well());
+        server.assign(Some((true, BOOT)));
+        for (code, lost, asks) in events {
+            server.xid(code);
+            server.read(4, &Reading { lost, recovery_action: Some(u32::from(asks)), ..well() });
+            server.assign(Some((true, BOOT)));
+            prop_assert_eq!(server.state(), State::Quarantined);
+        }
+    }
+}

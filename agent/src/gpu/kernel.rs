@@ -1,0 +1,147 @@
+//! Xids in the kernel's log: the library keeps only the last one between two looks, the log has them all.
+//!
+//! The log is read through `journalctl`, a child, and not from `/dev/kmsg`: for the journal the group `systemd-journal`
+//! is enough, the device takes a capability that an agent has no other use for. Where there is no journal the agent's
+//! file may name what to read instead (`/dev/kmsg`, or a pipe). What is read is text from outside: a line that is not an
+//! Xid is passed over, however it looks.
+
+use std::io::{BufRead, BufReader, Read};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+/// Bytes of a line that are looked at: the kernel's own lines are shorter.
+const LINE: u64 = 4096;
+
+/// An Xid that the kernel told of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Line {
+    /// The GPU's address on the PCI bus, in lower case, without a function: `0000:3b:00`.
+    pub bus: String,
+    pub code: u32,
+}
+
+/// Finds the Xid in a line like `NVRM: Xid (PCI:0000:3b:00): 79, pid=…, GPU has fallen off the bus.`
+pub fn parse(line: &str) -> Option<Line> {
+    let rest = line.split_once("NVRM: Xid (PCI:")?.1;
+    let (bus, rest) = rest.split_once("): ")?;
+    let digits = rest.len() - rest.trim_start_matches(|c: char| c.is_ascii_digit()).len();
+    let code = rest[..digits].parse().ok()?;
+    // What follows the number is a comma; `Xid (…): 31something` is no Xid.
+    if !rest[digits..].is_empty() && !rest[digits..].starts_with([',', ' ']) {
+        return None;
+    }
+    Some(Line { bus: slot(bus)?, code })
+}
+
+/// Brings a PCI address to the form that is compared: lower case, a domain of four digits, no function. The library
+/// writes the domain with eight digits, the kernel with four.
+pub fn slot(bus: &str) -> Option<String> {
+    let whole = bus.split_once('.').map_or(bus, |(slot, _)| slot).to_ascii_lowercase();
+    let parts: Vec<&str> = whole.split(':').collect();
+    let [domain, bus, device] = parts[..] else { return None };
+    let hexadecimal = |part: &str| !part.is_empty() && part.len() <= 8 && part.bytes().all(|b| b.is_ascii_hexdigit());
+    if ![domain, bus, device].into_iter().all(hexadecimal) {
+        return None;
+    }
+    let domain = u32::from_str_radix(domain, 16).ok()?;
+    Some(format!("{domain:04x}:{bus}:{device}"))
+}
+
+/// The end of the log that is being written.
+pub struct Tail {
+    lines: Box<dyn BufRead + Send>,
+}
+
+impl Tail {
+    /// Opens the journal's kernel messages from now on, with the child that brings them; or what `path` names instead.
+    pub fn open(path: Option<&Path>) -> std::io::Result<(Self, Option<Child>)> {
+        if let Some(path) = path {
+            let file = std::fs::File::open(path)?;
+            return Ok((Self { lines: Box::new(BufReader::new(file)) }, None));
+        }
+        let mut command = Command::new("journalctl");
+        command.args(["--dmesg", "--follow", "--output=cat", "--lines=0", "--quiet"]);
+        let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn()?;
+        let output = child.stdout.take().expect("standard output is a pipe");
+        Ok((Self { lines: Box::new(BufReader::new(output)) }, Some(child)))
+    }
+
+    /// Waits for the next Xid; `None` when the log has ended.
+    pub fn next_xid(&mut self) -> Option<Line> {
+        let mut bytes = Vec::new();
+        loop {
+            bytes.clear();
+            match (&mut self.lines).take(LINE).read_until(b'\n', &mut bytes) {
+                Ok(0) => return None,
+                Ok(_) => {}
+                // The kernel's buffer ran over before it was read: the next line is the oldest that it has.
+                Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => continue,
+                Err(_) => return None,
+            }
+            if let Some(line) = parse(&String::from_utf8_lossy(&bytes)) {
+                return Some(line);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn check(line: &str, expected: Option<(&str, u32)>) {
+        let found = parse(line);
+        assert_eq!(found.as_ref().map(|line| (line.bus.as_str(), line.code)), expected, "{line}");
+    }
+
+    #[test]
+    fn lines_of_the_kernel_are_read() {
+        check(
+            "NVRM: Xid (PCI:0000:10:1c): 63, pid=1896, name=python, Row Remapper: New row marked",
+            Some(("0000:10:1c", 63)),
+        );
+        check("[ 12.3] NVRM: Xid (PCI:0000:3B:00): 79, GPU has fallen off the bus.", Some(("0000:3b:00", 79)));
+        check("3,1234,9,-;NVRM: Xid (PCI:0000:3b:00): 31, pid=7", Some(("0000:3b:00", 31)));
+        check("NVRM: Xid (PCI:0000:3b:00): 154", Some(("0000:3b:00", 154)));
+        for line in [
+            "",
+            "NVRM: loading NVIDIA UNIX driver",
+            "NVRM: Xid (PCI:0000:3b:00): ",
+            "NVRM: Xid (PCI:0000:3b:00): 31x",
+            "NVRM: Xid (PCI:here): 31, pid=7",
+            "NVRM: Xid (PCI:0000:3b:00 31, pid=7",
+            "NVRM: Xid (PCI:0000:3b:00): 99999999999, pid=7",
+        ] {
+            check(line, None);
+        }
+    }
+
+    #[test]
+    fn the_library_and_the_kernel_name_one_slot() {
+        assert_eq!(slot("00000000:3B:00.0").as_deref(), Some("0000:3b:00"));
+        assert_eq!(slot("0000:3b:00").as_deref(), Some("0000:3b:00"));
+        assert_eq!(slot("00010000:3b:00.0").as_deref(), Some("10000:3b:00"));
+        assert_eq!(slot("3b:00"), None);
+    }
+
+    #[test]
+    fn a_tail_gives_the_xids_and_ends_with_the_log() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        let long = "x".repeat(3 * LINE as usize);
+        std::fs::write(&path, format!("a\n{long}\nNVRM: Xid (PCI:0000:01:00): 13, pid=1\n\u{fffd}")).unwrap();
+        let (mut tail, _) = Tail::open(Some(&path)).unwrap();
+        assert_eq!(tail.next_xid(), Some(Line { bus: "0000:01:00".into(), code: 13 }));
+        assert_eq!(tail.next_xid(), None);
+    }
+
+    proptest! {
+        #[test]
+        fn no_line_is_too_odd(line in "\\PC{0,40}(NVRM: Xid \\(PCI:)?\\PC{0,40}(\\): )?\\PC{0,20}") {
+            if let Some(found) = parse(&line) {
+                prop_assert!(line.contains("NVRM: Xid (PCI:") && found.bus.is_ascii());
+            }
+        }
+    }
+}

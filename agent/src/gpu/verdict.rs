@@ -1,0 +1,421 @@
+//! What is wrong with a GPU: readings of several polls, and Xids, become findings. Pure.
+//!
+//! A finding says whether the GPU may still be used and what would mend it. It does not know the GPU's state: that
+//! follows in `life`.
+
+use izar_common::health::gpu::Remedy;
+
+use super::counters::{Counter, Window};
+use super::limits;
+use super::xid::{self, Class};
+
+/// What one poll gave of one GPU. What the driver does not know is absent.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Reading {
+    /// It has fallen off the bus, or cannot be reached any longer.
+    pub lost: bool,
+    /// The driver refuses it until it is reset.
+    pub reset_required: bool,
+    pub temperature_c: Option<u32>,
+    pub memory_used_bytes: Option<u64>,
+    pub memory_bytes: Option<u64>,
+    pub utilization_percent: Option<u32>,
+    pub power_mw: Option<u32>,
+    pub corrected: Option<u64>,
+    pub uncorrected: Option<u64>,
+    pub pcie_replays: Option<u64>,
+    /// Checksum errors of all its links together.
+    pub nvlink_crc: Option<u64>,
+    /// The hardware slows itself down now.
+    pub slowdown: Option<bool>,
+    pub remap_pending: Option<bool>,
+    pub remap_failed: Option<bool>,
+    /// What the driver asks for, see `recovery_action` of the report.
+    pub recovery_action: Option<u32>,
+    pub ecc: Option<bool>,
+    pub persistence: Option<bool>,
+    /// A process that computes on it and is none of ours.
+    pub foreign: Option<u32>,
+}
+
+/// Something that is wrong.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Finding {
+    /// Not as it should be.
+    Soft(String),
+    /// It must not be used. `standing`: later readings show whether it still is so.
+    Hard { reason: String, remedy: Remedy, standing: bool },
+    /// It is broken.
+    Broken(String),
+    /// Nothing follows, but an operator should know.
+    Note(String),
+}
+
+fn hard(reason: impl Into<String>, remedy: Remedy) -> Finding {
+    Finding::Hard { reason: reason.into(), remedy, standing: false }
+}
+
+fn standing(reason: impl Into<String>, remedy: Remedy) -> Finding {
+    Finding::Hard { reason: reason.into(), remedy, standing: true }
+}
+
+/// What is remembered of a GPU's readings.
+#[derive(Debug)]
+pub struct History {
+    corrected: Counter,
+    uncorrected: Counter,
+    replays: Counter,
+    crc: Counter,
+    corrected_lately: Window,
+    replays_lately: Window,
+    crc_lately: Window,
+    slowdowns_lately: Window,
+    application_lately: Window,
+    many_corrected_lately: Window,
+    nvlink_lately: Window,
+    slow: bool,
+    hot_since_ms: Option<u64>,
+    /// The last Xid, when it came, and who told of it.
+    last: Option<(u32, u64, Source)>,
+    /// An Xid 45 that may be the echo of another.
+    cleanup_ms: Option<u64>,
+}
+
+/// Who told of an Xid.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Source {
+    Library,
+    Kernel,
+}
+
+impl Default for History {
+    fn default() -> Self {
+        Self {
+            corrected: Counter::default(),
+            uncorrected: Counter::default(),
+            replays: Counter::default(),
+            crc: Counter::default(),
+            corrected_lately: Window::new(limits::CORRECTED),
+            replays_lately: Window::new(limits::PCIE_REPLAYS),
+            crc_lately: Window::new(limits::NVLINK_CRC),
+            slowdowns_lately: Window::new(limits::SLOWDOWNS),
+            application_lately: Window::new(limits::APPLICATION),
+            many_corrected_lately: Window::new(limits::MANY_CORRECTED),
+            nvlink_lately: Window::new(limits::NVLINK),
+            slow: false,
+            hot_since_ms: None,
+            last: None,
+            cleanup_ms: None,
+        }
+    }
+}
+
+impl History {
+    /// Judges a reading, in the light of those before it.
+    pub fn read(&mut self, reading: &Reading, now_ms: u64) -> Vec<Finding> {
+        let mut findings = Vec::new();
+        self.hard_rules(reading, &mut findings);
+        self.soft_rules(reading, now_ms, &mut findings);
+        if self.cleanup_ms.is_some_and(|at| now_ms.saturating_sub(at) >= limits::CLEANUP_MS) {
+            // Nothing else came: some program was ended while it computed.
+            self.cleanup_ms = None;
+            self.application_lately.add(now_ms, 1);
+        }
+        if let Some(count) = self.application_lately.excess(now_ms) {
+            findings.push(Finding::Soft(format!("{count} errors of programs within an hour")));
+        }
+        if self.many_corrected_lately.excess(now_ms).is_some() {
+            findings.push(Finding::Soft("a high rate of corrected errors (Xid 92) twice within a day".into()));
+        }
+        findings
+    }
+
+    fn hard_rules(&mut self, reading: &Reading, findings: &mut Vec<Finding>) {
+        if reading.lost {
+            findings.push(standing("it cannot be reached", Remedy::Restart));
+        }
+        if reading.reset_required {
+            findings.push(standing("the driver refuses it until it is reset", Remedy::Reset));
+        }
+        match reading.recovery_action {
+            None | Some(0) => {}
+            Some(2) => findings.push(standing("the driver asks for a restart of the server", Remedy::Restart)),
+            Some(action @ (1 | 3 | 4)) => {
+                findings
+                    .push(standing(format!("the driver asks for a reset (recovery action {action})"), Remedy::Reset));
+            }
+            Some(other) => {
+                findings.push(standing(format!("the driver asks for recovery action {other}"), Remedy::Restart));
+            }
+        }
+        if reading.remap_failed == Some(true) {
+            findings.push(standing("its memory has no spare rows left for a bad one", Remedy::Replace));
+        }
+        let uncorrected = self.uncorrected.grown(reading.uncorrected);
+        if uncorrected > 0 {
+            findings.push(hard(format!("{uncorrected} memory errors that were not corrected"), Remedy::Reset));
+        }
+    }
+
+    fn soft_rules(&mut self, reading: &Reading, now_ms: u64, findings: &mut Vec<Finding>) {
+        let mut soft = |reason: String| findings.push(Finding::Soft(reason));
+        if reading.remap_pending == Some(true) {
+            soft("a bad row of its memory waits for a reset; reset it within a day".into());
+        }
+        self.corrected_lately.add(now_ms, self.corrected.grown(reading.corrected));
+        if let Some(count) = self.corrected_lately.excess(now_ms) {
+            soft(format!("{count} corrected memory errors within an hour"));
+        }
+        self.replays_lately.add(now_ms, self.replays.grown(reading.pcie_replays));
+        if let Some(count) = self.replays_lately.excess(now_ms) {
+            soft(format!("{count} replays on the PCI bus within a minute"));
+        }
+        self.crc_lately.add(now_ms, self.crc.grown(reading.nvlink_crc));
+        if let Some(count) = self.crc_lately.excess(now_ms) {
+            soft(format!("{count} checksum errors on NVLink within 10 s"));
+        }
+        let slow = reading.slowdown.unwrap_or(false);
+        self.slowdowns_lately.add(now_ms, u64::from(slow && !self.slow));
+        self.slow = slow;
+        if let Some(count) = self.slowdowns_lately.excess(now_ms) {
+            soft(format!("its hardware slowed itself down {count} times within 10 minutes"));
+        }
+        self.hot_since_ms = match reading.temperature_c {
+            Some(celsius) if celsius >= limits::HOT_C => self.hot_since_ms.or(Some(now_ms)),
+            // One poll without a temperature is no cooler one.
+            None => self.hot_since_ms,
+            Some(_) => None,
+        };
+        if self.hot_since_ms.is_some_and(|since| now_ms.saturating_sub(since) >= limits::HOT_MS) {
+            soft(format!("at least {} °C for 5 minutes", limits::HOT_C));
+        }
+        if let Some(pid) = reading.foreign {
+            soft(format!("process {pid} computes on it and is none of ours"));
+        }
+        if reading.ecc == Some(false) {
+            soft("its memory is not checked (ECC is off)".into());
+        }
+        if reading.persistence == Some(false) {
+            soft("persistence mode is off".into());
+        }
+    }
+
+    /// Judges an Xid; `None` if it was told of already.
+    pub fn xid(&mut self, code: u32, source: Source, now_ms: u64) -> Option<Vec<Finding>> {
+        if self
+            .last
+            .is_some_and(|(last, at, by)| last == code && by != source && now_ms.saturating_sub(at) < limits::TWICE_MS)
+        {
+            return None;
+        }
+        let near = self
+            .last
+            .is_some_and(|(last, at, _)| last != xid::CLEANUP && now_ms.saturating_sub(at) < limits::CLEANUP_MS);
+        self.last = Some((code, now_ms, source));
+        if code != xid::CLEANUP {
+            self.cleanup_ms = None;
+        }
+        Some(match xid::class(code) {
+            Class::Application => self.application(now_ms),
+            Class::Reset => vec![hard(format!("Xid {code}"), Remedy::Reset)],
+            Class::Restart => vec![hard(format!("Xid {code}: it fell off the bus"), Remedy::Restart)],
+            Class::Hardware => vec![Finding::Broken(format!("Xid {code}"))],
+            Class::Software => vec![Finding::Note(format!("Xid {code}: the driver's own error"))],
+            Class::Unknown => vec![Finding::Note(format!("Xid {code} is in no table"))],
+            Class::Record => {
+                if code == xid::MANY_CORRECTED {
+                    self.many_corrected_lately.add(now_ms, 1);
+                }
+                Vec::new()
+            }
+            Class::Rule => match code {
+                xid::DOUBLE_BIT => vec![hard("Xid 48: a memory error that was not corrected", Remedy::Reset)],
+                xid::NVLINK => {
+                    self.nvlink_lately.add(now_ms, 1);
+                    match self.nvlink_lately.excess(now_ms) {
+                        Some(count) => vec![Finding::Broken(format!("Xid 74: {count} NVLink errors within a day"))],
+                        None => vec![hard("Xid 74: an NVLink error", Remedy::Reset)],
+                    }
+                }
+                xid::CLEANUP => {
+                    self.cleanup_ms = (!near).then_some(now_ms);
+                    Vec::new()
+                }
+                // 154: the recovery action has changed, and the next reading says to what.
+                _ => Vec::new(),
+            },
+        })
+    }
+
+    fn application(&mut self, now_ms: u64) -> Vec<Finding> {
+        self.application_lately.add(now_ms, 1);
+        let count = self.application_lately.excess(now_ms);
+        count.map(|count| Finding::Soft(format!("{count} errors of programs within an hour"))).into_iter().collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Reads once a second, for so many seconds from `from`; returns what the last one found.
+    fn readings(history: &mut History, from: u64, seconds: u64, at: impl Fn(u64) -> Reading) -> Vec<Finding> {
+        (0..seconds).map(|s| history.read(&at(s), (from + s) * 1000)).last().unwrap_or_default()
+    }
+
+    fn soft(findings: &[Finding]) -> Vec<&str> {
+        findings
+            .iter()
+            .map(|finding| if let Finding::Soft(reason) = finding { reason.as_str() } else { "not soft" })
+            .collect()
+    }
+
+    fn remedy(findings: &[Finding]) -> Option<Remedy> {
+        match findings {
+            [Finding::Hard { remedy, .. }] => Some(*remedy),
+            [] => None,
+            others => panic!("{others:?}"),
+        }
+    }
+
+    #[test]
+    fn a_gpu_that_does_not_say_much_is_well() {
+        assert_eq!(readings(&mut History::default(), 0, 4000, |_| Reading::default()), []);
+    }
+
+    #[test]
+    fn what_must_not_be_used_is_found_at_once() {
+        let check = |reading: Reading, expected| {
+            assert_eq!(remedy(&History::default().read(&reading, 0)), expected, "{reading:?}");
+        };
+        check(Reading { lost: true, ..Reading::default() }, Some(Remedy::Restart));
+        check(Reading { reset_required: true, ..Reading::default() }, Some(Remedy::Reset));
+        check(Reading { remap_failed: Some(true), ..Reading::default() }, Some(Remedy::Replace));
+        for (action, expected) in [
+            (0, None),
+            (1, Remedy::Reset.into()),
+            (2, Remedy::Restart.into()),
+            (3, Remedy::Reset.into()),
+            (4, Remedy::Reset.into()),
+            (9, Remedy::Restart.into()),
+        ] {
+            check(Reading { recovery_action: Some(action), ..Reading::default() }, expected);
+        }
+    }
+
+    #[test]
+    fn memory_errors_count_from_the_agents_beginning() {
+        let reading = |n| Reading { uncorrected: Some(n), ..Reading::default() };
+        let mut history = History::default();
+        assert_eq!(history.read(&reading(7), 0), []);
+        assert_eq!(remedy(&history.read(&reading(8), 1000)), Some(Remedy::Reset));
+        assert_eq!(history.read(&reading(8), 2000), []);
+    }
+
+    #[test]
+    fn ten_corrected_errors_an_hour_are_too_many_and_nine_are_not() {
+        let reading = |n| Reading { corrected: Some(n), ..Reading::default() };
+        for (errors, found) in [(9, 0), (10, 1)] {
+            let mut history = History::default();
+            let last = readings(&mut history, 0, 3000, |s| reading((s / 200).min(errors)));
+            assert_eq!(soft(&last).len(), found, "{errors}: {last:?}");
+            assert_eq!(readings(&mut history, 8000, 2, |_| reading(errors)), [], "an hour later it is forgotten");
+        }
+    }
+
+    #[test]
+    fn heat_counts_when_it_lasts() {
+        let mut history = History::default();
+        let hot = |_| Reading { temperature_c: Some(85), ..Reading::default() };
+        assert_eq!(readings(&mut history, 0, 299, hot), []);
+        assert_eq!(readings(&mut history, 299, 1, |_| Reading { temperature_c: Some(84), ..Reading::default() }), []);
+        assert_eq!(readings(&mut history, 300, 300, hot), []);
+        assert_eq!(soft(&readings(&mut history, 600, 1, hot)), ["at least 85 °C for 5 minutes"]);
+    }
+
+    #[test]
+    fn slowing_down_again_and_again_counts_and_one_long_time_does_not() {
+        let slow = |slowdown| Reading { slowdown: Some(slowdown), ..Reading::default() };
+        assert_eq!(readings(&mut History::default(), 0, 600, |_| slow(true)), []);
+        let found = readings(&mut History::default(), 0, 560, |s| slow(s % 100 < 20));
+        assert_eq!(soft(&found), ["its hardware slowed itself down 6 times within 10 minutes"]);
+    }
+
+    #[test]
+    fn the_other_soft_rules_name_what_they_saw() {
+        let check = |reading: &dyn Fn(u64) -> Reading, expected: &str| {
+            let found = readings(&mut History::default(), 0, 20, reading);
+            assert!(matches!(soft(&found)[..], [reason] if reason.contains(expected)), "{expected}: {found:?}");
+        };
+        check(&|_| Reading { remap_pending: Some(true), ..Reading::default() }, "waits for a reset");
+        check(&|_| Reading { foreign: Some(77), ..Reading::default() }, "process 77");
+        check(&|_| Reading { ecc: Some(false), ..Reading::default() }, "ECC is off");
+        check(&|_| Reading { persistence: Some(false), ..Reading::default() }, "persistence mode");
+        check(&|s| Reading { pcie_replays: Some(s / 2), ..Reading::default() }, "9 replays");
+        check(&|s| Reading { nvlink_crc: Some(s * 150), ..Reading::default() }, "checksum errors");
+    }
+
+    #[test]
+    fn programs_errors_fence_nothing_and_three_an_hour_degrade() {
+        let mut history = History::default();
+        for (code, at) in [(31, 0), (13, 600_000)] {
+            assert_eq!(history.xid(code, Source::Library, at), Some(vec![]));
+        }
+        assert_eq!(soft(&history.xid(94, Source::Kernel, 1_200_000).unwrap()), ["3 errors of programs within an hour"]);
+        for code in (0..200).filter(|code| xid::class(*code) == Class::Application) {
+            let found = History::default().xid(code, Source::Kernel, 0).unwrap();
+            assert!(found.is_empty(), "Xid {code}: {found:?}");
+        }
+    }
+
+    #[test]
+    fn one_xid_that_is_told_twice_is_one() {
+        let mut history = History::default();
+        assert!(history.xid(31, Source::Library, 0).is_some());
+        assert!(history.xid(31, Source::Kernel, 900).is_none());
+        assert!(history.xid(31, Source::Library, 1_000).is_some(), "the library told of it itself: another one");
+        assert!(history.xid(31, Source::Kernel, 5_000).is_some());
+    }
+
+    #[test]
+    fn cleaning_up_counts_only_when_nothing_else_is_near() {
+        let mut history = History::default();
+        let third = |history: &mut History| history.read(&Reading::default(), 60_000).len();
+        for at in [0, 10_000] {
+            history.xid(31, Source::Library, at);
+        }
+        // Beside another, before or after it.
+        history.xid(xid::CLEANUP, Source::Library, 12_000);
+        history.xid(xid::CLEANUP, Source::Library, 30_000);
+        history.xid(43, Source::Library, 33_000);
+        assert_eq!(third(&mut history), 0);
+        history.xid(xid::CLEANUP, Source::Library, 50_000);
+        assert_eq!(third(&mut history), 1);
+    }
+
+    #[test]
+    fn nvlink_is_reset_once_and_then_it_is_the_hardware() {
+        let mut history = History::default();
+        assert_eq!(remedy(&history.xid(74, Source::Library, 0).unwrap()), Some(Remedy::Reset));
+        assert!(matches!(history.xid(74, Source::Library, 3_600_000).unwrap()[..], [Finding::Broken(_)]));
+    }
+
+    #[test]
+    fn each_class_asks_for_its_remedy() {
+        for code in 0..300 {
+            let found = History::default().xid(code, Source::Kernel, 0).unwrap();
+            let right = match xid::class(code) {
+                Class::Reset => remedy(&found) == Some(Remedy::Reset),
+                Class::Restart => remedy(&found) == Some(Remedy::Restart),
+                Class::Hardware => matches!(found[..], [Finding::Broken(_)]),
+                Class::Software | Class::Unknown => matches!(found[..], [Finding::Note(_)]),
+                Class::Application | Class::Record => found.is_empty(),
+                Class::Rule => match code {
+                    48 | 74 => remedy(&found) == Some(Remedy::Reset),
+                    _ => found.is_empty(),
+                },
+            };
+            assert!(right, "Xid {code}: {found:?}");
+        }
+    }
+}

@@ -1,0 +1,85 @@
+//! Servers with GPUs that are not there: the agent loads a library that plays a scenario, and the story goes on telling.
+
+use std::fs::File;
+use std::io::Write;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use nix::sys::stat::Mode;
+use serde_json::Value;
+
+use crate::cli::Admin;
+use crate::nodes::Site;
+
+/// What cargo names the library that plays.
+const LIBRARY: &str = "libizar_fake_nvml.so";
+
+/// The GPUs of one agent's server.
+#[derive(Debug)]
+pub struct Server {
+    scenario: PathBuf,
+    /// Held open, so that the agent's end never ends.
+    kernel: File,
+}
+
+impl Server {
+    /// Writes an agent's certificate and configuration with a `[gpu]` table of the story's, and starts it.
+    pub fn start(site: &mut Site, agent: &str, scenario: &str, gpu: &str) -> Self {
+        Self::start_with(site, agent, scenario, gpu, crate::binaries::path(LIBRARY))
+    }
+
+    /// Like [`Server::start`], with a library that has no function of that name.
+    pub fn start_without(site: &mut Site, agent: &str, scenario: &str, gpu: &str, function: &str) -> Self {
+        let mut bytes = std::fs::read(crate::binaries::path(LIBRARY)).expect("the library can be read");
+        let name: Vec<u8> = [&[0], function.as_bytes(), &[0]].concat();
+        let mut found = 0;
+        while let Some(at) = bytes.windows(name.len()).position(|window| window == name) {
+            bytes[at + 1] = b'x';
+            found += 1;
+        }
+        assert!(found > 0, "the library has no {function}");
+        let library = site.path(&format!("{agent}-nvml.so"));
+        std::fs::write(&library, bytes).expect("the folder is ours");
+        Self::start_with(site, agent, scenario, gpu, library)
+    }
+
+    fn start_with(site: &mut Site, agent: &str, scenario: &str, gpu: &str, library: PathBuf) -> Self {
+        let scenario_file = site.path(&format!("{agent}.gpus"));
+        std::fs::write(&scenario_file, format!("host {agent}\n{scenario}\n")).expect("the folder is ours");
+        let kernel = site.path(&format!("{agent}.kernel"));
+        nix::unistd::mkfifo(&kernel, Mode::from_bits_truncate(0o600)).expect("the folder is ours");
+        site.write_agent(agent);
+        let mut text = std::fs::read_to_string(site.config(agent)).expect("it was just written");
+        text += &format!("\n[gpu]\nnvml = {library:?}\nkernel_log = {kernel:?}\n{gpu}\n");
+        std::fs::write(site.config(agent), text).expect("the folder is ours");
+        let kernel = File::options().read(true).write(true).open(&kernel).expect("a pipe can be opened at both ends");
+        site.start("izar-agent", agent);
+        Self { scenario: scenario_file, kernel }
+    }
+
+    /// Goes on with the scenario.
+    pub fn say(&self, line: &str) {
+        let mut file = File::options().append(true).open(&self.scenario).expect("the folder is ours");
+        file.write_all(format!("{line}\n").as_bytes()).expect("a line can be written");
+    }
+
+    /// Says something as the kernel would.
+    pub fn log(&mut self, line: &str) {
+        self.kernel.write_all(format!("{line}\n").as_bytes()).expect("a line fits a pipe");
+    }
+}
+
+/// A GPU as `izar gpus` shows it.
+pub fn gpu(admin: &Admin, agent: &str, index: u64) -> Result<Value> {
+    let all = admin.json(&["gpus"])?;
+    let found = all["gpus"].as_array().into_iter().flatten().find(|gpu| gpu["agent"] == agent && gpu["index"] == index);
+    found.cloned().with_context(|| format!("no GPU {index} of {agent} in {all}"))
+}
+
+/// Why an agent's server as a whole is not in order; empty if it is.
+pub fn fault(admin: &Admin, agent: &str) -> Result<String> {
+    let all = admin.json(&["gpus"])?;
+    let found = all["agents"].as_array().into_iter().flatten().find(|server| server["agent"] == agent);
+    let found = found.with_context(|| format!("no server {agent} in {all}"))?;
+    Ok(found["fault"].as_str().context("a fault is a text")?.to_owned())
+}
