@@ -16,6 +16,8 @@ mod controllers_drained;
 mod controllers_killed;
 #[path = "stories/conventions.rs"]
 mod conventions;
+#[path = "stories/doctor.rs"]
+mod doctor;
 #[path = "stories/golden_bytes.rs"]
 mod golden_bytes;
 #[path = "stories/golden_rows.rs"]

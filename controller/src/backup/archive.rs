@@ -140,7 +140,7 @@ impl<R: Read> Reader<R> {
     }
 
     /// Reads the next item; `None` when the backup has ended, whole.
-    pub fn next(&mut self) -> anyhow::Result<Option<Item>> {
+    pub fn item(&mut self) -> anyhow::Result<Option<Item>> {
         self.read().context("the backup is of no use: take another one")
     }
 

@@ -59,7 +59,7 @@ impl Loaded {
 enum Part {
     None,
     Segment { number: u64, bytes: Vec<u8> },
-    File { hash: Hash, hasher: Hasher },
+    File { hash: Hash, hasher: Box<Hasher> },
 }
 
 /// What was read so far.
@@ -78,7 +78,7 @@ pub fn load<R: Read>(
 ) -> anyhow::Result<Loaded> {
     let mut load = Load { rows: Vec::new(), part: Part::None, segment: 0, records: 0, files: BTreeSet::new() };
     let mut end = None;
-    while let Some(item) = reader.next()? {
+    while let Some(item) = reader.item()? {
         if let Some(summary) = load.take(&item)? {
             end = Some(summary);
         }
@@ -117,7 +117,7 @@ impl Load {
                 ensure!(*bytes <= SEGMENT_LIMIT, "an audit segment of {bytes} bytes, the limit is {SEGMENT_LIMIT}");
                 self.part = Part::Segment { number: *number, bytes: Vec::new() };
             }
-            Item::File { hash, .. } => self.part = Part::File { hash: *hash, hasher: Hasher::default() },
+            Item::File { hash, .. } => self.part = Part::File { hash: *hash, hasher: Box::default() },
             Item::End(summary) => return Ok(Some(summary.clone())),
             Item::Piece(_) => unreachable!("taken above"),
         }

@@ -1,9 +1,10 @@
 //! A data directory outside the life of a process: what an ended member leaves, and what a member of a new life begins
 //! with.
 //!
-//! A new life has terms of its own, above all that the old one can have had. So a member that is left over from the old
-//! life, or comes back, is no danger: it cannot be elected, for the term of its last entry is lower; it cannot
-//! acknowledge an entry, for it has not the one before; and what it says in an old term nobody hears.
+//! A new life has terms and indices of its own, above all that the old one can have had. So a member that is left over
+//! from the old life, or comes back, decides nothing: it cannot be elected, for the term of its last entry is lower; it
+//! cannot acknowledge an entry, for it has not the one before, and what it committed once ends below; and what it says in
+//! an old term nobody hears. It may vote, for members that have all that was decided.
 //! Nothing here runs beside a daemon: redb locks its files.
 
 use std::path::Path;

@@ -13,6 +13,9 @@ use super::{Applied, State, Step, What};
 
 /// Starts of a controller within one life: far more than there can be.
 const STARTS: u64 = 1 << 20;
+/// Entries of one life: 10,000 a second for three years. A life begins above every index of those before: a member left
+/// over from one answers for what it once committed, up to that index, whatever the entry is (`raft/rebuild`).
+const ENTRIES: u64 = 1 << 40;
 
 /// What the new life begins with, beside the state.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -32,8 +35,8 @@ impl State {
     pub fn begin_life(&mut self, incarnation: u64) -> Rebirth {
         assert!(incarnation > self.head.incarnation, "a new life has a new number");
         let before = self.applied;
-        self.pass(before + 1);
-        let mut step = Step { at: Hlc(self.head.latest.0 + 1), index: before + 1, applied: Applied::default() };
+        self.applied = (before / ENTRIES + 1) * ENTRIES;
+        let mut step = Step { at: Hlc(self.head.latest.0 + 1), index: self.applied, applied: Applied::default() };
         let open = self.turns.open_turns();
         for turn in &open {
             self.close_turn(&mut step, *turn, Outcome::Abandoned).expect("the turn is open");
@@ -75,9 +78,12 @@ mod tests {
         let rebirth = one.begin_life(incarnation + 1);
         assert_eq!(other.begin_life(incarnation + 1), rebirth);
         assert_eq!(one.digest(), other.digest());
-        assert_eq!((one.incarnation(), one.applied()), (incarnation + 1, applied + 1));
+        assert_eq!((one.incarnation(), one.applied()), (incarnation + 1, ENTRIES));
         assert_eq!(one.config_snapshot().incarnation, incarnation + 1);
-        assert_eq!((rebirth.applied, one.compacted()), (applied + 1, applied + 1));
+        assert_eq!((rebirth.applied, one.compacted()), (ENTRIES, ENTRIES));
+        assert_eq!(one.begin_life(incarnation + 2).applied, 2 * ENTRIES);
+        let mut one = lived();
+        one.begin_life(incarnation + 1);
         let seqs: Vec<u64> = rebirth.audit.iter().map(|record| record.seq).collect();
         assert_eq!(seqs, (audit + 1..=one.audit_seq()).collect::<Vec<_>>(), "the trail has no gap");
         let last = &rebirth.audit.last().unwrap().what;

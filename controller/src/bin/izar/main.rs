@@ -8,8 +8,10 @@
 mod admin;
 mod backup;
 mod bench;
+mod bundle;
 mod chat;
 mod dev;
+mod doctor;
 mod drain;
 mod gpus;
 mod http;
@@ -114,6 +116,8 @@ enum Command {
     Backup(backup::Backup),
     Restore(restore::Restore),
     Recover(restore::Recover),
+    Doctor(doctor::Doctor),
+    SupportBundle(bundle::Bundle),
     /// Talk to a model in the terminal
     Chat(chat::Options),
     /// The private CA and the certificates of nodes
@@ -148,6 +152,8 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
     let result = runtime.block_on(async {
         let done = match command {
+            Command::Doctor(command) => return doctor::run(command, &common).await,
+            Command::SupportBundle(command) => bundle::run(command, &common).await,
             Command::Status => status::run(&common).await,
             Command::Keys(command) => keys::run(command, &common).await,
             Command::Tenants(command) => tenants::tenants(command, &common).await,

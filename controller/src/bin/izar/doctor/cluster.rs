@@ -1,0 +1,138 @@
+//! What a running controller says of the cluster: who leads, who is away, whose clock is ahead, which versions run, which
+//! agents and deployments are not as they should be.
+
+use std::path::Path;
+
+use izar_common::clock::wall_ms;
+use izar_controller::config::Config;
+use izar_controller::control::view::{AgentDetail, Agents, Status};
+use tokio::net::UnixStream;
+
+use super::Finding;
+use crate::{Common, show};
+
+/// Hybrid time follows the fastest clock of the group. One that is so far ahead makes times in records wrong, and
+/// certificates and deadlines uncertain.
+const AHEAD_MS: u64 = 500;
+
+/// Asks the controller on this machine; also returns its process, if it runs.
+pub async fn examine(common: &Common, config: &Config) -> (Vec<Finding>, Option<u32>) {
+    let admin = common.admin_of(&config.admin.socket);
+    let pid = process(admin.socket()).await;
+    let status: Status = match admin.get("/v1/status").await {
+        Ok(status) => status,
+        Err(error) => {
+            let mend = "start it (systemctl start izar-controller), or see why it ended: journalctl -u izar-controller";
+            return (vec![Finding::warning("controller", format!("does not answer: {error:#}"), mend)], pid);
+        }
+    };
+    let mut findings = judge(&status, wall_ms());
+    // What this node knows; the quorum is judged above.
+    match admin.get::<Agents>("/v1/agents?stale=true").await {
+        Ok(agents) => findings.extend(judge_agents(&agents.agents)),
+        Err(error) => findings.push(Finding::warning("agents", format!("{error:#}"), "ask again: izar agents list")),
+    }
+    (findings, pid)
+}
+
+/// The process at the other end of the socket, as the kernel says.
+async fn process(socket: &Path) -> Option<u32> {
+    let stream = UnixStream::connect(socket).await.ok()?;
+    stream.peer_cred().ok()?.pid().and_then(|pid| pid.try_into().ok())
+}
+
+fn judge(status: &Status, now_ms: u64) -> Vec<Finding> {
+    let own = env!("CARGO_PKG_VERSION");
+    let mut findings = vec![if status.version == own {
+        Finding::ok("controller", format!("{} runs, version {own}", status.node))
+    } else {
+        let found = format!("{} runs version {}, this tool is {own}", status.node, status.version);
+        Finding::warning("controller", found, "restart the daemon after an upgrade, or use the tool of its version")
+    }];
+    findings.push(match &status.leader {
+        Some(leader) => Finding::ok("quorum", format!("{leader} leads in term {}", status.term)),
+        None => {
+            let mend = "a majority of the members must run and reach each other; start those that are down, and see \
+                        docs/backup.md if they are lost for good";
+            Finding::failure("quorum", "no leader: nothing can be changed or recorded", mend)
+        }
+    });
+    for away in &status.away {
+        let found = format!("{} cannot be reached from here since {}", away.node, show::duration(away.for_ms));
+        let mend = "see whether it runs, and whether UDP passes between the two";
+        findings.push(Finding::warning("member", found, mend));
+    }
+    let ahead = status.latest_ms.saturating_sub(now_ms);
+    findings.push(if ahead > AHEAD_MS {
+        let found = format!("a controller's clock is {} ahead of this machine's", show::duration(ahead));
+        Finding::warning("clock offset", found, "compare date on every controller, and let NTP keep them together")
+    } else {
+        Finding::ok("clock offset", "no controller's clock is ahead of this one's")
+    });
+    if status.draining {
+        findings.push(Finding::warning("drain", "this controller sends clients away", "izar undrain takes it back"));
+    }
+    for deployment in status.deployments.iter().filter(|d| d.ready < d.wanted) {
+        let found = format!("{} has {} of {} replicas", deployment.name, deployment.ready, deployment.wanted);
+        findings.push(Finding::warning("deployment", found, "see izar agents list for workers that failed, and why"));
+    }
+    findings
+}
+
+fn judge_agents(agents: &[AgentDetail]) -> Vec<Finding> {
+    if agents.is_empty() {
+        return vec![Finding::warning("agents", "none was ever here", "start one: izar-agent --config agent.toml")];
+    }
+    let judge = |agent: &AgentDetail| {
+        let (name, own) = (&agent.agent, env!("CARGO_PKG_VERSION"));
+        match &agent.version {
+            _ if !agent.connected => {
+                let found = format!("{name} is away since {}", show::time(agent.last_report_ms));
+                Finding::warning("agent", found, "see its journal, and whether it reaches this controller over UDP")
+            }
+            Some(version) if version != own => {
+                Finding::warning("agent", format!("{name} runs version {version}, not {own}"), "upgrade it")
+            }
+            _ => Finding::ok("agent", format!("{name} is connected")),
+        }
+    };
+    agents.iter().map(judge).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Verdict;
+    use super::*;
+
+    fn status(leader: Option<&str>) -> Status {
+        serde_json::from_value(serde_json::json!({
+            "node": "c1", "version": env!("CARGO_PKG_VERSION"), "role": "follower", "leader": leader, "term": 3,
+            "applied": 9, "members": [], "api": {"endpoint": "https://127.0.0.1:8443", "plaintext_endpoint": null},
+            "agents": [], "deployments": [], "running": 0, "refused": {}, "latest_ms": 10_000,
+        }))
+        .unwrap()
+    }
+
+    fn bad(findings: &[Finding]) -> Vec<(&str, Verdict)> {
+        let bad = findings.iter().filter(|f| f.verdict != Verdict::Ok);
+        bad.map(|f| (f.check.as_str(), f.verdict)).collect()
+    }
+
+    #[test]
+    fn a_cluster_that_is_well_has_nothing_to_say() {
+        assert_eq!(bad(&judge(&status(Some("c2")), 10_000)), []);
+    }
+
+    #[test]
+    fn a_lost_quorum_is_a_failure_and_a_fast_clock_or_an_old_version_a_warning() {
+        assert_eq!(bad(&judge(&status(None), 10_000)), [("quorum", Verdict::Failure)]);
+        assert_eq!(bad(&judge(&status(Some("c2")), 9_000)), [("clock offset", Verdict::Warning)]);
+        let old = Status { version: "0.0.1".into(), draining: true, ..status(Some("c2")) };
+        assert_eq!(bad(&judge(&old, 10_000)), [("controller", Verdict::Warning), ("drain", Verdict::Warning)]);
+    }
+
+    #[test]
+    fn no_agent_at_all_is_said() {
+        assert_eq!(bad(&judge_agents(&[])), [("agents", Verdict::Warning)]);
+    }
+}

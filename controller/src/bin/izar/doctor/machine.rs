@@ -1,0 +1,306 @@
+//! What a daemon needs of its machine: a synchronised clock, a disk with room that is quick to fsync, certificates and
+//! secrets that are good, free ports, enough open files, devices that open.
+
+use std::fs::File;
+use std::io::Write;
+use std::net::{TcpListener, UdpSocket};
+use std::path::Path;
+use std::process::{Command, Output};
+use std::time::{Duration, Instant};
+
+use izar_common::clock::wall_ms;
+use izar_common::seal::{MasterKey, Pepper};
+use izar_common::tls::{self, dates};
+use izar_controller::config::Config;
+
+use super::Finding;
+use crate::show;
+
+/// Room that must be left on the data directory's disk: the log, a few audit segments, and time to react.
+const SPACE_FAILURE: u64 = 1 << 30;
+const SPACE_WARNING: u64 = 10 << 30;
+/// An fsync stands before every first token; elections begin after 200 ms without a heartbeat.
+const FSYNC_WARNING: Duration = Duration::from_millis(10);
+const FSYNC_FAILURE: Duration = Duration::from_millis(100);
+/// How many are timed.
+const FSYNCS: usize = 20;
+/// A certificate with less than this left should be renewed now.
+const DAYS_WARNING: i64 = 30;
+/// A controller with fewer runs out under load: each client, peer and file is one.
+const OPEN_FILES: u64 = 65_536;
+
+/// Everything that a controller needs here. `pid`: it runs.
+pub fn controller(config: &Config, pid: Option<u32>) -> Vec<Finding> {
+    let mut findings = vec![secret("master key", MasterKey::load(&config.secrets.master_key).map(drop))];
+    findings.push(secret("pepper", Pepper::load(&config.secrets.pepper).map(drop)));
+    findings.push(node_certificate(config));
+    findings.push(api_certificate(config));
+    findings.push(space(&config.data_dir));
+    findings.push(fsync(&config.data_dir));
+    match pid {
+        Some(pid) => findings.push(open_files(pid)),
+        None => findings.extend(ports(config)),
+    }
+    findings
+}
+
+fn secret(check: &str, loaded: Result<(), izar_common::seal::Error>) -> Finding {
+    match loaded {
+        Ok(()) => Finding::ok(check, "readable, and by nobody else"),
+        Err(error) => {
+            let mend =
+                "it is the same file on every controller; as a credential of systemd it is seen by the daemon alone";
+            Finding::failure(check, format!("{:#}", anyhow::Error::from(error)), mend)
+        }
+    }
+}
+
+fn node_certificate(config: &Config) -> Finding {
+    const CHECK: &str = "node certificate";
+    const MEND: &str = "issue it anew with izar pki issue; running daemons take it up by themselves";
+    let node = match tls::NodeTls::load(&config.tls) {
+        Ok(node) => node,
+        Err(error) => return Finding::failure(CHECK, format!("{error:#}"), MEND),
+    };
+    let who = node.identity();
+    if (&who.cluster, &who.site, &who.node) != (&config.cluster, &config.site, &config.node) {
+        return Finding::failure(CHECK, format!("it is {who}, but this is {}", config.node), MEND);
+    }
+    [&config.tls.cert, &config.tls.ca]
+        .map(|path| lasts(CHECK, path, MEND))
+        .into_iter()
+        .max_by_key(|f| f.verdict)
+        .expect("two")
+}
+
+fn api_certificate(config: &Config) -> Finding {
+    const CHECK: &str = "api certificate";
+    const MEND: &str = "renew it where it came from (izar pki issue --role api, or your own CA)";
+    match tls::https_server(&config.api.cert, &config.api.key) {
+        Ok(_) => lasts(CHECK, &config.api.cert, MEND),
+        Err(error) => Finding::failure(CHECK, format!("{error:#}"), MEND),
+    }
+}
+
+fn lasts(check: &str, path: &Path, mend: &str) -> Finding {
+    let validities = match dates::validities(path) {
+        Ok(validities) => validities,
+        Err(error) => return Finding::failure(check, format!("{error:#}"), mend),
+    };
+    let (from, until) =
+        validities.iter().fold((i64::MIN, i64::MAX), |(from, until), v| (from.max(v.from_ms), until.min(v.until_ms)));
+    validity(check, path, mend, from, until, wall_ms() as i64)
+}
+
+fn validity(check: &str, path: &Path, mend: &str, from_ms: i64, until_ms: i64, now_ms: i64) -> Finding {
+    let days = (until_ms - now_ms) / 86_400_000;
+    let found = format!("{} is good until {}", path.display(), show::time(until_ms.max(0) as u64));
+    match () {
+        () if now_ms < from_ms => Finding::failure(
+            check,
+            format!("{} begins only at {}", path.display(), show::time(from_ms.max(0) as u64)),
+            "look at this machine's clock, then at the certificate",
+        ),
+        () if now_ms >= until_ms => Finding::failure(check, format!("{} has expired", path.display()), mend),
+        () if days < DAYS_WARNING => Finding::warning(check, format!("{found}, {days} days"), mend),
+        () => Finding::ok(check, format!("{found}, {days} days")),
+    }
+}
+
+fn space(dir: &Path) -> Finding {
+    const CHECK: &str = "disk space";
+    const MEND: &str = "make room, or move data_dir to a larger disk; a controller whose disk is full ends itself";
+    let Some(dir) = dir.ancestors().find(|dir| dir.is_dir()) else {
+        return Finding::failure(CHECK, format!("{} is nowhere", dir.display()), MEND);
+    };
+    match nix::sys::statvfs::statvfs(dir) {
+        Ok(stat) => {
+            let free = stat.blocks_available() * stat.fragment_size();
+            let found = format!("{} has {} free", dir.display(), show::bytes(free));
+            match free {
+                0..SPACE_FAILURE => Finding::failure(CHECK, found, MEND),
+                SPACE_FAILURE..SPACE_WARNING => Finding::warning(CHECK, found, MEND),
+                _ => Finding::ok(CHECK, found),
+            }
+        }
+        Err(error) => Finding::failure(CHECK, format!("{}: {error}", dir.display()), MEND),
+    }
+}
+
+/// Times fsyncs where the log lies.
+fn fsync(dir: &Path) -> Finding {
+    const CHECK: &str = "disk latency";
+    if !dir.is_dir() {
+        return Finding::ok(CHECK, format!("{} is not there yet", dir.display()));
+    }
+    let time = || -> std::io::Result<Vec<Duration>> {
+        let mut file = tempfile::tempfile_in(dir)?;
+        (0..FSYNCS).map(|_| one_fsync(&mut file)).collect()
+    };
+    match time() {
+        Ok(times) => latency(times),
+        Err(error) => {
+            let mend = "run it as the daemon's user or as root";
+            Finding::failure(CHECK, format!("cannot write to {}: {error}", dir.display()), mend)
+        }
+    }
+}
+
+fn one_fsync(file: &mut File) -> std::io::Result<Duration> {
+    file.write_all(&[0; 4096])?;
+    let begin = Instant::now();
+    file.sync_data()?;
+    Ok(begin.elapsed())
+}
+
+fn latency(mut times: Vec<Duration>) -> Finding {
+    times.sort_unstable();
+    let (median, worst) = (times[times.len() / 2], times[times.len() - 1]);
+    let found = format!("an fsync takes {:.1} ms, the slowest of {FSYNCS} {:.1} ms", ms(median), ms(worst));
+    let mend = "every request waits for one: use an SSD with power-loss protection, and let nothing else write there";
+    match median {
+        _ if median >= FSYNC_FAILURE => Finding::failure("disk latency", found, mend),
+        _ if median >= FSYNC_WARNING => Finding::warning("disk latency", found, mend),
+        _ => Finding::ok("disk latency", found),
+    }
+}
+
+fn ms(time: Duration) -> f64 {
+    time.as_secs_f64() * 1000.0
+}
+
+/// A controller that is down must find its ports free.
+fn ports(config: &Config) -> Vec<Finding> {
+    let udp = ("quic.listen", "udp", config.quic.listen, UdpSocket::bind(config.quic.listen).map(drop));
+    let tcp = ("api.listen", "tcp", config.api.listen, TcpListener::bind(config.api.listen).map(drop));
+    let finding = |(key, kind, address, bound): (_, &str, std::net::SocketAddr, std::io::Result<()>)| match bound {
+        Ok(()) => Finding::ok(key, format!("{address} ({kind}) is free")),
+        Err(error) => {
+            let port = address.port();
+            let mend = format!("see who has it with ss -lnp 'sport = :{port}', or choose another address");
+            Finding::failure(key, format!("{address} ({kind}): {error}"), mend)
+        }
+    };
+    [udp, tcp].map(finding).into()
+}
+
+fn open_files(pid: u32) -> Finding {
+    const CHECK: &str = "open files";
+    let limits = std::fs::read_to_string(format!("/proc/{pid}/limits")).unwrap_or_default();
+    match soft_limit(&limits) {
+        Some(limit) if limit < OPEN_FILES => {
+            let mend = format!("set LimitNOFILE={OPEN_FILES} in the unit, or ulimit -n");
+            Finding::warning(CHECK, format!("the controller may have {limit}"), mend)
+        }
+        Some(limit) => Finding::ok(CHECK, format!("the controller may have {limit}")),
+        None => Finding::warning(CHECK, format!("/proc/{pid}/limits does not say"), "run it as root"),
+    }
+}
+
+/// The soft limit of open files in the text of `/proc/<pid>/limits`.
+fn soft_limit(limits: &str) -> Option<u64> {
+    let line = limits.lines().find_map(|line| line.strip_prefix("Max open files"))?;
+    let word = line.split_whitespace().next()?;
+    if word == "unlimited" { Some(u64::MAX) } else { word.parse().ok() }
+}
+
+/// Whether something keeps this machine's clock right.
+pub fn clock() -> Finding {
+    let asked = Command::new("timedatectl").args(["show", "--property=NTPSynchronized", "--value"]).output();
+    let said = asked.ok().filter(|o| o.status.success()).map(|o| String::from_utf8_lossy(&o.stdout).trim().to_owned());
+    synchronised(said.as_deref())
+}
+
+fn synchronised(said: Option<&str>) -> Finding {
+    const MEND: &str = "install chrony or systemd-timesyncd and give it a time server that all nodes can reach";
+    match said {
+        Some("yes") => Finding::ok("clock", "synchronised by NTP"),
+        Some(_) => Finding::warning("clock", "not synchronised", MEND),
+        None => Finding::warning("clock", "timedatectl does not say whether it is synchronised", MEND),
+    }
+}
+
+/// What the agent itself says of its configuration.
+pub fn agent_config(path: &Path, checked: anyhow::Result<Output>) -> Finding {
+    const CHECK: &str = "agent configuration";
+    match checked {
+        Ok(output) if output.status.success() => Finding::ok(CHECK, format!("{} is sound", path.display())),
+        Ok(output) => {
+            let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+            Finding::failure(CHECK, said, "correct the line; izar-agent --check-config says the same")
+        }
+        Err(error) => Finding::failure(CHECK, format!("izar-agent does not run: {error:#}"), "install it beside izar"),
+    }
+}
+
+/// Whether the NVIDIA devices open.
+pub fn gpus(dev: &Path) -> Vec<Finding> {
+    const CHECK: &str = "gpu";
+    let numbered = |name: &str| {
+        name.strip_prefix("nvidia").is_some_and(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()))
+    };
+    let names =
+        std::fs::read_dir(dev).into_iter().flatten().flatten().map(|e| e.file_name().to_string_lossy().into_owned());
+    let mut names: Vec<String> = names.filter(|name| numbered(name)).collect();
+    if names.is_empty() {
+        return vec![Finding::ok(CHECK, "no NVIDIA device: this agent computes on the processor")];
+    }
+    names.sort();
+    names.push("nvidiactl".into());
+    let finding = |name: String| {
+        let path = dev.join(name);
+        match File::options().read(true).write(true).open(&path) {
+            Ok(_) => Finding::ok(CHECK, format!("{} opens", path.display())),
+            Err(error) => {
+                let mend =
+                    "see nvidia-smi and dmesg; the agent's user needs the device's group, and the unit DeviceAllow=";
+                Finding::failure(CHECK, format!("{}: {error}", path.display()), mend)
+            }
+        }
+    };
+    names.into_iter().map(finding).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Verdict;
+    use super::*;
+
+    #[test]
+    fn a_certificate_is_judged_by_the_days_it_has_left() {
+        let day = 86_400_000;
+        let judged = |from, until| validity("c", Path::new("/c.pem"), "renew", from, until, 1000 * day).verdict;
+        assert_eq!(judged(0, 1100 * day), Verdict::Ok);
+        assert_eq!(judged(0, 1029 * day), Verdict::Warning);
+        assert_eq!(judged(0, 1000 * day), Verdict::Failure);
+        assert_eq!(judged(1001 * day, 1100 * day), Verdict::Failure);
+    }
+
+    #[test]
+    fn a_slow_disk_is_a_warning_and_a_hopeless_one_a_failure() {
+        let judged = |ms| latency(vec![Duration::from_millis(ms); FSYNCS]).verdict;
+        assert_eq!([1, 10, 100].map(judged), [Verdict::Ok, Verdict::Warning, Verdict::Failure]);
+    }
+
+    #[test]
+    fn limits_and_clocks_are_read() {
+        let text =
+            "Limit  Soft  Hard  Units\nMax open files            1024                 524288               files\n";
+        assert_eq!(
+            (soft_limit(text), soft_limit("Max open files unlimited x"), soft_limit("")),
+            (Some(1024), Some(u64::MAX), None)
+        );
+        assert_eq!(["yes", "no"].map(|said| synchronised(Some(said)).verdict), [Verdict::Ok, Verdict::Warning]);
+    }
+
+    #[test]
+    fn devices_that_do_not_open_are_named() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(gpus(dir.path())[0].verdict, Verdict::Ok);
+        std::fs::write(dir.path().join("nvidia0"), "").unwrap();
+        std::fs::write(dir.path().join("nvidia-uvm"), "").unwrap();
+        let found = gpus(dir.path());
+        assert_eq!(found.iter().map(|f| f.verdict).collect::<Vec<_>>(), [Verdict::Ok, Verdict::Failure]);
+        assert!(found[1].found.contains("nvidiactl"), "{found:?}");
+    }
+}
