@@ -30,6 +30,9 @@ pub struct AgentView {
     pub report: Option<Report>,
     /// Jobs of this controller that have not ended, by worker. A worker without any has no entry.
     pub in_flight: HashMap<WorkerId, u32>,
+    /// Its workers that give far fewer tokens than their peers, and why this controller thinks so.
+    #[serde(skip)]
+    pub slow: BTreeMap<WorkerId, String>,
     /// Jobs that workers had in the last two reports beyond this controller's own: other controllers'.
     #[serde(skip)]
     pub others: HashMap<WorkerId, [u32; 2]>,

@@ -294,6 +294,13 @@ fn measure(metrics: &Metrics, raft: &Raft, agents: &Agents) {
     let help = "Agents whose jobs were moved because they seemed dead.";
     metrics.number("izar_agents_given_up_total", help, Kind::Counter, move || counted.given_up() as f64);
     crate::gpus::metrics::measure(metrics, agents);
+    let slow = agents.clone();
+    let help = "1 for a worker that gives far fewer tokens than its peers.";
+    metrics.numbers("izar_worker_slow", help, Kind::Gauge, move |samples| {
+        for worker in slow.fleet().agents.values().flat_map(|view| view.slow.keys()) {
+            samples(&[("worker", worker.as_str())], 1.0);
+        }
+    });
     type OfWorker = fn(&WorkerReport) -> u32;
     let of_workers: [(&str, &str, OfWorker); 4] = [
         ("izar_worker_running", "Sequences in a worker's batch.", |worker| worker.load.running),

@@ -16,6 +16,7 @@ pub mod gateway;
 pub mod gpus;
 pub mod import;
 pub mod metrics;
+pub mod paces;
 pub mod planner;
 pub mod prefixes;
 pub mod queue;

@@ -3,7 +3,7 @@
 //! There is no task behind it: whoever holds the stream reads the agent's QUIC stream itself.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use izar_common::chat::JobEvent;
 use izar_common::id::{NodeId, NumericsId, WorkerId};
@@ -28,7 +28,18 @@ pub struct JobStream {
     failed: Option<JobEvent>,
     /// Counts the job until it ends.
     counted: Option<Counted>,
+    pace: Option<Pace>,
 }
+
+/// Tokens that have come since the last look at the pace, and when that was. There is none before the first token: until
+/// then the prompt is computed.
+struct Pace {
+    tokens: u32,
+    since: Instant,
+}
+
+/// How often the pace of a job is looked at, at most.
+const LOOK: Duration = Duration::from_millis(250);
 
 /// A place in the count of a worker's jobs, given back on drop.
 pub(super) struct Counted {
@@ -66,7 +77,7 @@ impl JobStream {
         let (agent, worker, numerics) = (counted.agent.clone(), counted.worker.clone(), counted.numerics);
         let why = counted.why.take();
         let sent = counted.sent;
-        Self { agent, worker, numerics, why, sent, streams, failed, counted: Some(counted) }
+        Self { agent, worker, numerics, why, sent, streams, failed, counted: Some(counted), pace: None }
     }
 
     /// The streams, while the job runs.
@@ -81,7 +92,15 @@ impl JobStream {
             return self.failed.take().unwrap_or_else(|| failed("the job has ended".into(), false));
         };
         match rx.next::<JobEvent>().await {
-            Ok(Some(event @ JobEvent::Tokens { .. })) => event,
+            Ok(Some(event @ JobEvent::Tokens { .. })) => {
+                let JobEvent::Tokens { tokens, .. } = &event else { unreachable!("it is matched above") };
+                let count = tokens.len() as u32;
+                if let Some(reason) = self.paced(count) {
+                    self.cancel();
+                    self.failed = Some(failed(format!("worker {} is slow: {reason}", self.worker), true));
+                }
+                event
+            }
             Ok(Some(last)) => {
                 // Nothing is left to cancel: the send side was finished with the submission.
                 self.streams = None;
@@ -91,6 +110,23 @@ impl JobStream {
             Ok(None) => self.lose(format!("agent {} ended the stream early", self.agent)),
             Err(error) => self.lose(format!("lost agent {}: {error}", self.agent)),
         }
+    }
+
+    /// Counts tokens; says why the job should go on elsewhere, if it should.
+    fn paced(&mut self, tokens: u32) -> Option<String> {
+        let now = Instant::now();
+        let Some(pace) = &mut self.pace else {
+            self.pace = Some(Pace { tokens: 0, since: now });
+            return None;
+        };
+        pace.tokens += tokens;
+        let took = now - pace.since;
+        if took < LOOK {
+            return None;
+        }
+        let tokens = std::mem::take(&mut pace.tokens);
+        pace.since = now;
+        self.counted.as_ref()?.roster.pace(&self.agent, &self.worker, tokens, took)
     }
 
     fn lose(&mut self, reason: String) -> JobEvent {

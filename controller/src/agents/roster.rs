@@ -21,11 +21,12 @@ use tokio::sync::{Notify, watch};
 
 use super::job::{Counted, JobStream};
 use crate::fleet::Fleet;
+use crate::paces::Paces;
 use crate::prefixes::Prefixes;
 use crate::queue::Room;
 use crate::room;
 use crate::scheduler::{self, Ask, NoPlace, PREFIX_BLOCKS, Place};
-use crate::state::{Config, Deployment};
+use crate::state::{Config, Deployment, Placement};
 
 /// How long agents are asked whether they keep an answer: a client waits, and it can be computed again.
 const ATTACH_LIMIT: Duration = Duration::from_millis(500);
@@ -48,13 +49,14 @@ pub struct Roster {
 struct Soft {
     fleet: Fleet,
     prefixes: Prefixes,
+    paces: Paces,
     sessions: HashMap<NodeId, Connection>,
 }
 
 impl Roster {
     pub fn new(config: watch::Receiver<Arc<Config>>) -> Self {
         let (fleet, prefixes) = (Fleet::new(wall_ms()), Prefixes::default());
-        let soft = Soft { fleet, prefixes, sessions: HashMap::new() };
+        let soft = Soft { fleet, prefixes, paces: Paces::default(), sessions: HashMap::new() };
         Self { config, soft: Mutex::new(soft), asks: AtomicU64::new(0), freed: Notify::new(), moved: Notify::new() }
     }
 
@@ -64,7 +66,40 @@ impl Roster {
 
     /// A copy of what is known now.
     pub fn fleet(&self) -> Fleet {
-        self.soft().fleet.clone()
+        let soft = self.soft();
+        let mut fleet = soft.fleet.clone();
+        let now_ms = wall_ms();
+        for view in fleet.agents.values_mut() {
+            let why = |worker: &WorkerReport| Some((worker.worker.clone(), soft.paces.slow(&worker.worker, now_ms)?));
+            view.slow = view.workers().iter().filter_map(why).map(|(id, why)| (id, why.to_owned())).collect();
+        }
+        fleet
+    }
+
+    /// Takes how fast a worker gives one job's tokens. Returns why the job should go on elsewhere, if it should: the worker
+    /// is far slower than its peers, and one that is not could take it.
+    pub(super) fn pace(&self, agent: &NodeId, worker: &WorkerId, tokens: u32, took: Duration) -> Option<String> {
+        let config = self.config.borrow().clone();
+        let place = config.plan.workers.get(worker)?;
+        let peer = |(id, other): &(&WorkerId, &Placement)| {
+            *id != worker
+                && (&other.deployment, other.revision, &other.engine)
+                    == (&place.deployment, place.revision, &place.engine)
+        };
+        let peers = config.plan.workers.iter().filter(peer).map(|(id, _)| id);
+        let now_ms = wall_ms();
+        let mut guard = self.soft();
+        let soft = &mut *guard;
+        let view = soft.fleet.agents.get(agent)?;
+        let jobs = view.in_flight.get(worker).copied().unwrap_or(0) + view.others(worker);
+        soft.paces.note(worker, tokens, took, jobs, now_ms);
+        if let Some(reason) = soft.paces.compare(worker, peers, now_ms) {
+            log::warn!(agent:%, worker:%, reason; "a worker is far slower than its peers and gets no jobs for a while");
+        }
+        let reason = soft.paces.slow(worker, now_ms)?.to_owned();
+        let ask = Ask::any(&place.deployment, place.revision, now_ms);
+        let mut others = scheduler::candidates(&soft.fleet, &config, &ask);
+        others.any(|(_, _, other)| soft.paces.slow(&other.worker, now_ms).is_none()).then_some(reason)
     }
 
     /// Takes an agent in; its older session, if any, is closed. Returns false if the fleet is full.
@@ -151,18 +186,19 @@ impl Roster {
     fn place(self: &Arc<Self>, job: &Job, avoid: &[WorkerId]) -> Result<(Counted, Connection), NoPlace> {
         let config = self.config.borrow().clone();
         let names = names(job, &config);
+        let (now_ms, mut soft) = (wall_ms(), self.soft());
+        let avoid = [avoid, &soft.paces.all_slow(now_ms)].concat();
         let ask = Ask {
             deployment: &job.deployment,
             revision: job.revision,
             numerics: job.numerics,
-            avoid,
+            avoid: &avoid,
             class: job.class,
             tokens: u32::try_from(job.prompt.len() + job.delivered.len()).unwrap_or(u32::MAX),
             names: &names,
-            now_ms: wall_ms(),
+            now_ms,
             rotation: self.asks.fetch_add(1, Ordering::Relaxed),
         };
-        let mut soft = self.soft();
         let place = scheduler::place(&soft.fleet, &soft.prefixes, &config, &ask)?;
         let connection = soft.sessions.get(&place.agent).expect("a connected agent has a session").clone();
         soft.fleet.begin(&place.agent, &place.worker);

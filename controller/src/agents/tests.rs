@@ -218,3 +218,63 @@ async fn a_job_says_why_it_was_placed_and_what_its_worker_holds_counts() {
     let third = pair.roster.submit(ask, &[]).await.unwrap();
     assert_eq!(third.why.as_ref().unwrap().chosen.cached_tokens, 16, "the older session no longer counts");
 }
+
+/// Two agents, one of which gives a token when the other gives fifty. Here time is what is measured, so it must pass.
+#[tokio::test]
+async fn a_job_on_a_worker_that_is_far_slower_than_its_peers_goes_on_elsewhere() {
+    let pair = pair().await;
+    let two = {
+        let mut config = config("m 2", "m.0@a1 m.1@a2");
+        config.models.values_mut().for_each(|model| model.manifest.kind = Kind::Gguf);
+        config
+    };
+    pair._config.send_replace(Arc::new(two));
+    let second = bind(pair._dir.path(), Role::Agent, "a2");
+    let (second_agent, second_controller) = dial(&pair.controller, &second).await;
+    let a2: NodeId = "a2".parse().unwrap();
+    assert!(pair.roster.join(&a2, &second_controller));
+    let other = fleet("a2 m.1 ready 0 0 0", 0).agents[&a2].report.clone().unwrap();
+    pair.roster.report(&a2, &second_controller, other.clone());
+
+    // Both compute one job each, for as long as it takes to tell.
+    let long = || Job { sampling: Sampling { max_tokens: 100_000, ..job().sampling }, ..job() };
+    let mut slow = pair.roster.submit(long(), &["m.1".parse().unwrap()]).await.unwrap();
+    let mut fast = pair.roster.submit(long(), &["m.0".parse().unwrap()]).await.unwrap();
+    assert_eq!((slow.worker.as_str(), fast.worker.as_str()), ("m.0", "m.1"));
+    let give = |agent: Connection, every: Duration| {
+        tokio::spawn(async move {
+            let (_, mut tx, mut rx) = agent.accept_bi().await.unwrap();
+            rx.expect::<Submit>().await.unwrap();
+            let mut tick = tokio::time::interval(every);
+            for position in 0.. {
+                tick.tick().await;
+                if tx.send(&tokens(position)).await.is_err() {
+                    return position;
+                }
+            }
+            0
+        })
+    };
+    let giving = give(pair.agent_side.clone(), Duration::from_millis(500));
+    let _other = give(second_agent.clone(), Duration::from_millis(10));
+    let failed = within("the slow worker to be noticed", async {
+        loop {
+            tokio::select! {
+                event = slow.next() => if let JobEvent::Failed { .. } = event { return event },
+                event = fast.next() => assert!(matches!(event, JobEvent::Tokens { .. }), "{event:?}"),
+            }
+        }
+    })
+    .await;
+    let JobEvent::Failed { reason, retryable: true } = &failed else { panic!("{failed:?}") };
+    assert!(reason.starts_with("worker m.0 is slow: it gives "), "{reason}");
+    assert!(within("the slow worker's job to be cancelled", giving).await.unwrap() >= 8);
+    assert!(pair.roster.fleet().agents[&a1()].slow.contains_key("m.0"));
+    // Both agents are heard of again, so that nothing but the pace speaks against either.
+    pair.roster.report(&a1(), &pair.controller_side, report());
+    pair.roster.report(&a2, &second_controller, other);
+    for _ in 0..20 {
+        let next = pair.roster.submit(job(), &[]).await.unwrap();
+        assert_eq!(next.worker.as_str(), "m.1", "it gets none while another can take them");
+    }
+}

@@ -477,8 +477,17 @@ pub fn agent(id: &NodeId, view: &AgentView, config: &Config) -> AgentDetail {
         planned: config.plan.workers.values().filter(|place| place.agent == *id).count(),
         generation: report.map(|r| r.generation),
         jobs: view.jobs(),
-        workers: view.workers().to_vec(),
+        workers: view.workers().iter().map(|worker| told(view, worker)).collect(),
     }
+}
+
+/// A worker as its agent says, with what this controller has noticed of it.
+fn told(view: &AgentView, worker: &WorkerReport) -> WorkerReport {
+    let mut worker = worker.clone();
+    if let Some(reason) = view.slow.get(&worker.worker).filter(|_| worker.detail.is_empty()) {
+        worker.detail = format!("slow: {reason}");
+    }
+    worker
 }
 
 /// Shows an agent in a line. Of an agent that is away nothing is known to be ready.
