@@ -15,7 +15,9 @@ import tempfile
 from engine import docker, install
 
 SUITE = "bookworm"
-PACKAGES = "systemd,systemd-sysv,dbus,python3,openssh-server,openssh-client,sudo,iproute2,ca-certificates,ansible-core"
+PACKAGES = "systemd,systemd-sysv,dbus,python3,openssh-server,sudo,iproute2,ca-certificates"
+# By apt, since debootstrap does not resolve what they need.
+CONTROL = ("ansible-core", "openssh-client")
 # What wants hardware, a console or a login; none is in a container.
 MASKED = ("getty.target", "console-getty.service", "systemd-logind.service", "systemd-udevd.service")
 
@@ -28,7 +30,7 @@ def cache():
 
 
 def name():
-    recipe = "\n".join((SUITE, PACKAGES, *MASKED))
+    recipe = "\n".join((SUITE, PACKAGES, *CONTROL, *MASKED))
     return "izar/host:" + hashlib.sha256(recipe.encode()).hexdigest()[:12]
 
 
@@ -51,6 +53,8 @@ def build(tarball):
         root = pathlib.Path(folder) / "root"
         quiet = {"check": True, "stdout": subprocess.DEVNULL}
         subprocess.run(["debootstrap", "--variant=minbase", f"--include={PACKAGES}", SUITE, root], **quiet)
+        apt = ["chroot", root, "apt-get", "install", "-q", "-y", "--no-install-recommends", *CONTROL]
+        subprocess.run(apt, env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"}, stderr=subprocess.DEVNULL, **quiet)
         subprocess.run(["chroot", root, "systemctl", "mask", *MASKED], stderr=subprocess.DEVNULL, **quiet)
         # Each server makes its own.
         (root / "etc/machine-id").write_text("")
