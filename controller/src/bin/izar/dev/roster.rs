@@ -119,6 +119,7 @@ mod tests {
             json!({
                 "worker": name, "deployment": "echo", "revision": "0".repeat(64), "state": "ready", "pid": pid,
                 "load": { "running": 0, "waiting": 0, "blocks_used": 0, "blocks": 0 }, "max_batch": 32, "restarts": 0, "detail": "",
+                "share": 100,
             })
         };
         let agent = |name: &str, pid: u32, workers: serde_json::Value| {
