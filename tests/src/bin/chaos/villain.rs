@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use izar_tests::client::Client;
 use izar_tests::cluster::{Cluster, Process};
 use izar_tests::far::Far;
-use izar_tests::{logs, process};
+use izar_tests::{logs, process, waiting};
 use rand::Rng;
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
@@ -16,6 +16,9 @@ use crate::{Fault, Run};
 
 /// A link stays cut until the agent is long given up.
 const CUT: std::ops::Range<u64> = 2_500..4_000;
+
+/// How long after a fault nothing is asked: until then a controller may still show what was there before.
+const NOTICED: Duration = Duration::from_millis(500);
 
 /// What may be done.
 #[derive(Debug, Clone, Copy)]
@@ -130,6 +133,9 @@ impl Villain<'_> {
             }
         }
         drop(tally);
+        // A second fault that comes before the first is noticed could leave no worker at all.
+        waiting::until_true("a victim to end", waiting::SOON, || victims.iter().all(|v| !process::runs(v.pid)));
+        std::thread::sleep(NOTICED);
         if let Some(far) = far {
             std::thread::sleep(Duration::from_millis(self.random.random_range(CUT)));
             far.mend();
