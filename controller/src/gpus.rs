@@ -2,11 +2,12 @@
 //!
 //! An agent judges its GPUs itself and acts at once; what it finds is lost when it stops. So the leader notes every
 //! cordon, quarantine and fall, and lifts a cordon when its agent, knowing of it, says that the GPU is back. It never
-//! lifts quarantine.
+//! lifts quarantine. A GPU that two agents of one server see is one agent's as far as this is concerned: the first that
+//! told of it, as long as it does.
 
 use izar_common::health::gpu::{Hold, Mode, State, View};
 use izar_common::health::{Generation, Report};
-use izar_common::id::NodeId;
+use izar_common::id::{GpuId, NodeId};
 
 use crate::fleet::Fleet;
 use crate::state::Config;
@@ -24,11 +25,21 @@ pub fn notes(config: &Config, fleet: &Fleet) -> Vec<Command> {
     for (agent, view) in fleet.agents.iter().filter(|(_, view)| view.connected) {
         let Some(report) = view.report.as_ref().filter(|report| report.health.mode != Mode::Observe) else { continue };
         for gpu in &report.health.gpus {
-            commands.extend(note(config, agent, report, gpu, config.gpus.get(&gpu.id)));
+            let record = config.gpus.get(&gpu.id);
+            if !record.is_some_and(|record| record.agent != *agent && sees(fleet, &record.agent, &gpu.id)) {
+                commands.extend(note(config, agent, report, gpu, record));
+            }
         }
     }
     commands.truncate(NOTES);
     commands
+}
+
+/// Whether an agent is there and speaks for a GPU.
+fn sees(fleet: &Fleet, agent: &NodeId, gpu: &GpuId) -> bool {
+    let view = fleet.agents.get(agent).filter(|view| view.connected);
+    let health = view.and_then(|view| view.report.as_ref()).map(|report| &report.health);
+    health.is_some_and(|health| health.mode != Mode::Observe && health.gpus.iter().any(|other| other.id == *gpu))
 }
 
 fn note(config: &Config, agent: &NodeId, report: &Report, gpu: &View, record: Option<&GpuRecord>) -> Option<Command> {
@@ -170,5 +181,38 @@ mod tests {
     fn a_card_takes_what_is_held_against_it_into_another_server() {
         let moved = check(State::Healthy, 0, None, Some(("a2", Some(true))), Mode::Advise);
         assert_eq!(moved.as_deref(), Some("quarantine old"));
+    }
+
+    #[test]
+    fn two_agents_that_see_one_card_do_not_fight_over_it() {
+        let said = |first: Option<Mode>, connected: bool| {
+            let mut config = config("", "");
+            let (id, owner): (GpuId, NodeId) = ("gpu-1".parse().unwrap(), "a1".parse().unwrap());
+            let (boot, reason) = ("b".to_owned(), "old".to_owned());
+            let hold = Some(Hold { gpu: id.clone(), quarantined: false, reason, boot });
+            let record = GpuRecord { gpu: id.clone(), agent: owner, hold, index: KNOWN, falls_ms: vec![5] };
+            config.gpus.insert(id, record);
+            let mut fleet = Fleet::new(0);
+            for (name, mode) in [("a1", first), ("a2", Some(Mode::Advise))] {
+                let agent: NodeId = name.parse().unwrap();
+                let mut report = empty_report();
+                report.health.mode = mode.unwrap_or_default();
+                report.health.gpus = mode.map(|_| gpu("gpu-1", State::Cordoned)).into_iter().collect();
+                fleet.connect(&agent, 1);
+                fleet.report(&agent, report, 1);
+            }
+            if !connected {
+                fleet.disconnect(&"a1".parse().unwrap());
+            }
+            let takes = |command: &Command| match command {
+                Command::HoldGpu { agent, .. } => agent.to_string(),
+                other => panic!("{other:?}"),
+            };
+            notes(&config, &fleet).iter().map(takes).collect::<Vec<_>>()
+        };
+        assert!(said(Some(Mode::Advise), true).is_empty(), "the one that is recorded speaks for it");
+        assert_eq!(said(Some(Mode::Advise), false), ["a2"], "it is away");
+        assert_eq!(said(None, true), ["a2"], "it does not see it any more");
+        assert_eq!(said(Some(Mode::Observe), true), ["a2"], "its word does not count");
     }
 }
