@@ -302,8 +302,13 @@ fn events(inner: &Inner, path: Option<PathBuf>) {
         let ended = nvml::open(path.as_deref()).map_err(|error| error.to_string()).and_then(|nvml| {
             let events = nvml::Events::of(&nvml)?;
             while !inner.stop.is_cancelled() {
-                if let nvml::Happened::Xid { id, code } = events.wait(EVENT_WAIT_MS)? {
-                    inner.judge(|judge, now, wall| judge.xid(&id, code, Source::Library, now, wall));
+                match events.wait(EVENT_WAIT_MS)? {
+                    nvml::Happened::Xid { id, code } => {
+                        inner.judge(|judge, now, wall| judge.xid(&id, code, Source::Library, now, wall));
+                    }
+                    // Every wait would return at once.
+                    nvml::Happened::Lost => _ = pause(inner, Duration::from_millis(EVENT_WAIT_MS.into())),
+                    nvml::Happened::Look | nvml::Happened::Nothing => {}
                 }
             }
             Ok(())
