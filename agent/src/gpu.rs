@@ -213,7 +213,7 @@ fn pause(inner: &Inner, time: Duration) -> bool {
 fn read(inner: &Arc<Inner>, settings: Settings) {
     let call = |inner: &Inner| {
         inner.judge(|judge, now, _| {
-            judge.busy(Some(now));
+            judge.asks(now);
             Vec::new()
         })
     };
@@ -225,8 +225,8 @@ fn read(inner: &Arc<Inner>, settings: Settings) {
             Err(error) => error,
         };
         let absent = matches!(failed, nvml::Error::Absent);
-        inner.judge(|judge, _, _| {
-            judge.busy(None);
+        inner.judge(|judge, now, _| {
+            judge.answered(now);
             if absent {
                 judge.absent()
             } else {
@@ -254,7 +254,7 @@ fn read(inner: &Arc<Inner>, settings: Settings) {
         call(inner);
         let readings = library.read(is_ours);
         inner.judge(|judge, now, wall| {
-            judge.busy(None);
+            judge.answered(now);
             match readings {
                 Ok(readings) => {
                     let named = readings.into_iter().map(|(who, reading)| {

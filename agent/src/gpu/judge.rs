@@ -75,6 +75,9 @@ pub struct Judge {
     library: Library,
     /// Since when a call of the library has not returned.
     busy_since_ms: Option<u64>,
+    /// Calls that must return in time before it counts as one that answers: one that is late each time would have the
+    /// server's workers fenced and let go in turns.
+    owed: u32,
     generation: Generation,
     holds: BTreeMap<GpuId, Hold>,
 }
@@ -96,6 +99,7 @@ impl Judge {
             gpus: BTreeMap::new(),
             library: Library::Opening,
             busy_since_ms: None,
+            owed: 0,
             generation: Generation::default(),
             holds: BTreeMap::new(),
         }
@@ -121,9 +125,16 @@ impl Judge {
         self.library = Library::Broken(why);
     }
 
-    /// Notes that a call of the library begins, or has returned.
-    pub fn busy(&mut self, since_ms: Option<u64>) {
-        self.busy_since_ms = since_ms;
+    /// Notes that a call of the library begins.
+    pub fn asks(&mut self, now_ms: u64) {
+        self.busy_since_ms = Some(now_ms);
+    }
+
+    /// Notes that it has returned.
+    pub fn answered(&mut self, now_ms: u64) {
+        let Some(since_ms) = self.busy_since_ms.take() else { return };
+        let late = now_ms.saturating_sub(since_ms) >= STUCK_MS;
+        self.owed = if late { MENDED } else { self.owed.saturating_sub(1) };
     }
 
     /// Takes a poll's readings of all GPUs.
@@ -194,7 +205,7 @@ impl Judge {
 
     /// Why the server as a whole is not sound.
     fn fault(&self, now_ms: u64) -> Option<String> {
-        if self.busy_since_ms.is_some_and(|since| now_ms.saturating_sub(since) >= STUCK_MS) {
+        if self.owed > 0 || self.busy_since_ms.is_some_and(|since| now_ms.saturating_sub(since) >= STUCK_MS) {
             return Some(format!("the GPU library has not answered for {} s", STUCK_MS / 1000));
         }
         let there = self.gpus.values().filter(|gpu| !gpu.reading.lost).count() as u32;

@@ -102,13 +102,36 @@ fn fewer_gpus_than_expected_are_a_fault_of_the_server() {
 fn a_library_that_does_not_answer_is_a_fault_until_it_does() {
     let mut server = Server::new(terms());
     server.read(1, &well());
-    server.judge.busy(Some(server.now_ms));
+    server.judge.asks(server.now_ms);
     server.now_ms += STUCK_MS - 1;
     assert_eq!(server.fault(), "");
     server.now_ms += 1;
     assert_eq!(server.fault(), "the GPU library has not answered for 10 s");
-    server.judge.busy(None);
+    server.judge.answered(server.now_ms);
+    for _ in 0..MENDED {
+        assert_eq!(server.fault(), "the GPU library has not answered for 10 s", "one answer is no proof");
+        server.judge.asks(server.now_ms);
+        server.judge.answered(server.now_ms + STUCK_MS - 1);
+    }
     assert_eq!(server.fault(), "");
+}
+
+#[test]
+fn a_library_whose_every_answer_is_late_is_a_fault_without_a_break() {
+    let mut server = Server::new(terms());
+    server.read(1, &well());
+    for round in 0..20 {
+        server.judge.asks(server.now_ms);
+        assert_eq!(server.fault().is_empty(), round == 0, "{round}");
+        server.now_ms += STUCK_MS;
+        assert!(!server.fault().is_empty());
+        server.judge.answered(server.now_ms);
+        assert!(!server.fault().is_empty());
+        // One answer in time between them changes nothing.
+        server.judge.asks(server.now_ms);
+        server.judge.answered(server.now_ms);
+        assert!(!server.fault().is_empty());
+    }
 }
 
 #[test]
