@@ -50,7 +50,17 @@ fn note(config: &Config, agent: &NodeId, report: &Report, gpu: &View, record: Op
         gpu: gpu.id.clone(),
         quarantined,
         reason: gpu.reason.clone(),
+        remedy: gpu.remedy,
+        standing: gpu.standing,
         boot: report.health.boot.clone(),
+    };
+    // What speaks against a cordoned GPU besides; what is remembered gets worse, never better.
+    let besides = |held: &Hold| match gpu.state {
+        State::Cordoned if !held.quarantined => {
+            let (remedy, standing) = (held.remedy.max(gpu.remedy), held.standing && gpu.standing);
+            Hold { remedy, standing, ..held.clone() }
+        }
+        _ => held.clone(),
     };
     let fell_ms = gpu.fell_ms.filter(|fell_ms| !record.is_some_and(|record| record.falls_ms.contains(fell_ms)));
     match (gpu.state, held) {
@@ -63,8 +73,8 @@ fn note(config: &Config, agent: &NodeId, report: &Report, gpu: &View, record: Op
         (State::Quarantined | State::Cordoned, None) if record.is_some() && !knows => None,
         (State::Quarantined, _) => Some(Command::HoldGpu { agent: agent.clone(), hold: hold(true), fell_ms }),
         (State::Cordoned, None) => Some(Command::HoldGpu { agent: agent.clone(), hold: hold(false), fell_ms }),
-        (_, Some(held)) if fell_ms.is_some() && gpu.state.share() == 0 => {
-            Some(Command::HoldGpu { agent: agent.clone(), hold: held.clone(), fell_ms })
+        (_, Some(held)) if gpu.state.share() == 0 && (fell_ms.is_some() || besides(held) != *held) => {
+            Some(Command::HoldGpu { agent: agent.clone(), hold: besides(held), fell_ms })
         }
         (State::Probation | State::Healthy | State::Degraded, Some(held)) if !held.quarantined && knows => {
             Some(Command::ReleaseGpu { gpu: gpu.id.clone(), reason: gpu.reason.clone(), operator: false })
@@ -93,6 +103,7 @@ pub fn usable(report: &Report) -> u32 {
 mod tests {
     use super::*;
     use crate::agents::fixture::{config, empty_report, gpu};
+    use izar_common::health::gpu::Remedy;
 
     const KNOWN: u64 = 7;
 
@@ -110,6 +121,8 @@ mod tests {
                 gpu: "gpu-1".parse().unwrap(),
                 quarantined,
                 reason: "old".into(),
+                remedy: Remedy::Reset,
+                standing: false,
                 boot: "b".into(),
             });
             let (gpu, agent) = ("gpu-1".parse().unwrap(), agent.parse().unwrap());
@@ -184,12 +197,41 @@ mod tests {
     }
 
     #[test]
+    fn what_a_cordoned_card_needs_is_remembered_and_only_gets_worse() {
+        use Remedy::{Reset, Restart};
+        let check = |held: (Remedy, bool), seen: (Remedy, bool), state, expected: Option<(Remedy, bool)>| {
+            let mut config = config("", "");
+            let (id, agent): (GpuId, NodeId) = ("gpu-1".parse().unwrap(), "a1".parse().unwrap());
+            let (reason, boot, (remedy, standing)) = ("old".to_owned(), "b".to_owned(), held);
+            let hold = Some(Hold { gpu: id.clone(), quarantined: false, reason, remedy, standing, boot });
+            let record = GpuRecord { gpu: id.clone(), agent: agent.clone(), hold, index: KNOWN, falls_ms: vec![] };
+            config.gpus.insert(id, record);
+            let (mut fleet, mut report) = (Fleet::new(0), empty_report());
+            report.health.gpus = vec![gpu("gpu-1", state)];
+            (report.health.gpus[0].remedy, report.health.gpus[0].standing) = seen;
+            fleet.connect(&agent, 1);
+            fleet.report(&agent, report, 1);
+            let said = notes(&config, &fleet).first().map(|command| match command {
+                Command::HoldGpu { hold, .. } => (hold.remedy, hold.standing),
+                other => panic!("{other:?}"),
+            });
+            assert_eq!(said, expected, "{held:?} {seen:?} {state}");
+        };
+        check((Reset, false), (Reset, false), State::Cordoned, None);
+        check((Reset, true), (Restart, false), State::Cordoned, Some((Restart, false)));
+        check((Reset, true), (Reset, false), State::Cordoned, Some((Reset, false)));
+        check((Restart, false), (Reset, true), State::Cordoned, None);
+        check((Reset, true), (Remedy::None, false), State::Unknown, None);
+    }
+
+    #[test]
     fn two_agents_that_see_one_card_do_not_fight_over_it() {
         let said = |first: Option<Mode>, connected: bool| {
             let mut config = config("", "");
             let (id, owner): (GpuId, NodeId) = ("gpu-1".parse().unwrap(), "a1".parse().unwrap());
             let (boot, reason) = ("b".to_owned(), "old".to_owned());
-            let hold = Some(Hold { gpu: id.clone(), quarantined: false, reason, boot });
+            let (remedy, standing) = (Remedy::Reset, false);
+            let hold = Some(Hold { gpu: id.clone(), quarantined: false, reason, remedy, standing, boot });
             let record = GpuRecord { gpu: id.clone(), agent: owner, hold, index: KNOWN, falls_ms: vec![5] };
             config.gpus.insert(id, record);
             let mut fleet = Fleet::new(0);

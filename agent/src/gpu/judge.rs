@@ -221,8 +221,16 @@ impl Judge {
         }
         let stopped = |gpu: &&Gpu| gpu.state.share() == 0;
         let whole = |gpu: &&Gpu| self.terms.guards == Guards::All || gpu.remedy == Remedy::Restart;
-        let gpu = self.gpus.values().find(|gpu| stopped(gpu) && whole(gpu))?;
-        Some(format!("GPU {} is {}: {}", gpu.identity.index, gpu.state, gpu.reason))
+        if let Some(gpu) = self.gpus.values().find(|gpu| stopped(gpu) && whole(gpu)) {
+            return Some(format!("GPU {} is {}: {}", gpu.identity.index, gpu.state, gpu.reason));
+        }
+        // An agent that began after a GPU was lost never sees it.
+        let missing = |hold: &&Hold| {
+            let needs_restart = !hold.quarantined && hold.remedy == Remedy::Restart && hold.boot == self.terms.boot;
+            needs_restart && !self.gpus.contains_key(&hold.gpu)
+        };
+        let hold = self.holds.values().find(missing)?;
+        Some(format!("GPU {} is missing: {}", hold.gpu, hold.reason))
     }
 
     /// The health that a report carries.
@@ -323,14 +331,19 @@ impl Gpu {
             self.wrong_ms = now_ms;
             self.step(Event::Broken, &hold.reason, now_ms, wall_ms, told);
         } else if self.state.share() > 0 || self.state == State::Unknown {
-            // What is cordoned here already is what was told to the controllers.
             self.wrong_ms = now_ms;
-            self.standing = false;
-            self.remedy = self.remedy.max(Remedy::Reset);
+            self.standing = hold.standing;
+            self.clean = 0;
+            self.remedy = self.remedy.max(hold.remedy).max(Remedy::Reset);
             self.step(Event::Hard, &hold.reason, now_ms, wall_ms, told);
             if hold.boot != boot {
                 self.step(Event::Mended, "the server was restarted", now_ms, wall_ms, told);
             }
+        } else if hold.boot == boot {
+            // It is cordoned here already: for what was told to the controllers, or, after a restart of the agent, for a
+            // part of it.
+            self.standing &= hold.standing;
+            self.remedy = self.remedy.max(hold.remedy);
         }
     }
 
@@ -371,6 +384,7 @@ impl Gpu {
             state: self.state,
             reason: self.reason.clone(),
             remedy: self.remedy,
+            standing: self.standing && self.state == State::Cordoned,
             since_ms: self.since_ms,
             temperature_c: reading.temperature_c,
             memory_used_bytes: reading.memory_used_bytes,

@@ -111,6 +111,7 @@ pub fn gpu(id: &str, state: State) -> View {
         state,
         reason: "Xid 95".into(),
         remedy: Remedy::None,
+        standing: false,
         since_ms: 0,
         temperature_c: None,
         memory_used_bytes: None,

@@ -124,6 +124,7 @@ mod tests {
     use super::super::command::{Batch, Command, Origin, Reply};
     use super::*;
     use izar_common::clock::Hlc;
+    use izar_common::health::gpu::Remedy;
 
     const DAY_MS: u64 = 24 * 60 * 60 * 1_000;
 
@@ -143,7 +144,8 @@ mod tests {
             self.hold_by("a1", quarantined, fell_ms);
         }
         fn hold_by(&mut self, agent: &str, quarantined: bool, fell_ms: Option<u64>) {
-            let hold = Hold { gpu: gpu(), quarantined, reason: "Xid 79".into(), boot: "b".into() };
+            let (reason, boot, remedy) = ("Xid 79".into(), "b".into(), Remedy::Restart);
+            let hold = Hold { gpu: gpu(), quarantined, reason, remedy, standing: false, boot };
             assert_eq!(self.order(Command::HoldGpu { agent: agent.parse().unwrap(), hold, fell_ms }), Reply::Done);
         }
         fn release(&mut self, operator: bool) -> Reply {
