@@ -15,6 +15,9 @@ use std::time::{Duration, Instant};
 use izar_common::clock::wall_ms;
 use izar_common::health::Generation;
 use izar_common::health::gpu::{Health, Hold, Mode, State};
+use nix::errno::Errno;
+use nix::sys::signal::kill;
+use nix::unistd::Pid;
 use serde::Deserialize;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -210,7 +213,7 @@ fn pause(inner: &Inner, time: Duration) -> bool {
 fn read(inner: &Arc<Inner>, settings: Settings) {
     let call = |inner: &Inner| {
         inner.judge(|judge, now, _| {
-            judge.busy(Some(now));
+            judge.asks(now);
             Vec::new()
         })
     };
@@ -222,8 +225,8 @@ fn read(inner: &Arc<Inner>, settings: Settings) {
             Err(error) => error,
         };
         let absent = matches!(failed, nvml::Error::Absent);
-        inner.judge(|judge, _, _| {
-            judge.busy(None);
+        inner.judge(|judge, now, _| {
+            judge.answered(now);
             if absent {
                 judge.absent()
             } else {
@@ -251,7 +254,7 @@ fn read(inner: &Arc<Inner>, settings: Settings) {
         call(inner);
         let readings = library.read(is_ours);
         inner.judge(|judge, now, wall| {
-            judge.busy(None);
+            judge.answered(now);
             match readings {
                 Ok(readings) => {
                     let named = readings.into_iter().map(|(who, reading)| {
@@ -272,13 +275,24 @@ fn read(inner: &Arc<Inner>, settings: Settings) {
     }
 }
 
-/// Whether a process that computes on a GPU is this agent's, or one that this process cannot see: in another container
-/// numbers mean nothing.
+/// Whether a process that computes on a GPU is this agent's, or one that this process knows nothing of: in another
+/// container numbers mean nothing.
 fn is_ours(pid: u32) -> bool {
-    let Ok(stat) = std::fs::read_to_string(format!("/proc/{pid}/stat")) else { return true };
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok();
+    // Where /proc shows only a user's own processes, whoever may not be signalled is another user's. Nothing is sent.
+    let denied = || {
+        let pid = i32::try_from(pid).ok().filter(|pid| *pid > 0).map(Pid::from_raw);
+        pid.is_some_and(|pid| kill(pid, None) == Err(Errno::EPERM))
+    };
+    belongs(pid, stat.as_deref(), denied, std::process::id())
+}
+
+/// The same, from what `/proc` says of the process, and whether it is there and may not be signalled.
+fn belongs(pid: u32, stat: Option<&str>, denied: impl FnOnce() -> bool, agent: u32) -> bool {
+    let Some(stat) = stat else { return !denied() };
     // `pid (name) state parent …`; the name may hold anything, a parenthesis too.
     let parent = stat.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().nth(1)?.parse::<u32>().ok());
-    pid == std::process::id() || parent == Some(std::process::id())
+    pid == agent || parent == Some(agent)
 }
 
 /// The thread that waits for Xids. It has the library to itself: the reader's may hang.
@@ -288,8 +302,13 @@ fn events(inner: &Inner, path: Option<PathBuf>) {
         let ended = nvml::open(path.as_deref()).map_err(|error| error.to_string()).and_then(|nvml| {
             let events = nvml::Events::of(&nvml)?;
             while !inner.stop.is_cancelled() {
-                if let nvml::Happened::Xid { id, code } = events.wait(EVENT_WAIT_MS)? {
-                    inner.judge(|judge, now, wall| judge.xid(&id, code, Source::Library, now, wall));
+                match events.wait(EVENT_WAIT_MS)? {
+                    nvml::Happened::Xid { id, code } => {
+                        inner.judge(|judge, now, wall| judge.xid(&id, code, Source::Library, now, wall));
+                    }
+                    // Every wait would return at once.
+                    nvml::Happened::Lost => _ = pause(inner, Duration::from_millis(EVENT_WAIT_MS.into())),
+                    nvml::Happened::Look | nvml::Happened::Nothing => {}
                 }
             }
             Ok(())
@@ -330,5 +349,22 @@ fn follow(inner: &Inner, path: Option<PathBuf>) {
         if !pause(inner, AGAIN) {
             return;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_is_ours_if_it_is_the_agents_child_or_nobody_knows_of_it() {
+        let check = |stat: Option<&str>, denied: bool| belongs(9, stat, || denied, 7);
+        assert!(check(Some("9 (izar-agent) S 7 9 9"), false));
+        assert!(check(Some("9 (a) b) S 7 9 9"), false), "a name may hold a parenthesis");
+        assert!(!check(Some("9 (python) S 8 9 9"), false));
+        assert!(!check(None, true), "it is another user's that /proc does not show");
+        assert!(check(None, false), "there is none of that number");
+        assert!(belongs(7, Some("7 (izar-agent) S 1 7 7"), || false, 7));
+        assert!(is_ours(std::process::id()));
     }
 }

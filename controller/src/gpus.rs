@@ -2,11 +2,12 @@
 //!
 //! An agent judges its GPUs itself and acts at once; what it finds is lost when it stops. So the leader notes every
 //! cordon, quarantine and fall, and lifts a cordon when its agent, knowing of it, says that the GPU is back. It never
-//! lifts quarantine.
+//! lifts quarantine. A GPU that two agents of one server see is one agent's as far as this is concerned: the first that
+//! told of it, as long as it does.
 
 use izar_common::health::gpu::{Hold, Mode, State, View};
 use izar_common::health::{Generation, Report};
-use izar_common::id::NodeId;
+use izar_common::id::{GpuId, NodeId};
 
 use crate::fleet::Fleet;
 use crate::state::Config;
@@ -24,11 +25,21 @@ pub fn notes(config: &Config, fleet: &Fleet) -> Vec<Command> {
     for (agent, view) in fleet.agents.iter().filter(|(_, view)| view.connected) {
         let Some(report) = view.report.as_ref().filter(|report| report.health.mode != Mode::Observe) else { continue };
         for gpu in &report.health.gpus {
-            commands.extend(note(config, agent, report, gpu, config.gpus.get(&gpu.id)));
+            let record = config.gpus.get(&gpu.id);
+            if !record.is_some_and(|record| record.agent != *agent && sees(fleet, &record.agent, &gpu.id)) {
+                commands.extend(note(config, agent, report, gpu, record));
+            }
         }
     }
     commands.truncate(NOTES);
     commands
+}
+
+/// Whether an agent is there and speaks for a GPU.
+fn sees(fleet: &Fleet, agent: &NodeId, gpu: &GpuId) -> bool {
+    let view = fleet.agents.get(agent).filter(|view| view.connected);
+    let health = view.and_then(|view| view.report.as_ref()).map(|report| &report.health);
+    health.is_some_and(|health| health.mode != Mode::Observe && health.gpus.iter().any(|other| other.id == *gpu))
 }
 
 fn note(config: &Config, agent: &NodeId, report: &Report, gpu: &View, record: Option<&GpuRecord>) -> Option<Command> {
@@ -39,7 +50,17 @@ fn note(config: &Config, agent: &NodeId, report: &Report, gpu: &View, record: Op
         gpu: gpu.id.clone(),
         quarantined,
         reason: gpu.reason.clone(),
+        remedy: gpu.remedy,
+        standing: gpu.standing,
         boot: report.health.boot.clone(),
+    };
+    // What speaks against a cordoned GPU besides; what is remembered gets worse, never better.
+    let besides = |held: &Hold| match gpu.state {
+        State::Cordoned if !held.quarantined => {
+            let (remedy, standing) = (held.remedy.max(gpu.remedy), held.standing && gpu.standing);
+            Hold { remedy, standing, ..held.clone() }
+        }
+        _ => held.clone(),
     };
     let fell_ms = gpu.fell_ms.filter(|fell_ms| !record.is_some_and(|record| record.falls_ms.contains(fell_ms)));
     match (gpu.state, held) {
@@ -52,8 +73,8 @@ fn note(config: &Config, agent: &NodeId, report: &Report, gpu: &View, record: Op
         (State::Quarantined | State::Cordoned, None) if record.is_some() && !knows => None,
         (State::Quarantined, _) => Some(Command::HoldGpu { agent: agent.clone(), hold: hold(true), fell_ms }),
         (State::Cordoned, None) => Some(Command::HoldGpu { agent: agent.clone(), hold: hold(false), fell_ms }),
-        (_, Some(held)) if fell_ms.is_some() && gpu.state.share() == 0 => {
-            Some(Command::HoldGpu { agent: agent.clone(), hold: held.clone(), fell_ms })
+        (_, Some(held)) if gpu.state.share() == 0 && (fell_ms.is_some() || besides(held) != *held) => {
+            Some(Command::HoldGpu { agent: agent.clone(), hold: besides(held), fell_ms })
         }
         (State::Probation | State::Healthy | State::Degraded, Some(held)) if !held.quarantined && knows => {
             Some(Command::ReleaseGpu { gpu: gpu.id.clone(), reason: gpu.reason.clone(), operator: false })
@@ -82,6 +103,7 @@ pub fn usable(report: &Report) -> u32 {
 mod tests {
     use super::*;
     use crate::agents::fixture::{config, empty_report, gpu};
+    use izar_common::health::gpu::Remedy;
 
     const KNOWN: u64 = 7;
 
@@ -99,6 +121,8 @@ mod tests {
                 gpu: "gpu-1".parse().unwrap(),
                 quarantined,
                 reason: "old".into(),
+                remedy: Remedy::Reset,
+                standing: false,
                 boot: "b".into(),
             });
             let (gpu, agent) = ("gpu-1".parse().unwrap(), agent.parse().unwrap());
@@ -170,5 +194,67 @@ mod tests {
     fn a_card_takes_what_is_held_against_it_into_another_server() {
         let moved = check(State::Healthy, 0, None, Some(("a2", Some(true))), Mode::Advise);
         assert_eq!(moved.as_deref(), Some("quarantine old"));
+    }
+
+    #[test]
+    fn what_a_cordoned_card_needs_is_remembered_and_only_gets_worse() {
+        use Remedy::{Reset, Restart};
+        let check = |held: (Remedy, bool), seen: (Remedy, bool), state, expected: Option<(Remedy, bool)>| {
+            let mut config = config("", "");
+            let (id, agent): (GpuId, NodeId) = ("gpu-1".parse().unwrap(), "a1".parse().unwrap());
+            let (reason, boot, (remedy, standing)) = ("old".to_owned(), "b".to_owned(), held);
+            let hold = Some(Hold { gpu: id.clone(), quarantined: false, reason, remedy, standing, boot });
+            let record = GpuRecord { gpu: id.clone(), agent: agent.clone(), hold, index: KNOWN, falls_ms: vec![] };
+            config.gpus.insert(id, record);
+            let (mut fleet, mut report) = (Fleet::new(0), empty_report());
+            report.health.gpus = vec![gpu("gpu-1", state)];
+            (report.health.gpus[0].remedy, report.health.gpus[0].standing) = seen;
+            fleet.connect(&agent, 1);
+            fleet.report(&agent, report, 1);
+            let said = notes(&config, &fleet).first().map(|command| match command {
+                Command::HoldGpu { hold, .. } => (hold.remedy, hold.standing),
+                other => panic!("{other:?}"),
+            });
+            assert_eq!(said, expected, "{held:?} {seen:?} {state}");
+        };
+        check((Reset, false), (Reset, false), State::Cordoned, None);
+        check((Reset, true), (Restart, false), State::Cordoned, Some((Restart, false)));
+        check((Reset, true), (Reset, false), State::Cordoned, Some((Reset, false)));
+        check((Restart, false), (Reset, true), State::Cordoned, None);
+        check((Reset, true), (Remedy::None, false), State::Unknown, None);
+    }
+
+    #[test]
+    fn two_agents_that_see_one_card_do_not_fight_over_it() {
+        let said = |first: Option<Mode>, connected: bool| {
+            let mut config = config("", "");
+            let (id, owner): (GpuId, NodeId) = ("gpu-1".parse().unwrap(), "a1".parse().unwrap());
+            let (boot, reason) = ("b".to_owned(), "old".to_owned());
+            let (remedy, standing) = (Remedy::Reset, false);
+            let hold = Some(Hold { gpu: id.clone(), quarantined: false, reason, remedy, standing, boot });
+            let record = GpuRecord { gpu: id.clone(), agent: owner, hold, index: KNOWN, falls_ms: vec![5] };
+            config.gpus.insert(id, record);
+            let mut fleet = Fleet::new(0);
+            for (name, mode) in [("a1", first), ("a2", Some(Mode::Advise))] {
+                let agent: NodeId = name.parse().unwrap();
+                let mut report = empty_report();
+                report.health.mode = mode.unwrap_or_default();
+                report.health.gpus = mode.map(|_| gpu("gpu-1", State::Cordoned)).into_iter().collect();
+                fleet.connect(&agent, 1);
+                fleet.report(&agent, report, 1);
+            }
+            if !connected {
+                fleet.disconnect(&"a1".parse().unwrap());
+            }
+            let takes = |command: &Command| match command {
+                Command::HoldGpu { agent, .. } => agent.to_string(),
+                other => panic!("{other:?}"),
+            };
+            notes(&config, &fleet).iter().map(takes).collect::<Vec<_>>()
+        };
+        assert!(said(Some(Mode::Advise), true).is_empty(), "the one that is recorded speaks for it");
+        assert_eq!(said(Some(Mode::Advise), false), ["a2"], "it is away");
+        assert_eq!(said(None, true), ["a2"], "it does not see it any more");
+        assert_eq!(said(Some(Mode::Observe), true), ["a2"], "its word does not count");
     }
 }

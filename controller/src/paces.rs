@@ -4,6 +4,10 @@
 //! Pure: times come in as arguments. A worker is compared with those of the same deployment that compute the same way and
 //! have about as much to do; alone it is never slow. One that is slow gets jobs only if no other can take them, for a
 //! while; then it is measured anew.
+//!
+//! It does not know which jobs of a worker are urgent, for other controllers' are not told apart. Beside them the others
+//! pause for most of the time (see the worker's batch), so a worker that has urgent jobs for seconds on end, while its
+//! peers have none, may be called slow: wrongly of the card, but rightly of what the others there would get.
 
 use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
@@ -14,13 +18,20 @@ use izar_common::id::WorkerId;
 /// long prompt beside them, another program on the server.
 const FACTOR: f64 = 20.0;
 
-/// What is older says nothing of now.
-const WITHIN_MS: u64 = 30_000;
+/// What is older says nothing of now, in seconds.
+const WITHIN: u64 = 30;
 
-/// What must have been seen of a worker before it is called slow: time of its streams, and how often they gave something.
-/// One long prompt holds up a worker's streams for a second or two, once.
+/// What must have been seen of a worker before it is called slow: time of its streams, how often they gave something, and
+/// in how many seconds, that lie over so long. One long prompt holds up all of a worker's streams at once, for a second or
+/// two: that is one time, however many they are.
 const LEAST_TIME: Duration = Duration::from_secs(3);
-const LEAST_MARKS: usize = 8;
+const LEAST_MARKS: u32 = 8;
+const LEAST_SECONDS: usize = 5;
+const LEAST_SPAN: u64 = 5;
+
+/// A token that took longer counts as much as this: a sequence that waited minutes for blocks of the cache says nothing of
+/// how fast its worker computes.
+const MOST_TIME: Duration = Duration::from_secs(2);
 
 /// And of a peer, before it is held against another.
 const PEER_TOKENS: u64 = 20;
@@ -34,9 +45,6 @@ const SLOW_MS: u64 = 15 * 60_000;
 /// How often a worker is compared, at most: it has many streams, and all its peers are looked at.
 const COMPARE_MS: u64 = 1_000;
 
-/// Marks remembered of a worker: each stands for a quarter of a second of one stream, or for one late token.
-const MARKS: usize = 256;
-
 /// Workers remembered: those that gave nothing lately are forgotten first.
 const WORKERS: usize = 8_192;
 
@@ -48,19 +56,23 @@ pub struct Paces {
 
 #[derive(Debug, Default)]
 struct Pace {
-    marks: VecDeque<Mark>,
+    /// What its streams gave in each second that any of them did: [`WITHIN`] at most, the newest last.
+    seconds: VecDeque<Second>,
     /// Until when it is slow, and why.
     slow: Option<(u64, String)>,
     /// When it was compared with its peers last.
     compared_ms: Option<u64>,
 }
 
-#[derive(Debug, Clone, Copy)]
-struct Mark {
-    at_ms: u64,
-    tokens: u32,
-    took: Duration,
-    jobs: u32,
+#[derive(Debug, Clone, Copy, Default)]
+struct Second {
+    /// Unix time.
+    at: u64,
+    tokens: u64,
+    time: Duration,
+    /// How often streams gave something, and the jobs that the worker had then, added up.
+    marks: u32,
+    jobs: u64,
 }
 
 /// A worker's pace: tokens a second of a stream, and the jobs beside it.
@@ -69,26 +81,32 @@ struct Rate {
     per_second: f64,
     jobs: f64,
     tokens: u64,
-    time: Duration,
-    marks: usize,
 }
 
 impl Paces {
     /// Notes that one stream of a worker gave so many tokens in a time, with so many jobs on the worker.
     pub fn note(&mut self, worker: &WorkerId, tokens: u32, took: Duration, jobs: u32, now_ms: u64) {
         if self.workers.len() >= WORKERS && !self.workers.contains_key(worker) {
-            let recent =
-                |pace: &Pace| pace.marks.back().is_some_and(|mark| now_ms.saturating_sub(mark.at_ms) < WITHIN_MS);
-            self.workers.retain(|_, pace| recent(pace) || pace.is_slow(now_ms));
+            self.workers.retain(|_, pace| pace.recent(now_ms).next().is_some() || pace.is_slow(now_ms));
             if self.workers.len() >= WORKERS {
                 return;
             }
         }
-        let marks = &mut self.workers.entry(worker.clone()).or_default().marks;
-        if marks.len() >= MARKS {
-            marks.pop_front();
+        let seconds = &mut self.workers.entry(worker.clone()).or_default().seconds;
+        let at = now_ms / 1_000;
+        // A clock that was set back adds to the last second.
+        if seconds.back().is_none_or(|last| last.at < at) {
+            if seconds.len() as u64 >= WITHIN {
+                seconds.pop_front();
+            }
+            seconds.push_back(Second { at, ..Second::default() });
         }
-        marks.push_back(Mark { at_ms: now_ms, tokens, took, jobs });
+        if let Some(last) = seconds.back_mut() {
+            last.tokens += u64::from(tokens);
+            last.time += took.min(MOST_TIME);
+            last.marks = last.marks.saturating_add(1);
+            last.jobs += u64::from(jobs);
+        }
     }
 
     /// Compares a worker with its peers; returns why it is slow, if that is new.
@@ -98,15 +116,13 @@ impl Paces {
         peers: impl Iterator<Item = &'a WorkerId>,
         now_ms: u64,
     ) -> Option<String> {
-        let own = self.workers.get(worker).filter(|pace| !pace.is_slow(now_ms))?.rate(now_ms)?;
-        if own.time < LEAST_TIME || own.marks < LEAST_MARKS {
-            return None;
-        }
         let pace = self.workers.get_mut(worker)?;
-        if pace.compared_ms.is_some_and(|at| now_ms.saturating_sub(at) < COMPARE_MS) {
+        let lately = pace.compared_ms.is_some_and(|at| now_ms.saturating_sub(at) < COMPARE_MS);
+        if lately || pace.is_slow(now_ms) {
             return None;
         }
         pace.compared_ms = Some(now_ms);
+        let own = pace.rate(now_ms).filter(|_| pace.is_evidence(now_ms))?;
         let like = |rate: &Rate| rate.tokens >= PEER_TOKENS && alike(rate.jobs, own.jobs);
         let rates = peers.filter_map(|peer| self.workers.get(peer)?.rate(now_ms)).filter(like);
         let mut rates: Vec<f64> = rates.map(|rate| rate.per_second).collect();
@@ -118,7 +134,7 @@ impl Paces {
         let reason = format!("it gives {:.1} tokens a second where its peers give {median:.1}", own.per_second);
         let pace = self.workers.get_mut(worker).expect("it was just looked at");
         // When its time is over it is measured anew.
-        pace.marks.clear();
+        pace.seconds.clear();
         pace.slow = Some((now_ms + SLOW_MS, reason.clone()));
         Some(reason)
     }
@@ -145,17 +161,29 @@ impl Pace {
         self.slow.as_ref().is_some_and(|(until_ms, _)| now_ms < *until_ms)
     }
 
+    fn recent(&self, now_ms: u64) -> impl Iterator<Item = &Second> {
+        self.seconds.iter().filter(move |second| (now_ms / 1_000).saturating_sub(second.at) < WITHIN)
+    }
+
     fn rate(&self, now_ms: u64) -> Option<Rate> {
-        let recent = self.marks.iter().filter(|mark| now_ms.saturating_sub(mark.at_ms) < WITHIN_MS);
-        let (mut tokens, mut time, mut jobs, mut marks) = (0_u64, Duration::ZERO, 0.0, 0);
-        for mark in recent {
-            tokens += u64::from(mark.tokens);
-            time += mark.took;
-            jobs += f64::from(mark.jobs);
-            marks += 1;
+        let (mut tokens, mut time, mut jobs, mut marks) = (0_u64, Duration::ZERO, 0_u64, 0_u32);
+        for second in self.recent(now_ms) {
+            tokens += second.tokens;
+            time += second.time;
+            jobs += second.jobs;
+            marks += second.marks;
         }
-        let per_second = tokens as f64 / time.as_secs_f64();
-        (marks > 0 && !time.is_zero()).then(|| Rate { per_second, jobs: jobs / marks as f64, tokens, time, marks })
+        let (per_second, jobs) = (tokens as f64 / time.as_secs_f64(), jobs as f64 / f64::from(marks));
+        (marks > 0 && !time.is_zero()).then_some(Rate { per_second, jobs, tokens })
+    }
+
+    /// Whether enough was seen of it to be held against it.
+    fn is_evidence(&self, now_ms: u64) -> bool {
+        let seconds: Vec<&Second> = self.recent(now_ms).collect();
+        let time: Duration = seconds.iter().map(|second| second.time).sum();
+        let marks: u32 = seconds.iter().map(|second| second.marks).sum();
+        let span = seconds.first().zip(seconds.last()).map_or(0, |(first, last)| last.at - first.at);
+        time >= LEAST_TIME && marks >= LEAST_MARKS && seconds.len() >= LEAST_SECONDS && span >= LEAST_SPAN
     }
 }
 
@@ -167,14 +195,19 @@ mod tests {
         text.parse().unwrap()
     }
 
-    /// Each worker gives a token in so many milliseconds, ten times, with so many jobs; returns what the first is.
+    /// A worker gives a token in so many milliseconds, three times a second, from one second to another.
+    fn give(paces: &mut Paces, worker: &str, ms: u64, jobs: u32, from: u64, to: u64) {
+        for at in (from * 3..=to * 3).map(|third| third * 1_000 / 3) {
+            paces.note(&id(worker), 1, Duration::from_millis(ms), jobs, at);
+        }
+    }
+
+    /// Each worker gives a token in so many milliseconds, with so many jobs; returns what the first is.
     fn check(workers: &[(&str, u64, u32)]) -> Option<String> {
         let mut paces = Paces::default();
-        for (worker, ms, jobs) in workers {
-            (0..30).for_each(|at| paces.note(&id(worker), 1, Duration::from_millis(*ms), *jobs, 1_000 + at));
-        }
+        workers.iter().for_each(|(worker, ms, jobs)| give(&mut paces, worker, *ms, *jobs, 1, 9));
         let peers: Vec<WorkerId> = workers[1..].iter().map(|(worker, ..)| id(worker)).collect();
-        paces.compare(&id(workers[0].0), peers.iter(), 2_000)
+        paces.compare(&id(workers[0].0), peers.iter(), 9_000)
     }
 
     #[test]
@@ -199,43 +232,69 @@ mod tests {
     #[test]
     fn a_worker_of_many_streams_is_compared_once_a_second() {
         let mut paces = Paces::default();
-        let both = |paces: &mut Paces, slow_ms: u64, now_ms: u64| {
-            for (worker, ms) in [("m.0", slow_ms), ("m.1", 10)] {
-                (0..MARKS).for_each(|_| paces.note(&id(worker), 1, Duration::from_millis(ms), 1, now_ms));
-            }
-            paces.compare(&id("m.0"), [id("m.1")].iter(), now_ms).is_some()
-        };
-        assert!(!both(&mut paces, 12, 0), "it is as fast as the other");
-        assert!(!both(&mut paces, 1_000, COMPARE_MS / 2));
-        assert!(!both(&mut paces, 1_000, COMPARE_MS - 1));
-        assert!(both(&mut paces, 1_000, COMPARE_MS), "however often it was asked meanwhile");
+        give(&mut paces, "m.1", 10, 1, 0, 30);
+        give(&mut paces, "m.0", 12, 1, 0, 20);
+        let peers = [id("m.1")];
+        let slow = |paces: &mut Paces, now_ms| paces.compare(&id("m.0"), peers.iter(), now_ms).is_some();
+        assert!(!slow(&mut paces, 20_000), "it is as fast as the other");
+        (0..500).for_each(|_| give(&mut paces, "m.0", 1_000, 1, 20, 20));
+        assert!(!slow(&mut paces, 20_000 + COMPARE_MS / 2));
+        assert!(!slow(&mut paces, 20_000 + COMPARE_MS - 1));
+        assert!(slow(&mut paces, 20_000 + COMPARE_MS), "however often it was asked meanwhile");
     }
 
     #[test]
     fn little_is_no_evidence() {
-        let mut paces = Paces::default();
-        (0..30).for_each(|_| paces.note(&id("m.1"), 1, Duration::from_millis(10), 1, 0));
-        let peers = [id("m.1")];
-        for _ in 0..LEAST_MARKS - 1 {
-            paces.note(&id("m.0"), 1, Duration::from_secs(1), 1, 0);
-            assert_eq!(paces.compare(&id("m.0"), peers.iter(), 0), None);
+        // So many times, so many seconds apart.
+        let check = |times: u64, apart: u64, ms: u64, later: u64| {
+            let mut paces = Paces::default();
+            give(&mut paces, "m.1", 10, 1, 0, 60);
+            (0..times).for_each(|at| paces.note(&id("m.0"), 1, Duration::from_millis(ms), 1, at * apart * 1_000));
+            let now_ms = ((times - 1) * apart + later) * 1_000;
+            paces.compare(&id("m.0"), [id("m.1")].iter(), now_ms).is_some()
+        };
+        assert!(check(8, 1, 1_000, 0));
+        assert!(!check(7, 1, 1_000, 0), "it gave something too seldom");
+        assert!(!check(8, 1, 300, 0), "of too short a time");
+        assert!(!check(8, 1, 1_000, WITHIN), "long ago");
+        assert!(!check(8, 0, 1_000, 0), "all at once");
+    }
+
+    #[test]
+    fn many_streams_that_one_long_prompt_holds_up_once_are_no_evidence() {
+        for streams in [8, 64] {
+            let mut paces = Paces::default();
+            give(&mut paces, "m.1", 10, 8, 0, 9);
+            (0..streams).for_each(|_| paces.note(&id("m.0"), 1, Duration::from_millis(1_500), 8, 1_500));
+            assert_eq!(paces.compare(&id("m.0"), [id("m.1")].iter(), 1_500), None, "{streams}");
+            // Nor if they are held up again before five seconds have passed.
+            (0..streams).for_each(|_| paces.note(&id("m.0"), 1, Duration::from_millis(1_500), 8, 4_500));
+            assert_eq!(paces.compare(&id("m.0"), [id("m.1")].iter(), 4_500), None, "{streams}");
         }
-        paces.note(&id("m.0"), 1, Duration::from_secs(1), 1, 0);
-        assert_eq!(paces.compare(&id("m.0"), peers.iter(), WITHIN_MS), None, "it is too old");
-        assert!(paces.compare(&id("m.0"), peers.iter(), 0).is_some());
+    }
+
+    #[test]
+    fn a_sequence_that_waited_minutes_for_blocks_does_not_make_its_worker_slow() {
+        let mut paces = Paces::default();
+        give(&mut paces, "m.1", 10, 1, 0, 9);
+        give(&mut paces, "m.0", 10, 1, 0, 9);
+        paces.note(&id("m.0"), 1, Duration::from_secs(300), 1, 9_000);
+        assert_eq!(paces.compare(&id("m.0"), [id("m.1")].iter(), 9_000), None);
     }
 
     #[test]
     fn a_slow_worker_is_told_once_and_measured_anew_after_a_while() {
         let mut paces = Paces::default();
         for (worker, ms) in [("m.0", 1_000), ("m.1", 10)] {
-            (0..30).for_each(|_| paces.note(&id(worker), 1, Duration::from_millis(ms), 1, 0));
+            give(&mut paces, worker, ms, 1, 0, 9);
         }
-        assert!(paces.compare(&id("m.0"), [id("m.1")].iter(), 0).is_some());
-        assert!(paces.compare(&id("m.0"), [id("m.1")].iter(), 1).is_none());
-        assert_eq!(paces.all_slow(SLOW_MS - 1), [id("m.0")]);
-        assert!(paces.slow(&id("m.0"), SLOW_MS - 1).is_some() && paces.slow(&id("m.0"), SLOW_MS).is_none());
-        assert!(paces.slow(&id("m.1"), 0).is_none());
-        assert!(paces.compare(&id("m.0"), [id("m.1")].iter(), SLOW_MS).is_none());
+        let now_ms = 9_000;
+        assert!(paces.compare(&id("m.0"), [id("m.1")].iter(), now_ms).is_some());
+        assert!(paces.compare(&id("m.0"), [id("m.1")].iter(), now_ms + COMPARE_MS).is_none());
+        assert_eq!(paces.all_slow(now_ms + SLOW_MS - 1), [id("m.0")]);
+        assert!(paces.slow(&id("m.0"), now_ms + SLOW_MS - 1).is_some());
+        assert!(paces.slow(&id("m.0"), now_ms + SLOW_MS).is_none());
+        assert!(paces.slow(&id("m.1"), now_ms).is_none());
+        assert!(paces.compare(&id("m.0"), [id("m.1")].iter(), now_ms + SLOW_MS).is_none());
     }
 }

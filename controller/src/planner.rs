@@ -202,11 +202,16 @@ impl<'a> Draft<'a> {
         right
     }
 
-    /// Whether a worker's agent says that its GPU is not sound: others take its place, if any has room.
+    /// Whether a worker's agent says that its GPU is not sound: others take its place, if any has room. One that has
+    /// died of its GPU is as one that waits on it; one that is fetching or loading may be about to be well.
     fn fenced(&self, place: &Placement, id: &WorkerId) -> bool {
         let view = self.fleet.agents.get(&place.agent).filter(|view| view.connected);
         let reported = view.and_then(|view| view.workers().iter().find(|worker| worker.worker == *id));
-        reported.is_some_and(|worker| worker.state == WorkerState::Fenced)
+        reported.is_some_and(|worker| match worker.state {
+            WorkerState::Fenced => true,
+            WorkerState::Backoff => worker.share == 0,
+            WorkerState::Fetching | WorkerState::Loading | WorkerState::Ready => false,
+        })
     }
 
     fn ready(&self, id: &WorkerId) -> bool {

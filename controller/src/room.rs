@@ -4,7 +4,10 @@
 //! Pure. It sees what agents last said and what this controller has asked since; what other controllers ask it learns
 //! of with the next report, so two of them may send a few jobs too many: these wait in the worker.
 
-use crate::fleet::Fleet;
+use izar_common::health::WorkerReport;
+use izar_common::id::WorkerId;
+
+use crate::fleet::{AgentView, Fleet};
 use crate::queue::Room;
 use crate::scheduler::{self, Ask, JOBS_PER_AGENT};
 use crate::state::Config;
@@ -23,23 +26,36 @@ fn look_ahead(max_batch: u32) -> u32 {
 pub fn room(fleet: &Fleet, config: &Config, ask: &Ask<'_>) -> Room {
     let mut room = Room::default();
     for (_, view, worker) in scheduler::candidates(fleet, config, ask) {
-        let max_batch = worker.places();
-        let ours = view.in_flight.get(&worker.worker).copied().unwrap_or(0);
-        let places = (max_batch + look_ahead(max_batch)).saturating_sub(ours + view.others(&worker.worker));
         let streams = JOBS_PER_AGENT.saturating_sub(view.jobs());
         room.replicas += 1;
-        room.free += places.min(streams);
+        room.free += free(view, worker);
         room.reserve += URGENT_PLACES.min(streams);
         room.urgent += URGENT_PLACES;
     }
     room
 }
 
+/// Jobs that a worker could begin at once.
+fn free(view: &AgentView, worker: &WorkerReport) -> u32 {
+    let max_batch = worker.places();
+    let ours = view.in_flight.get(&worker.worker).copied().unwrap_or(0);
+    let places = (max_batch + look_ahead(max_batch)).saturating_sub(ours + view.others(&worker.worker));
+    places.min(JOBS_PER_AGENT.saturating_sub(view.jobs()))
+}
+
+/// Whether a job that has begun could go on at once, and exactly, on a worker that is not slow.
+pub fn elsewhere(fleet: &Fleet, config: &Config, ask: &Ask<'_>, slow: impl Fn(&WorkerId) -> bool) -> bool {
+    scheduler::candidates(fleet, config, ask).any(|(_, view, worker)| {
+        let exact = ask.numerics.is_none() || ask.numerics == worker.numerics;
+        exact && !slow(&worker.worker) && free(view, worker) > 0
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::agents::fixture::{config, fleet};
-    use izar_common::id::Hash;
+    use izar_common::id::{Hash, NumericsId};
 
     /// `said` as in the scheduler's tests; batches have four places, so there are five.
     fn check(said: &str, replicas: u32, free: u32) {
@@ -56,6 +72,25 @@ mod tests {
         check("a1 m.0 ready 0 0 3\na2 m.1 loading 0 0 0", 1, 2);
         check("a1 m.0 ready 0 0 9\na2 m.1 ready 0 0 4", 2, 1);
         check("a1 m.0 ready 0 0 0 x\na2 n.0 ready 0 0 0", 0, 0);
+    }
+
+    #[test]
+    fn a_job_leaves_a_slow_worker_only_for_one_that_has_room_and_computes_the_same() {
+        let (config, deployment) = (config("m 2", "m.0@a1 m.1@a2"), "m".parse().unwrap());
+        let check = |second: &str, numerics: Option<u64>, expected: bool| {
+            let fleet = fleet(&format!("a1 m.0 ready 1 0 1\na2 m.1 {second}"), 1000);
+            let numerics = numerics.map(NumericsId);
+            let ask = Ask { numerics, ..Ask::any(&deployment, Hash([1; 32]), 1000) };
+            let found = elsewhere(&fleet, &config, &ask, |worker| worker.as_str() == "m.0");
+            assert_eq!(found, expected, "{second} {numerics:?}");
+        };
+        check("ready 0 0 0", Some(1), true);
+        check("ready 4 0 4", Some(1), true);
+        check("ready 5 0 5", Some(1), false);
+        check("ready 0 0 0 other", Some(1), false);
+        check("ready 0 0 0 other", None, true);
+        check("loading 0 0 0", Some(1), false);
+        check("ready 0 0 0 x", Some(1), false);
     }
 
     #[test]

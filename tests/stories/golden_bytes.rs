@@ -349,7 +349,8 @@ fn agent(frames: &mut Frames) {
 }
 
 pub fn hold() -> Hold {
-    Hold { gpu: name("gpu-8a5b"), quarantined: true, reason: "Xid 54".into(), boot: "b7".into() }
+    let (gpu, reason, boot) = (name("gpu-8a5b"), "Xid 54".into(), "b7".into());
+    Hold { gpu, quarantined: true, reason, remedy: Remedy::Replace, standing: true, boot }
 }
 
 /// One GPU in every state, with every remedy.
@@ -364,6 +365,7 @@ fn health() -> Health {
         state,
         reason: "why, ä".into(),
         remedy: remedies[index as usize % remedies.len()],
+        standing: index % 2 == 1,
         since_ms: 1 << 40,
         temperature_c: Some(91),
         memory_used_bytes: Some(1 << 35),

@@ -270,12 +270,12 @@ fn what_is_held_against_a_gpu_outlives_its_agent() {
     let _machine = izar_tests::exclusive();
     let mut site = Site::new(1, false);
     site.start_controllers();
-    let server = Server::start(&mut site, "a1", "gpus 3", "");
+    let server = Server::start(&mut site, "a1", "gpus 4", "");
     wait_state(&site, "a1", 2, "healthy");
-    server.say("gpu0 xid 54\ngpu1 xid 95");
+    server.say("gpu0 xid 54\ngpu1 xid 95\ngpu3 xid 79");
     wait_state(&site, "a1", 0, "quarantined: Xid 54");
     wait_state(&site, "a1", 1, "cordoned: Xid 95");
-    for index in [0, 1] {
+    for index in [0, 1, 3] {
         until("it to be held", SOON, || {
             ensure!(gpu(&site.admin(1), "a1", index)?["held"] == true, "not yet");
             Ok(())
@@ -290,7 +290,10 @@ fn what_is_held_against_a_gpu_outlives_its_agent() {
     });
     wait_state(&site, "a1", 0, "quarantined: Xid 54");
     wait_state(&site, "a1", 1, "cordoned: Xid 95");
-    site.finish(&[WORSE]);
+    // And what it needs: a GPU that fell off the bus takes its server along.
+    wait_fault(&site, "a1", "GPU 3 is cordoned: Xid 79");
+    assert_eq!(gpu(&site.admin(1), "a1", 3).unwrap()["remedy"], "restart");
+    site.finish(&[WORSE, FAULT]);
 }
 
 #[test]

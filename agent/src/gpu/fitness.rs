@@ -85,6 +85,7 @@ mod tests {
             state,
             reason: "Xid 95".into(),
             remedy: Remedy::None,
+            standing: false,
             since_ms: 0,
             temperature_c: None,
             memory_used_bytes: None,

@@ -75,6 +75,9 @@ pub struct Judge {
     library: Library,
     /// Since when a call of the library has not returned.
     busy_since_ms: Option<u64>,
+    /// Calls that must return in time before it counts as one that answers: one that is late each time would have the
+    /// server's workers fenced and let go in turns.
+    owed: u32,
     generation: Generation,
     holds: BTreeMap<GpuId, Hold>,
 }
@@ -96,6 +99,7 @@ impl Judge {
             gpus: BTreeMap::new(),
             library: Library::Opening,
             busy_since_ms: None,
+            owed: 0,
             generation: Generation::default(),
             holds: BTreeMap::new(),
         }
@@ -121,9 +125,16 @@ impl Judge {
         self.library = Library::Broken(why);
     }
 
-    /// Notes that a call of the library begins, or has returned.
-    pub fn busy(&mut self, since_ms: Option<u64>) {
-        self.busy_since_ms = since_ms;
+    /// Notes that a call of the library begins.
+    pub fn asks(&mut self, now_ms: u64) {
+        self.busy_since_ms = Some(now_ms);
+    }
+
+    /// Notes that it has returned.
+    pub fn answered(&mut self, now_ms: u64) {
+        let Some(since_ms) = self.busy_since_ms.take() else { return };
+        let late = now_ms.saturating_sub(since_ms) >= STUCK_MS;
+        self.owed = if late { MENDED } else { self.owed.saturating_sub(1) };
     }
 
     /// Takes a poll's readings of all GPUs.
@@ -194,7 +205,7 @@ impl Judge {
 
     /// Why the server as a whole is not sound.
     fn fault(&self, now_ms: u64) -> Option<String> {
-        if self.busy_since_ms.is_some_and(|since| now_ms.saturating_sub(since) >= STUCK_MS) {
+        if self.owed > 0 || self.busy_since_ms.is_some_and(|since| now_ms.saturating_sub(since) >= STUCK_MS) {
             return Some(format!("the GPU library has not answered for {} s", STUCK_MS / 1000));
         }
         let there = self.gpus.values().filter(|gpu| !gpu.reading.lost).count() as u32;
@@ -210,8 +221,16 @@ impl Judge {
         }
         let stopped = |gpu: &&Gpu| gpu.state.share() == 0;
         let whole = |gpu: &&Gpu| self.terms.guards == Guards::All || gpu.remedy == Remedy::Restart;
-        let gpu = self.gpus.values().find(|gpu| stopped(gpu) && whole(gpu))?;
-        Some(format!("GPU {} is {}: {}", gpu.identity.index, gpu.state, gpu.reason))
+        if let Some(gpu) = self.gpus.values().find(|gpu| stopped(gpu) && whole(gpu)) {
+            return Some(format!("GPU {} is {}: {}", gpu.identity.index, gpu.state, gpu.reason));
+        }
+        // An agent that began after a GPU was lost never sees it.
+        let missing = |hold: &&Hold| {
+            let needs_restart = !hold.quarantined && hold.remedy == Remedy::Restart && hold.boot == self.terms.boot;
+            needs_restart && !self.gpus.contains_key(&hold.gpu)
+        };
+        let hold = self.holds.values().find(missing)?;
+        Some(format!("GPU {} is missing: {}", hold.gpu, hold.reason))
     }
 
     /// The health that a report carries.
@@ -312,14 +331,19 @@ impl Gpu {
             self.wrong_ms = now_ms;
             self.step(Event::Broken, &hold.reason, now_ms, wall_ms, told);
         } else if self.state.share() > 0 || self.state == State::Unknown {
-            // What is cordoned here already is what was told to the controllers.
             self.wrong_ms = now_ms;
-            self.standing = false;
-            self.remedy = self.remedy.max(Remedy::Reset);
+            self.standing = hold.standing;
+            self.clean = 0;
+            self.remedy = self.remedy.max(hold.remedy).max(Remedy::Reset);
             self.step(Event::Hard, &hold.reason, now_ms, wall_ms, told);
             if hold.boot != boot {
                 self.step(Event::Mended, "the server was restarted", now_ms, wall_ms, told);
             }
+        } else if hold.boot == boot {
+            // It is cordoned here already: for what was told to the controllers, or, after a restart of the agent, for a
+            // part of it.
+            self.standing &= hold.standing;
+            self.remedy = self.remedy.max(hold.remedy);
         }
     }
 
@@ -360,6 +384,7 @@ impl Gpu {
             state: self.state,
             reason: self.reason.clone(),
             remedy: self.remedy,
+            standing: self.standing && self.state == State::Cordoned,
             since_ms: self.since_ms,
             temperature_c: reading.temperature_c,
             memory_used_bytes: reading.memory_used_bytes,

@@ -212,6 +212,8 @@ pub enum Happened {
     },
     /// Something else, or on a GPU that does not say who it is: the next reading will tell.
     Look,
+    /// A GPU is lost: it tells so at once, as long as it is.
+    Lost,
     Nothing,
 }
 
@@ -236,7 +238,7 @@ impl<'a> Events<'a> {
         let event = match self.0.wait(ms) {
             Ok(event) => event,
             Err(NvmlError::Timeout) => return Ok(Happened::Nothing),
-            Err(NvmlError::GpuLost) => return Ok(Happened::Look),
+            Err(NvmlError::GpuLost) => return Ok(Happened::Lost),
             Err(error) => return Err(error.to_string()),
         };
         let id = event.device.uuid().ok().and_then(|uuid| GpuId::new(&uuid.to_ascii_lowercase()).ok());

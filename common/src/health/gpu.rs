@@ -137,6 +137,8 @@ pub struct View {
     /// Why it is in that state; empty while it is healthy.
     pub reason: String,
     pub remedy: Remedy,
+    /// What it is cordoned for is seen in its readings, and ends when they do not show it any more.
+    pub standing: bool,
     /// Since when it has been in that state, Unix milliseconds.
     pub since_ms: u64,
     pub temperature_c: Option<u32>,
@@ -188,6 +190,10 @@ pub struct Hold {
     /// Only an operator ends it; else a restart of the server does as well.
     pub quarantined: bool,
     pub reason: String,
+    /// What would mend it.
+    pub remedy: Remedy,
+    /// Readings that do not show it any more end it.
+    pub standing: bool,
     /// The start of the server in which it began.
     pub boot: String,
 }

@@ -42,7 +42,7 @@ pub fn assignment(config: &Config, agent: &NodeId) -> Assignment {
 mod tests {
     use super::*;
     use crate::agents::fixture::config;
-    use izar_common::health::gpu::Hold;
+    use izar_common::health::gpu::{Hold, Remedy};
 
     fn check(agent: &str, expected: &str) {
         let config = config("m 2, n 1", "m.0@a1 m.1@a2 n.0@a2 gone.0@a3!");
@@ -58,7 +58,8 @@ mod tests {
         for (gpu, agent, held) in [("gpu-1", "a1", true), ("gpu-2", "a1", false), ("gpu-3", "a2", true)] {
             let (gpu, agent): (izar_common::id::GpuId, _) = (gpu.parse().unwrap(), agent.parse().unwrap());
             let (reason, boot) = ("Xid 54".to_owned(), String::new());
-            let hold = held.then(|| Hold { gpu: gpu.clone(), quarantined: true, reason, boot });
+            let (remedy, standing) = (Remedy::Replace, false);
+            let hold = held.then(|| Hold { gpu: gpu.clone(), quarantined: true, reason, remedy, standing, boot });
             let record = crate::state::GpuRecord { gpu: gpu.clone(), agent, hold, index: 1, falls_ms: Vec::new() };
             config.gpus.insert(gpu, record);
         }

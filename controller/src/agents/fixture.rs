@@ -48,7 +48,7 @@ pub fn config(wanted: &str, plan: &str) -> Config {
 }
 
 /// One line for each worker: `agent worker state running waiting in_flight`, and `x` for another revision,
-/// `other` for other numerics.
+/// `other` for other numerics. A state with `!` behind it is one on a GPU that is not sound.
 pub fn fleet(said: &str, now_ms: u64) -> Fleet {
     let mut fleet = Fleet::new(0);
     for line in said.lines() {
@@ -64,7 +64,7 @@ pub fn fleet(said: &str, now_ms: u64) -> Fleet {
             worker: worker.clone(),
             deployment: words[1].rsplit_once('.').unwrap().0.parse().unwrap(),
             revision: Hash([if words.get(6) == Some(&"x") { 9 } else { 1 }; 32]),
-            state: match words[2] {
+            state: match words[2].trim_end_matches('!') {
                 "ready" => WorkerState::Ready,
                 "loading" => WorkerState::Loading,
                 "fetching" => WorkerState::Fetching,
@@ -77,7 +77,7 @@ pub fn fleet(said: &str, now_ms: u64) -> Fleet {
             restarts: 0,
             numerics: Some(NumericsId(if words.get(6) == Some(&"other") { 2 } else { 1 })),
             detail: String::new(),
-            share: 100,
+            share: if words[2].ends_with('!') { 0 } else { 100 },
         });
         fleet.report(&agent, report, now_ms);
         (0..number(5)).for_each(|_| fleet.begin(&agent, &worker));
@@ -111,6 +111,7 @@ pub fn gpu(id: &str, state: State) -> View {
         state,
         reason: "Xid 95".into(),
         remedy: Remedy::None,
+        standing: false,
         since_ms: 0,
         temperature_c: None,
         memory_used_bytes: None,

@@ -49,6 +49,8 @@ pub(super) struct Counted {
     pub numerics: Option<NumericsId>,
     pub why: Option<Why>,
     pub sent: Instant,
+    /// It is not moved because its worker is slow.
+    pub stays: bool,
 }
 
 impl Drop for Counted {
@@ -126,7 +128,8 @@ impl JobStream {
         }
         let tokens = std::mem::take(&mut pace.tokens);
         pace.since = now;
-        self.counted.as_ref()?.roster.pace(&self.agent, &self.worker, tokens, took)
+        let counted = self.counted.as_ref()?;
+        counted.roster.pace(counted, tokens, took)
     }
 
     fn lose(&mut self, reason: String) -> JobEvent {

@@ -77,8 +77,9 @@ impl Roster {
     }
 
     /// Takes how fast a worker gives one job's tokens. Returns why the job should go on elsewhere, if it should: the worker
-    /// is far slower than its peers, and one that is not could take it.
-    pub(super) fn pace(&self, agent: &NodeId, worker: &WorkerId, tokens: u32, took: Duration) -> Option<String> {
+    /// is far slower than its peers, and one that is not could go on with it at once.
+    pub(super) fn pace(&self, job: &Counted, tokens: u32, took: Duration) -> Option<String> {
+        let Counted { agent, worker, numerics, .. } = job;
         let config = self.config.borrow().clone();
         let place = config.plan.workers.get(worker)?;
         let peer = |(id, other): &(&WorkerId, &Placement)| {
@@ -96,10 +97,10 @@ impl Roster {
         if let Some(reason) = soft.paces.compare(worker, peers, now_ms) {
             log::warn!(agent:%, worker:%, reason; "a worker is far slower than its peers and gets no jobs for a while");
         }
-        let reason = soft.paces.slow(worker, now_ms)?.to_owned();
-        let ask = Ask::any(&place.deployment, place.revision, now_ms);
-        let mut others = scheduler::candidates(&soft.fleet, &config, &ask);
-        others.any(|(_, _, other)| soft.paces.slow(&other.worker, now_ms).is_none()).then_some(reason)
+        let reason = soft.paces.slow(worker, now_ms).filter(|_| !job.stays)?.to_owned();
+        let ask = Ask { numerics: *numerics, ..Ask::any(&place.deployment, place.revision, now_ms) };
+        let slow = |other: &WorkerId| soft.paces.slow(other, now_ms).is_some();
+        room::elsewhere(&soft.fleet, &config, &ask, slow).then_some(reason)
     }
 
     /// Takes an agent in; its older session, if any, is closed. Returns false if the fleet is full.
@@ -204,10 +205,10 @@ impl Roster {
         soft.fleet.begin(&place.agent, &place.worker);
         soft.prefixes.sent(&place.worker, &names, ask.now_ms);
         let Place { agent, worker, numerics, why } = place;
-        Ok((
-            Counted { roster: self.clone(), agent, worker, numerics, why: Some(why), sent: Instant::now() },
-            connection,
-        ))
+        // Who was moved once, or had to take a slow worker, would go round in circles.
+        let stays = job.attempt > 0 || soft.paces.slow(&worker, now_ms).is_some();
+        let (roster, why, sent) = (self.clone(), Some(why), Instant::now());
+        Ok((Counted { roster, agent, worker, numerics, why, sent, stays }, connection))
     }
 
     /// Finds the agent that keeps the answer of a job which another controller began, and reads it from its beginning.
@@ -261,11 +262,10 @@ impl Roster {
         };
         let (worker, numerics, tx, rx) = tokio::time::timeout(ATTACH_LIMIT, asking).await.ok()??;
         self.soft().fleet.begin(&agent, &worker);
-        Some(JobStream::running(
-            Counted { roster: self.clone(), agent, worker, numerics, why: None, sent: Instant::now() },
-            tx,
-            rx,
-        ))
+        // It was placed by another controller, maybe because there was no other place.
+        let stays = self.soft().paces.slow(&worker, wall_ms()).is_some();
+        let (roster, why, sent) = (self.clone(), None, Instant::now());
+        Some(JobStream::running(Counted { roster, agent, worker, numerics, why, sent, stays }, tx, rx))
     }
 
     /// Sends a job to the best worker; `avoid` names workers that have just failed it.

@@ -270,6 +270,19 @@ async fn a_job_on_a_worker_that_is_far_slower_than_its_peers_goes_on_elsewhere()
     assert!(reason.starts_with("worker m.0 is slow: it gives "), "{reason}");
     assert!(within("the slow worker's job to be cancelled", giving).await.unwrap() >= 8);
     assert!(pair.roster.fleet().agents[&a1()].slow.contains_key("m.0"));
+    // A job that finds no other place stays there when a better one comes.
+    assert!(pair.roster.leave(&a2, &second_controller));
+    let giving = give(pair.agent_side.clone(), Duration::from_millis(300));
+    pair.roster.report(&a1(), &pair.controller_side, report());
+    let mut content = pair.roster.submit(long(), &[]).await.unwrap();
+    assert_eq!(content.worker.as_str(), "m.0");
+    assert!(pair.roster.join(&a2, &second_controller));
+    pair.roster.report(&a2, &second_controller, other.clone());
+    for position in 0..5 {
+        assert_eq!(within("a token", content.next()).await, tokens(position));
+    }
+    drop(content);
+    assert!(within("its end", giving).await.unwrap() >= 5);
     // Both agents are heard of again, so that nothing but the pace speaks against either.
     pair.roster.report(&a1(), &pair.controller_side, report());
     pair.roster.report(&a2, &second_controller, other);

@@ -303,6 +303,18 @@ fn a_worker_on_a_gpu_that_is_not_sound_is_replaced_where_there_is_room_and_stays
 }
 
 #[test]
+fn a_worker_that_died_of_its_gpu_is_replaced_and_one_that_died_or_loads_otherwise_is_not() {
+    let says = |state: &str| format!("a1 m.0 {state} 0 0 0\na2 m.1 ready 0 0 0");
+    check_said("m 2", "m.0@a1 m.1@a2", &says("backoff!"), "m.0@a1! m.1@a2 m.2@a1");
+    for state in ["backoff", "fetching!", "loading!", "ready"] {
+        check_said("m 2", "m.0@a1 m.1@a2", &says(state), "same");
+    }
+    // The one that came for it stays.
+    let later = "a1 m.0 backoff! 0 0 0\na2 m.1 ready 0 0 0\na3 m.2 loading 0 0 0";
+    check_said("m 2", "m.0@a1! m.1@a2 m.2@a3", later, "m.1@a2 m.2@a3");
+}
+
+#[test]
 fn a_card_that_is_cordoned_gets_no_worker_and_is_not_counted() {
     use izar_common::health::gpu::{Mode, State};
     let mut fleet = agents("a1");

@@ -18,6 +18,9 @@ pub const GPU_LIMIT: usize = 4_096;
 /// A GPU that falls off the bus twice within so long is quarantined.
 pub const FALLS_WITHIN_MS: u64 = 7 * 24 * 60 * 60 * 1_000;
 
+/// Falls nearer to each other than this, that two agents tell of, are one: they see the same GPU, each with its own time.
+const ONE_FALL_MS: u64 = 60_000;
+
 /// Falls remembered of a GPU: the newest; two are enough to judge.
 const FALLS: usize = 4;
 
@@ -55,10 +58,13 @@ impl State {
             index: 0,
             falls_ms: Vec::new(),
         });
+        let another = record.agent != *agent;
         record.agent = agent.clone();
         let mut hold = Hold { reason: reason(hold.reason.clone()), ..hold.clone() };
         if let Some(fell_ms) = fell_ms.filter(|fell_ms| !record.falls_ms.contains(fell_ms)) {
-            if record.falls_ms.iter().any(|other| fell_ms.abs_diff(*other) < FALLS_WITHIN_MS) {
+            let apart_ms = if another { ONE_FALL_MS } else { 0 };
+            let again = |other: &u64| (apart_ms..FALLS_WITHIN_MS).contains(&fell_ms.abs_diff(*other));
+            if record.falls_ms.iter().any(again) {
                 hold.quarantined = true;
                 hold.reason = reason(format!("it fell off the bus twice within 7 days; {}", hold.reason));
             }
@@ -118,6 +124,7 @@ mod tests {
     use super::super::command::{Batch, Command, Origin, Reply};
     use super::*;
     use izar_common::clock::Hlc;
+    use izar_common::health::gpu::Remedy;
 
     const DAY_MS: u64 = 24 * 60 * 60 * 1_000;
 
@@ -134,8 +141,12 @@ mod tests {
             self.0.apply(self.1, &batch).replies.remove(0)
         }
         fn hold(&mut self, quarantined: bool, fell_ms: Option<u64>) {
-            let hold = Hold { gpu: gpu(), quarantined, reason: "Xid 79".into(), boot: "b".into() };
-            assert_eq!(self.order(Command::HoldGpu { agent: "a1".parse().unwrap(), hold, fell_ms }), Reply::Done);
+            self.hold_by("a1", quarantined, fell_ms);
+        }
+        fn hold_by(&mut self, agent: &str, quarantined: bool, fell_ms: Option<u64>) {
+            let (reason, boot, remedy) = ("Xid 79".into(), "b".into(), Remedy::Restart);
+            let hold = Hold { gpu: gpu(), quarantined, reason, remedy, standing: false, boot };
+            assert_eq!(self.order(Command::HoldGpu { agent: agent.parse().unwrap(), hold, fell_ms }), Reply::Done);
         }
         fn release(&mut self, operator: bool) -> Reply {
             self.order(Command::ReleaseGpu { gpu: gpu(), reason: "replaced".into(), operator })
@@ -160,6 +171,18 @@ mod tests {
             site.hold(false, Some((30 + days) * DAY_MS));
             assert_eq!(site.quarantined(), Some(expected), "{days} days");
         }
+    }
+
+    #[test]
+    fn a_fall_that_two_agents_tell_of_is_one() {
+        let mut site = Site::new();
+        site.hold_by("a1", false, Some(DAY_MS));
+        site.hold_by("a2", false, Some(DAY_MS + ONE_FALL_MS - 1));
+        site.hold_by("a2", false, Some(DAY_MS + ONE_FALL_MS - 1));
+        site.hold_by("a1", false, Some(DAY_MS));
+        assert_eq!(site.quarantined(), Some(false));
+        site.hold_by("a1", false, Some(DAY_MS + 2 * ONE_FALL_MS));
+        assert_eq!(site.quarantined(), Some(true), "the second");
     }
 
     #[test]

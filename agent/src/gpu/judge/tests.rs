@@ -51,12 +51,17 @@ impl Server {
     }
     /// An assignment with a hold, or with none.
     fn assign(&mut self, hold: Option<(bool, &str)>) {
+        self.assign_what(hold.map(|(quarantined, boot)| (quarantined, boot, Remedy::Reset, false)));
+    }
+    fn assign_what(&mut self, hold: Option<(bool, &str, Remedy, bool)>) {
         self.applied += 1;
         let generation = Generation { incarnation: 1, applied: self.applied };
-        let hold = hold.map(|(quarantined, boot)| Hold {
+        let hold = hold.map(|(quarantined, boot, remedy, standing)| Hold {
             gpu: "gpu-1".parse().unwrap(),
             quarantined,
             reason: "Xid 95".into(),
+            remedy,
+            standing,
             boot: boot.into(),
         });
         self.judge.hold(generation, hold.as_slice(), self.now_ms, self.now_ms);
@@ -102,13 +107,36 @@ fn fewer_gpus_than_expected_are_a_fault_of_the_server() {
 fn a_library_that_does_not_answer_is_a_fault_until_it_does() {
     let mut server = Server::new(terms());
     server.read(1, &well());
-    server.judge.busy(Some(server.now_ms));
+    server.judge.asks(server.now_ms);
     server.now_ms += STUCK_MS - 1;
     assert_eq!(server.fault(), "");
     server.now_ms += 1;
     assert_eq!(server.fault(), "the GPU library has not answered for 10 s");
-    server.judge.busy(None);
+    server.judge.answered(server.now_ms);
+    for _ in 0..MENDED {
+        assert_eq!(server.fault(), "the GPU library has not answered for 10 s", "one answer is no proof");
+        server.judge.asks(server.now_ms);
+        server.judge.answered(server.now_ms + STUCK_MS - 1);
+    }
     assert_eq!(server.fault(), "");
+}
+
+#[test]
+fn a_library_whose_every_answer_is_late_is_a_fault_without_a_break() {
+    let mut server = Server::new(terms());
+    server.read(1, &well());
+    for round in 0..20 {
+        server.judge.asks(server.now_ms);
+        assert_eq!(server.fault().is_empty(), round == 0, "{round}");
+        server.now_ms += STUCK_MS;
+        assert!(!server.fault().is_empty());
+        server.judge.answered(server.now_ms);
+        assert!(!server.fault().is_empty());
+        // One answer in time between them changes nothing.
+        server.judge.asks(server.now_ms);
+        server.judge.answered(server.now_ms);
+        assert!(!server.fault().is_empty());
+    }
 }
 
 #[test]
@@ -191,6 +219,53 @@ fn a_cordon_outlives_the_agent_until_its_server_is_restarted() {
 }
 
 #[test]
+fn what_a_cordon_needs_outlives_the_agent() {
+    for early in [true, false] {
+        for (remedy, standing) in [(Remedy::Restart, false), (Remedy::Reset, true)] {
+            let mut server = Server::new(terms());
+            if early {
+                server.assign_what(Some((false, BOOT, remedy, standing)));
+                server.read(1, &well());
+            } else {
+                server.read(1, &well());
+                server.assign_what(Some((false, BOOT, remedy, standing)));
+            }
+            let fault = if remedy == Remedy::Restart { "GPU 1 is cordoned: Xid 95" } else { "" };
+            assert_eq!((server.second().remedy, server.fault().as_str()), (remedy, fault));
+            server.read(5, &well());
+            assert_eq!(server.state(), if standing { State::Probation } else { State::Cordoned });
+        }
+    }
+}
+
+#[test]
+fn a_reading_that_ends_does_not_end_what_else_is_remembered_of_a_cordon() {
+    let mut server = Server::new(terms());
+    server.read(1, &Reading { recovery_action: Some(1), ..well() });
+    assert!(server.second().standing);
+    server.assign_what(Some((false, BOOT, Remedy::Restart, false)));
+    server.read(5, &well());
+    assert_eq!((server.state(), server.second().remedy), (State::Cordoned, Remedy::Restart));
+}
+
+#[test]
+fn a_lost_gpu_that_a_new_agent_never_saw_is_a_fault_until_the_server_is_restarted() {
+    for (hold, expected) in [
+        ((false, BOOT, Remedy::Restart, false), "GPU gpu-1 is missing: Xid 95"),
+        ((false, "first", Remedy::Restart, false), ""),
+        ((false, BOOT, Remedy::Reset, false), ""),
+        ((true, BOOT, Remedy::Restart, false), ""),
+    ] {
+        let mut server = Server::new(terms());
+        server.judge.read(vec![(identity(0), well())], 2_000, 2_000);
+        server.assign_what(Some(hold));
+        assert_eq!(server.fault(), expected, "{hold:?}");
+        server.assign(None);
+        assert_eq!(server.fault(), "", "it was released");
+    }
+}
+
+#[test]
 fn quarantine_ends_when_controllers_lift_it_and_not_before() {
     let mut server = Server::new(terms());
     server.read(1, &well());
@@ -210,10 +285,10 @@ fn what_controllers_remember_of_a_cordon_that_was_mended_meanwhile_does_not_brin
     let mut server = Server::new(terms());
     server.read(1, &well());
     server.read(1, &Reading { recovery_action: Some(1), ..well() });
-    server.assign(Some((false, BOOT)));
+    server.assign_what(Some((false, BOOT, Remedy::Reset, true)));
     server.read(3, &well());
     assert_eq!(server.state(), State::Probation);
-    server.assign(Some((false, BOOT)));
+    server.assign_what(Some((false, BOOT, Remedy::Reset, true)));
     assert_eq!(server.state(), State::Probation, "it is the cordon that has just ended");
     server.assign(None);
     assert_eq!(server.state(), State::Probation);
