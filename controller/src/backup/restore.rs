@@ -17,6 +17,7 @@ use super::archive::{Item, Reader};
 use super::load::{NeededModel, load};
 use crate::raft::{self, rebuild};
 use crate::state::audit;
+use crate::state::rebirth::LAST_LIFE;
 
 /// What a restored member begins with.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -50,6 +51,10 @@ pub fn restore<R: Read>(
         life > reader.header.incarnation,
         "--incarnation: {life} is not above the backup's own, {}",
         reader.header.incarnation
+    );
+    ensure!(
+        life <= LAST_LIFE,
+        "--incarnation: {life} is above {LAST_LIFE}: take the next number after the last life's"
     );
     rebuild::claim(options)?;
     let mut files = Files { options, open: None };

@@ -149,6 +149,8 @@ fn a_restore_into_a_used_directory_or_of_another_cluster_changes_nothing() {
     assert!(said.contains("cluster bank") && said.contains("cluster shop"), "{said}");
     assert!(!mine.data_dir.exists());
     assert!(restore(&bytes[..], &key(), &mine, Some(1)).is_err(), "a life that was there");
+    let said = restore(&bytes[..], &key(), &mine, Some(u64::MAX)).unwrap_err().to_string();
+    assert!(said.contains("take the next number") && !mine.data_dir.exists(), "{said}");
     restored(&bytes, &mine).unwrap();
     let said = restored(&bytes, &mine).unwrap_err();
     assert!(said.contains("is not empty"), "{said}");
