@@ -114,7 +114,7 @@ async fn take(take: Take, common: &Common) -> anyhow::Result<()> {
     let (place, admin) = (Place::parse(&take.to)?, common.admin());
     if take.if_leader {
         let status: Status = admin.get("/v1/status").await?;
-        if status.role != "leader" {
+        if !leads(&status)? {
             let nothing = json!({ "taken": false, "role": status.role });
             return show::print(common.json, &nothing, |_| format!("{} does not lead: nothing to do\n", status.node));
         }
@@ -150,6 +150,13 @@ async fn take(take: Take, common: &Common) -> anyhow::Result<()> {
         let size = show::bytes(t.bytes);
         format!("{} ({size}): all that was acknowledged up to entry {}{removed}\n", t.kept_as, t.header.applied)
     })
+}
+
+/// Whether the controller leads. Another one that leads takes the backup; where nobody is known to lead, nobody does.
+fn leads(status: &Status) -> anyhow::Result<bool> {
+    let known = status.role == "leader" || status.leader.is_some();
+    anyhow::ensure!(known, "{} knows no leader, so no backup is taken: see izar doctor", status.node);
+    Ok(status.role == "leader")
 }
 
 /// Removes all but the newest backups of one cluster and site; returns their names.
@@ -277,6 +284,20 @@ mod tests {
             nonce: "0".into(),
         };
         Stored { name: format!("{site}{taken_ms}"), bytes: 1, header: Some(header) }
+    }
+
+    #[test]
+    fn where_nobody_is_known_to_lead_a_timer_fails_and_where_another_leads_it_has_nothing_to_do() {
+        let leads = |role: &str, leader: Option<&str>| {
+            let status = json!({
+                "node": "c1", "version": "0", "role": role, "leader": leader, "term": 3, "applied": 9, "members": [],
+                "api": {"endpoint": "https://127.0.0.1:8443", "plaintext_endpoint": null}, "agents": [],
+                "deployments": [], "running": 0, "refused": {}, "latest_ms": 1,
+            });
+            super::leads(&serde_json::from_value(status).unwrap()).map_err(|error| error.to_string())
+        };
+        assert_eq!((leads("leader", Some("c1")), leads("follower", Some("c2"))), (Ok(true), Ok(false)));
+        assert!(leads("candidate", None).unwrap_err().contains("knows no leader"));
     }
 
     #[test]
