@@ -48,8 +48,15 @@ pub struct Header {
     pub master_key: String,
     /// The weights of models are in it.
     pub models: bool,
+    /// Model files that the controller had, and that were not what their names say: they are not in it.
+    #[serde(default, skip_serializing_if = "none")]
+    pub damaged_files: u64,
     /// Makes every header another one.
     pub nonce: String,
+}
+
+fn none(count: &u64) -> bool {
+    *count == 0
 }
 
 /// Of a newer format only this is sure to be there.

@@ -11,7 +11,8 @@ use serde::{Deserialize, Serialize};
 
 use super::Header;
 use super::archive::{Item, Reader, Summary};
-use crate::state::{State, audit};
+use super::contents::follow;
+use crate::state::State;
 
 /// Longest segment that is believed: one is sealed at 64 MiB, and the last records of a lost member may be one more.
 const SEGMENT_LIMIT: u64 = 1 << 30;
@@ -128,11 +129,7 @@ impl Load {
         match std::mem::replace(&mut self.part, Part::None) {
             Part::None => {}
             Part::Segment { number, bytes } => {
-                for record in audit::decode(&bytes).with_context(|| format!("audit segment {number}"))? {
-                    let expected = self.records + 1;
-                    ensure!(record.seq == expected, "audit record {} stands where {expected} should", record.seq);
-                    self.records = expected;
-                }
+                self.records = follow(self.records, &bytes).with_context(|| format!("audit segment {number}"))?;
                 self.segment = number;
             }
             Part::File { hash, hasher } => {

@@ -4,8 +4,8 @@
 //! is usable only when all of it is on the disk; one in which a restore broke off is refused by the daemon.
 
 use std::fs::{self, File};
-use std::io::{Read, Write};
-use std::os::unix::fs::MetadataExt;
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{MetadataExt, lchown};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
@@ -17,6 +17,7 @@ use super::archive::{Item, Reader};
 use super::load::{NeededModel, load};
 use crate::raft::{self, rebuild};
 use crate::state::audit;
+use crate::state::rebirth::LAST_LIFE;
 
 /// What a restored member begins with.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -50,6 +51,10 @@ pub fn restore<R: Read>(
         life > reader.header.incarnation,
         "--incarnation: {life} is not above the backup's own, {}",
         reader.header.incarnation
+    );
+    ensure!(
+        life <= LAST_LIFE,
+        "--incarnation: {life} is above {LAST_LIFE}: take the next number after the last life's"
     );
     rebuild::claim(options)?;
     let mut files = Files { options, open: None };
@@ -96,7 +101,10 @@ impl Files<'_> {
             Item::Segment { number, .. } => self.create(rebuild::audit_segment(self.options, *number)),
             Item::File { hash, .. } => {
                 let blobs = self.options.data_dir.join("blobs");
-                fs::create_dir_all(&blobs).with_context(|| format!("create {}", blobs.display()))?;
+                match fs::create_dir(&blobs) {
+                    Err(error) if error.kind() == io::ErrorKind::AlreadyExists => rebuild::refuse_links(&blobs)?,
+                    made => made.with_context(|| format!("create {}", blobs.display()))?,
+                }
                 self.create(blobs.join(hash.to_string()))
             }
             _ => Ok(()),
@@ -105,7 +113,9 @@ impl Files<'_> {
 
     fn create(&mut self, path: PathBuf) -> anyhow::Result<()> {
         let partial = path.with_extension("new");
-        let file = File::create(&partial).with_context(|| format!("create {}", partial.display()))?;
+        // One that an earlier restore left is removed; nothing that is there is followed or written to.
+        let _ = fs::remove_file(&partial);
+        let file = File::create_new(&partial).with_context(|| format!("create {}", partial.display()))?;
         self.open = Some((file, partial, path));
         Ok(())
     }
@@ -126,20 +136,25 @@ fn write_synced(path: &Path, bytes: &[u8]) -> anyhow::Result<()> {
     write().with_context(|| format!("write {}", path.display()))
 }
 
-/// What root wrote into a directory that is another user's becomes that user's: the daemon's.
+/// What root wrote into a directory that is another user's becomes that user's: the daemon's. Never what a link there
+/// points to, which may be anybody's.
 fn give_to_owner(dir: &Path) -> anyhow::Result<()> {
     let owner = fs::metadata(dir).with_context(|| format!("look at {}", dir.display()))?;
     if !nix::unistd::Uid::effective().is_root() || owner.uid() == 0 {
         return Ok(());
     }
-    let (uid, gid) = (Some(owner.uid().into()), Some(owner.gid().into()));
+    let (uid, gid) = (Some(owner.uid()), Some(owner.gid()));
     let mut left = vec![dir.to_owned()];
     while let Some(path) = left.pop() {
-        nix::unistd::chown(&path, uid, gid)
-            .with_context(|| format!("give {} to its directory's owner", path.display()))?;
-        if path.is_dir() {
-            let entries = fs::read_dir(&path).with_context(|| format!("list {}", path.display()))?;
-            left.extend(entries.flatten().map(|entry| entry.path()));
+        for entry in fs::read_dir(&path).with_context(|| format!("list {}", path.display()))? {
+            let path = entry.with_context(|| format!("list {}", path.display()))?.path();
+            let give = || -> io::Result<bool> {
+                lchown(&path, uid, gid)?;
+                Ok(fs::symlink_metadata(&path)?.is_dir())
+            };
+            if give().with_context(|| format!("give {} to its directory's owner", path.display()))? {
+                left.push(path);
+            }
         }
     }
     Ok(())

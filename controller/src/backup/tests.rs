@@ -52,6 +52,13 @@ fn options(dir: &Path, node: &str) -> Options {
 
 /// A store with a model, a key, a closed turn and an open one; its state, and a sealed backup of it.
 fn backed_up(dir: &Path, weights: bool) -> (State, Vec<u8>) {
+    let (state, contents) = lived(dir, weights);
+    let (bytes, _) = contents.write(&contents.header(&maker(), &key()), &key(), Vec::new()).unwrap();
+    (state, bytes)
+}
+
+/// The same, before it is written; of the model files one is damaged if it lies in `dir` already.
+fn lived(dir: &Path, weights: bool) -> (State, Contents) {
     let (path, audit, site) = (dir.join("state.redb"), dir.join("audit"), "east".parse().unwrap());
     let Opened { mut store, mut state, .. } = Store::open(&path, &audit, &site, &[1, 2, 3]).unwrap();
     for write in two_turns(&mut state) {
@@ -60,15 +67,17 @@ fn backed_up(dir: &Path, weights: bool) -> (State, Vec<u8>) {
     fs::create_dir_all(dir.join("blobs")).unwrap();
     let [text, file] = [&b"a text"[..], b"weights"].map(|content| {
         let hash = izar_common::blob::hash(content);
-        fs::write(dir.join("blobs").join(hash.to_string()), content).unwrap();
+        let path = dir.join("blobs").join(hash.to_string());
+        if !path.exists() {
+            fs::write(path, content).unwrap();
+        }
         hash
     });
     store.put(registered(&mut state, text, file));
     store.flush().unwrap();
     let contents = Contents::of_cut(&site, store.reader().cut().unwrap()).unwrap();
     let contents = contents.with_files(weights, |hash: &Hash| dir.join("blobs").join(hash.to_string()));
-    let (bytes, _) = contents.write(&contents.header(&maker(), &key()), &key(), Vec::new()).unwrap();
-    (state, bytes)
+    (state, contents)
 }
 
 fn verify(bytes: &[u8], key: &MasterKey) -> Result<load::Loaded, String> {
@@ -149,6 +158,8 @@ fn a_restore_into_a_used_directory_or_of_another_cluster_changes_nothing() {
     assert!(said.contains("cluster bank") && said.contains("cluster shop"), "{said}");
     assert!(!mine.data_dir.exists());
     assert!(restore(&bytes[..], &key(), &mine, Some(1)).is_err(), "a life that was there");
+    let said = restore(&bytes[..], &key(), &mine, Some(u64::MAX)).unwrap_err().to_string();
+    assert!(said.contains("take the next number") && !mine.data_dir.exists(), "{said}");
     restored(&bytes, &mine).unwrap();
     let said = restored(&bytes, &mine).unwrap_err();
     assert!(said.contains("is not empty"), "{said}");
@@ -162,6 +173,26 @@ fn a_damaged_backup_never_becomes_a_member() {
     restored(&bytes[..bytes.len() - 1], &mine).unwrap_err();
     assert!(remains(&mine).is_err());
     assert!(restored(&bytes, &mine).unwrap_err().contains("broke off"));
+}
+
+#[test]
+fn a_damaged_text_is_left_out_and_said_and_a_damaged_trail_makes_no_backup() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::create_dir(dir.path().join("blobs")).unwrap();
+    fs::write(dir.path().join("blobs").join(izar_common::blob::hash(b"a text").to_string()), "a tex?").unwrap();
+    let (state, bytes) = backed_up(dir.path(), true);
+    let loaded = verify(&bytes, &key()).unwrap();
+    assert_eq!((loaded.header.damaged_files, loaded.state.digest()), (1, state.digest()));
+    assert!(!loaded.models()[0].text && loaded.models()[0].weights);
+
+    let dir = tempfile::tempdir().unwrap();
+    let (_, contents) = lived(dir.path(), false);
+    let segment = fs::read_dir(dir.path().join("audit")).unwrap().next().unwrap().unwrap().path();
+    let mut frames = fs::read(&segment).unwrap();
+    *frames.last_mut().unwrap() ^= 1;
+    fs::write(&segment, frames).unwrap();
+    let error = contents.write(&contents.header(&maker(), &key()), &key(), Vec::new()).unwrap_err();
+    assert!(format!("{error:#}").contains("wrong checksum"), "{error:#}");
 }
 
 #[test]

@@ -43,6 +43,9 @@ pub async fn backup(Extract(control): Shared, asked: Result<Query<Asked>, QueryR
             let site = control.parts.raft.state().read(|state| state.site().clone());
             let contents = Contents::of_cut(&site, store.cut()?)?;
             let contents = contents.with_files(models, |hash| control.parts.store.path(hash));
+            for path in contents.damaged() {
+                log::warn!(path = path.display().to_string(); "a model file is damaged and not in the backup");
+            }
             let header = contents.header(&control.maker(site), &control.parts.master_key);
             write(&contents, &header, &control, &mut out)
         })();

@@ -90,6 +90,7 @@ pub fn claim(options: &Options) -> anyhow::Result<()> {
             dir.display(),
             name.to_string_lossy()
         );
+        refuse_links(&dir.join(name))?;
     }
     marker::claim(options)?;
     // A ready directory without log and state is one that lost its memory, and no daemon starts on it.
@@ -98,8 +99,23 @@ pub fn claim(options: &Options) -> anyhow::Result<()> {
     std::fs::create_dir(&audit).with_context(|| format!("create {}", audit.display()))
 }
 
+/// Refuses all but real directories and regular files, at every depth: whoever restores may be root, and the directory
+/// another user's, who must not be able to name what root writes to or gives away.
+pub fn refuse_links(path: &Path) -> anyhow::Result<()> {
+    let kind = std::fs::symlink_metadata(path).with_context(|| format!("look at {}", path.display()))?.file_type();
+    ensure!(kind.is_dir() || kind.is_file(), "{} is neither a file nor a directory: remove it", path.display());
+    if kind.is_dir() {
+        for entry in std::fs::read_dir(path).with_context(|| format!("list {}", path.display()))? {
+            refuse_links(&entry.with_context(|| format!("list {}", path.display()))?.path())?;
+        }
+    }
+    Ok(())
+}
+
 /// What a new member's directory may hold before.
-const MAY_BE_THERE: [&str; 2] = ["blobs", "provisional.log"];
+const MAY_BE_THERE: [&str; 2] = [BLOBS, "provisional.log"];
+/// Where model files lie.
+const BLOBS: &str = "blobs";
 
 /// The audit segment of a number in a member's directory.
 pub fn audit_segment(options: &Options, number: u64) -> std::path::PathBuf {
@@ -109,8 +125,11 @@ pub fn audit_segment(options: &Options, number: u64) -> std::path::PathBuf {
 /// Writes state and log of a claimed member, whose audit trail ends with segment number `segment`.
 pub fn finish(options: &Options, state: &State, rebirth: &Rebirth, segment: u64) -> anyhow::Result<()> {
     let dir: &Path = &options.data_dir;
-    let audit = dir.join(AUDIT_DIR);
+    let (audit, blobs) = (dir.join(AUDIT_DIR), dir.join(BLOBS));
     marker::sync_dir(&audit).with_context(|| format!("sync {}", audit.display()))?;
+    if blobs.is_dir() {
+        marker::sync_dir(&blobs).with_context(|| format!("sync {}", blobs.display()))?;
+    }
     let mut voters: Vec<u64> = options.members.iter().map(|member| member.id).collect();
     voters.sort_unstable();
     store::begin(&dir.join(STATE_FILE), &audit, state, &voters, segment)?;
@@ -180,5 +199,24 @@ mod tests {
         std::fs::write(other.data_dir.join("notes"), "").unwrap();
         let error = claim(&other).unwrap_err().to_string();
         assert!(error.contains("holds notes"), "{error}");
+    }
+
+    #[test]
+    fn a_link_in_the_place_of_what_may_lie_there_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let elsewhere = dir.path().join("elsewhere");
+        std::fs::create_dir(&elsewhere).unwrap();
+        let refused = |options: &Options, link: &str, to: &Path| {
+            std::os::unix::fs::symlink(to, options.data_dir.join(link)).unwrap();
+            let error = claim(options).unwrap_err().to_string();
+            assert!(error.contains(link) && error.contains("neither a file nor a directory"), "{error}");
+            assert!(!options.data_dir.join("izar.json").exists(), "nothing was written");
+        };
+        let one = options(dir.path());
+        std::fs::create_dir(&one.data_dir).unwrap();
+        refused(&one, "blobs", &elsewhere);
+        let other = Options { data_dir: dir.path().join("other"), ..one };
+        std::fs::create_dir_all(other.data_dir.join("blobs")).unwrap();
+        refused(&other, "blobs/x", Path::new("/etc/hostname"));
     }
 }

@@ -14,8 +14,11 @@ use super::{Applied, State, Step, What};
 /// Starts of a controller within one life: far more than there can be.
 const STARTS: u64 = 1 << 20;
 /// Entries of one life: 10,000 a second for three years. A life begins above every index of those before: a member left
-/// over from one answers for what it once committed, up to that index, whatever the entry is (`raft/rebuild`).
+/// over from one answers for what it once committed, up to that index, whatever the entry is (`raft/rebuild`). So the
+/// number of the life counts, not the backup alone: one backup can begin several.
 const ENTRIES: u64 = 1 << 40;
+/// The highest number of a life, so that indices, starts and terms stay far from their ends.
+pub const LAST_LIFE: u64 = 1 << 23;
 
 /// What the new life begins with, beside the state.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -31,18 +34,19 @@ pub struct Rebirth {
 }
 
 impl State {
-    /// Begins the life of number `incarnation`, which must be higher than the state's own.
+    /// Begins the life of number `incarnation`, which must be higher than the state's own, and `LAST_LIFE` at most.
     pub fn begin_life(&mut self, incarnation: u64) -> Rebirth {
         assert!(incarnation > self.head.incarnation, "a new life has a new number");
+        assert!(incarnation <= LAST_LIFE, "the number of a life has a limit");
         let before = self.applied;
-        self.applied = (before / ENTRIES + 1) * ENTRIES;
+        self.applied = (incarnation - 1).max(before / ENTRIES + 1) * ENTRIES;
         let mut step = Step { at: Hlc(self.head.latest.0 + 1), index: self.applied, applied: Applied::default() };
         let open = self.turns.open_turns();
         for turn in &open {
             self.close_turn(&mut step, *turn, Outcome::Abandoned).expect("the turn is open");
         }
         self.audit(&mut step, Event::ClusterRebuilt { incarnation, applied: before });
-        let starts = (self.origins.newest() / STARTS + 1) * STARTS;
+        let starts = (incarnation - 1).max(self.origins.newest() / STARTS + 1) * STARTS;
         self.origins.outlive(starts);
         self.head.incarnation = incarnation;
         self.head.latest = step.at;
@@ -88,6 +92,15 @@ mod tests {
         assert_eq!(seqs, (audit + 1..=one.audit_seq()).collect::<Vec<_>>(), "the trail has no gap");
         let last = &rebirth.audit.last().unwrap().what;
         assert_eq!(*last, Event::ClusterRebuilt { incarnation: incarnation + 1, applied });
+    }
+
+    #[test]
+    fn lives_that_begin_from_one_state_share_no_index_and_no_start() {
+        let lives = [2, 3, LAST_LIFE].map(|incarnation| lived().begin_life(incarnation));
+        for (one, next) in lives.iter().zip(&lives[1..]) {
+            assert!(one.applied + ENTRIES <= next.applied && one.starts + STARTS <= next.starts, "{one:?} {next:?}");
+        }
+        assert_eq!((lives[0].applied, lives[0].starts), (ENTRIES, STARTS), "as the first version had it");
     }
 
     #[test]

@@ -22,11 +22,14 @@ use izar_controller::control::view::Status;
 use serde::Serialize;
 use serde_json::json;
 
+use crate::admin::IMPORT_TIMEOUT;
 use crate::{Common, show};
 use place::{Place, Stored};
 
 /// The longest wait for the next piece; a controller reads from its disk meanwhile.
 const PIECE_TIMEOUT: Duration = Duration::from_secs(60);
+/// The longest wait for the first piece with weights: all of them are read before, to see that none is damaged.
+const WEIGHTS_TIMEOUT: Duration = IMPORT_TIMEOUT;
 
 #[derive(Debug, Args)]
 #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
@@ -114,7 +117,7 @@ async fn take(take: Take, common: &Common) -> anyhow::Result<()> {
     let (place, admin) = (Place::parse(&take.to)?, common.admin());
     if take.if_leader {
         let status: Status = admin.get("/v1/status").await?;
-        if status.role != "leader" {
+        if !leads(&status)? {
             let nothing = json!({ "taken": false, "role": status.role });
             return show::print(common.json, &nothing, |_| format!("{} does not lead: nothing to do\n", status.node));
         }
@@ -122,8 +125,10 @@ async fn take(take: Take, common: &Common) -> anyhow::Result<()> {
     let path = if take.with_models { "/v1/backup?models=true" } else { "/v1/backup" };
     let mut body = admin.open(path).await?;
     let (mut begin, mut kept) = (Vec::new(), None);
-    let mut next = async || tokio::time::timeout(PIECE_TIMEOUT, body.frame()).await.context("the controller is silent");
-    while let Some(frame) = next().await? {
+    let mut wait = if take.with_models { WEIGHTS_TIMEOUT } else { PIECE_TIMEOUT };
+    let mut next = async |wait| tokio::time::timeout(wait, body.frame()).await.context("the controller is silent");
+    while let Some(frame) = next(wait).await? {
+        wait = PIECE_TIMEOUT;
         let Ok(piece) = frame.context("the controller broke off; see its log")?.into_data() else { continue };
         match &mut kept {
             None => {
@@ -140,6 +145,8 @@ async fn take(take: Take, common: &Common) -> anyhow::Result<()> {
     let (header, upload) = kept.context("the controller sent no backup")?;
     let (kept_as, bytes) = upload.finish().await?;
     let removed = match take.keep {
+        // The older ones may have what this one lacks.
+        Some(_) if header.damaged_files > 0 => Vec::new(),
         Some(keep) => prune(&place, &header, keep as usize)
             .await
             .context("the backup is kept, older ones could not be removed")?,
@@ -148,8 +155,29 @@ async fn take(take: Take, common: &Common) -> anyhow::Result<()> {
     show::print(common.json, &Taken { kept_as, bytes, header, removed }, |t| {
         let removed = if t.removed.is_empty() { String::new() } else { format!("; removed {}", t.removed.join(", ")) };
         let size = show::bytes(t.bytes);
-        format!("{} ({size}): all that was acknowledged up to entry {}{removed}\n", t.kept_as, t.header.applied)
+        let kept =
+            format!("{} ({size}): all that was acknowledged up to entry {}{removed}\n", t.kept_as, t.header.applied);
+        kept + &damaged(&t.header)
     })
+}
+
+/// A warning, if model files had to be left out.
+pub fn damaged(header: &Header) -> String {
+    match header.damaged_files {
+        0 => String::new(),
+        count => format!(
+            "WARNING: {count} model files of {} are damaged and not in it: import the models again (its journal names \
+             the files); no older backup is removed meanwhile\n",
+            header.node
+        ),
+    }
+}
+
+/// Whether the controller leads. Another one that leads takes the backup; where nobody is known to lead, nobody does.
+fn leads(status: &Status) -> anyhow::Result<bool> {
+    let known = status.role == "leader" || status.leader.is_some();
+    anyhow::ensure!(known, "{} knows no leader, so no backup is taken: see izar doctor", status.node);
+    Ok(status.role == "leader")
 }
 
 /// Removes all but the newest backups of one cluster and site; returns their names.
@@ -274,9 +302,24 @@ mod tests {
             version: "0".into(),
             master_key: "0".into(),
             models: false,
+            damaged_files: 0,
             nonce: "0".into(),
         };
         Stored { name: format!("{site}{taken_ms}"), bytes: 1, header: Some(header) }
+    }
+
+    #[test]
+    fn where_nobody_is_known_to_lead_a_timer_fails_and_where_another_leads_it_has_nothing_to_do() {
+        let leads = |role: &str, leader: Option<&str>| {
+            let status = json!({
+                "node": "c1", "version": "0", "role": role, "leader": leader, "term": 3, "applied": 9, "members": [],
+                "api": {"endpoint": "https://127.0.0.1:8443", "plaintext_endpoint": null}, "agents": [],
+                "deployments": [], "running": 0, "refused": {}, "latest_ms": 1,
+            });
+            super::leads(&serde_json::from_value(status).unwrap()).map_err(|error| error.to_string())
+        };
+        assert_eq!((leads("leader", Some("c1")), leads("follower", Some("c2"))), (Ok(true), Ok(false)));
+        assert!(leads("candidate", None).unwrap_err().contains("knows no leader"));
     }
 
     #[test]

@@ -61,8 +61,13 @@ pub async fn run(bundle: Bundle, common: &Common) -> anyhow::Result<()> {
         Some(config) => common.admin_of(&config.admin.socket),
         None => common.admin(),
     };
-    files.extend(listings(&admin).await);
-    files.push(("metrics.txt".into(), or_error(metrics(&admin, config.as_ref()).await)));
+    if doctor::stopped(admin.socket()) {
+        let why = "the controller is stopped, and was not asked for listings and metrics, for that would start it\n";
+        files.push(("stopped.txt".into(), why.to_owned()));
+    } else {
+        files.extend(listings(&admin).await);
+        files.push(("metrics.txt".into(), or_error(metrics(&admin, config.as_ref()).await)));
+    }
     let names: Vec<String> = files.iter().map(|(name, _)| name.clone()).collect();
     let files: Vec<_> = files.into_iter().map(|(name, text)| (name, redact(&text).into_bytes())).collect();
     let bytes = write(&bundle.to, &files)?;

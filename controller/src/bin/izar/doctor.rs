@@ -7,6 +7,7 @@
 
 mod cluster;
 mod machine;
+mod unit;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -68,6 +69,11 @@ pub async fn run(doctor: Doctor, common: &Common) -> anyhow::Result<ExitCode> {
     let worst = findings.iter().map(|finding| finding.verdict).max().unwrap_or(Verdict::Ok);
     show::print(common.json, &serde_json::json!({ "verdict": worst, "findings": findings }), |_| human(&findings))?;
     Ok(if worst == Verdict::Failure { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+/// Whether the controller is stopped, and to connect to its socket would start it.
+pub fn stopped(socket: &std::path::Path) -> bool {
+    unit::Unit::behind(socket).stopped
 }
 
 /// Runs every check that applies here.

@@ -1,7 +1,8 @@
 //! `izar restore` and `izar recover`: a new life of a cluster, from a backup or from what one member left.
 //!
-//! Both work on files while the daemon is stopped. `recover` makes a backup of a data directory and leaves the directory
-//! as it is; whatever begins a new life is a backup that every member restores, so that all begin alike.
+//! Both work on files while the daemon is stopped. `recover` makes a backup of a data directory, which it opens for
+//! writing: a store cuts off what is not whole at its ends, so the directory is to be copied first. Whatever begins a new
+//! life is a backup that every member restores, so that all begin alike.
 
 use std::path::PathBuf;
 
@@ -15,7 +16,7 @@ use izar_controller::raft::rebuild::{Reach, remains};
 use serde::Serialize;
 
 use crate::backup::place::{self, Place};
-use crate::backup::{KeySource, models};
+use crate::backup::{KeySource, damaged, models};
 use crate::{Common, show};
 
 /// Begin a member of a new life of the cluster from a backup; the same file on every member
@@ -33,7 +34,8 @@ pub struct Restore {
     incarnation: Option<u64>,
 }
 
-/// Make a backup of what a stopped member has, when the quorum is lost for good; says what may be lost
+/// Make a backup of what a stopped member has, when the quorum is lost for good; says what may be lost. Copy the data
+/// directory first: it is opened for writing, and what is not whole at its ends is cut off
 #[derive(Debug, Args)]
 pub struct Recover {
     #[command(flatten)]
@@ -92,6 +94,9 @@ struct Recovered {
     provisional_bytes: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
     kept_as: Option<String>,
+    /// Of the backup's header: what had to be left out.
+    #[serde(skip)]
+    warning: String,
 }
 
 pub async fn recover(command: Recover, common: &Common) -> anyhow::Result<()> {
@@ -103,7 +108,7 @@ pub async fn recover(command: Recover, common: &Common) -> anyhow::Result<()> {
     })?;
     let reach = remains.reach.clone();
     let provisional_bytes = options.data_dir.join("provisional.log").metadata().map_or(0, |meta| meta.len());
-    let mut kept_as = None;
+    let (mut kept_as, mut warning) = (None, String::new());
     if let Some(to) = &command.to {
         let key = command.key.load()?;
         let maker = Maker {
@@ -117,12 +122,13 @@ pub async fn recover(command: Recover, common: &Common) -> anyhow::Result<()> {
         let contents = Contents::of_remains(remains);
         let contents = contents.with_files(command.with_models, |hash| blobs.join(hash.to_string()));
         let header = contents.header(&maker, &key);
+        warning = damaged(&header);
         // In a file first: it is sealed, and a store takes it from there.
         let (file, _) = contents.write(&header, &key, tempfile::tempfile().context("make a temporary file")?)?;
         kept_as = Some(place::keep(&Place::parse(to)?, file, &header.file_name()).await?);
     }
     let undecided = reach.last.saturating_sub(reach.committed);
-    let recovered = Recovered { reach, undecided, provisional_bytes, kept_as };
+    let recovered = Recovered { reach, undecided, provisional_bytes, kept_as, warning };
     show::print(common.json, &recovered, recovered_text)
 }
 
@@ -149,6 +155,7 @@ fn recovered_text(r: &Recovered) -> String {
         out +=
             "answers given without a quorum wait in provisional.log: put that file into the member's new directory\n";
     }
+    out += &r.warning;
     out += &match &r.kept_as {
         Some(kept) => format!("{kept}\nnow: izar restore {kept} on every member, with an empty data directory\n"),
         None => "nothing was written; --to DIR makes the backup that every member is to be restored from\n".to_owned(),
@@ -164,7 +171,13 @@ mod tests {
     fn a_recovery_says_what_is_kept_and_what_may_be_lost() {
         let node = "c2".parse().unwrap();
         let reach = Reach { node, applied: 7, committed: 9, last: 12, last_term: 3, latest_ms: 1_795_521_600_000 };
-        let text = recovered_text(&Recovered { reach, undecided: 3, provisional_bytes: 5, kept_as: None });
+        let text = recovered_text(&Recovered {
+            reach,
+            undecided: 3,
+            provisional_bytes: 5,
+            kept_as: None,
+            warning: String::new(),
+        });
         for part in
             ["up to entry 12", "3 entries at its end", "may be lost", "2026-11-24 12:00:00", "provisional.log", "--to"]
         {

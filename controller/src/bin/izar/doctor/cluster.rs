@@ -9,6 +9,7 @@ use izar_controller::control::view::{AgentDetail, Agents, Status};
 use tokio::net::UnixStream;
 
 use super::Finding;
+use super::unit::Unit;
 use crate::{Common, show};
 
 /// Hybrid time follows the fastest clock of the group. One that is so far ahead makes times in records wrong, and
@@ -18,7 +19,15 @@ const AHEAD_MS: u64 = 500;
 /// Asks the controller on this machine; also returns its process, if it runs.
 pub async fn examine(common: &Common, config: &Config) -> (Vec<Finding>, Option<u32>) {
     let admin = common.admin_of(&config.admin.socket);
-    let pid = process(admin.socket()).await;
+    let unit = Unit::behind(admin.socket());
+    if unit.stopped {
+        let mend = "systemctl start izar-controller.socket izar-controller.service, if nobody restores a backup here; \
+                    journalctl -u izar-controller says why it ended";
+        let found = "is stopped, and was not asked, for that would start it";
+        return (vec![Finding::warning("controller", found, mend)], None);
+    }
+    // The peer of a socket that systemd made is systemd.
+    let pid = process(admin.socket()).await.and_then(|pid| if pid == 1 { unit.pid } else { Some(pid) });
     let status: Status = match admin.get("/v1/status").await {
         Ok(status) => status,
         Err(error) => {

@@ -9,6 +9,7 @@ use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
 use izar_common::clock::wall_ms;
+use izar_common::config::credential_name;
 use izar_common::seal::{MasterKey, Pepper};
 use izar_common::tls::{self, dates};
 use izar_controller::config::Config;
@@ -26,13 +27,17 @@ const FSYNC_FAILURE: Duration = Duration::from_millis(100);
 const FSYNCS: usize = 20;
 /// A certificate with less than this left should be renewed now.
 const DAYS_WARNING: i64 = 30;
+/// What to do about a certificate.
+const MEND: &str = "issue it anew (izar pki issue, or your own CA). With a new key, as izar pki issue makes one, where keys \
+                    are credentials: encrypt the key anew and restart, one node at a time (playbooks/rotate_certs.yml \
+                    does it); a reload is enough where the key is a file, or unchanged";
 /// A controller with fewer runs out under load: each client, peer and file is one.
 const OPEN_FILES: u64 = 65_536;
 
 /// Everything that a controller needs here. `pid`: it runs.
 pub fn controller(config: &Config, pid: Option<u32>) -> Vec<Finding> {
-    let mut findings = vec![secret("master key", MasterKey::load(&config.secrets.master_key).map(drop))];
-    findings.push(secret("pepper", Pepper::load(&config.secrets.pepper).map(drop)));
+    let mut findings = vec![secret("master key", &config.secrets.master_key, |path| MasterKey::load(path).map(drop))];
+    findings.push(secret("pepper", &config.secrets.pepper, |path| Pepper::load(path).map(drop)));
     findings.push(node_certificate(config));
     findings.push(api_certificate(config));
     findings.push(space(&config.data_dir));
@@ -44,12 +49,14 @@ pub fn controller(config: &Config, pid: Option<u32>) -> Vec<Finding> {
     findings
 }
 
-fn secret(check: &str, loaded: Result<(), izar_common::seal::Error>) -> Finding {
-    match loaded {
+fn secret(check: &str, path: &Path, load: impl Fn(&Path) -> Result<(), izar_common::seal::Error>) -> Finding {
+    if let Some(name) = credential_name(path) {
+        return Finding::ok(check, format!("the credential {name}, seen by the daemon alone"));
+    }
+    match load(path) {
         Ok(()) => Finding::ok(check, "readable, and by nobody else"),
         Err(error) => {
-            let mend =
-                "it is the same file on every controller; as a credential of systemd it is seen by the daemon alone";
+            let mend = "it is the same file on every controller; name the right one, and let its owner alone read it";
             Finding::failure(check, format!("{:#}", anyhow::Error::from(error)), mend)
         }
     }
@@ -57,7 +64,13 @@ fn secret(check: &str, loaded: Result<(), izar_common::seal::Error>) -> Finding 
 
 fn node_certificate(config: &Config) -> Finding {
     const CHECK: &str = "node certificate";
-    const MEND: &str = "issue it anew with izar pki issue; running daemons take it up by themselves";
+    let dates_alone = || {
+        let dates = [&config.tls.cert, &config.tls.ca].map(|path| lasts(CHECK, path, MEND));
+        dates.into_iter().max_by_key(|f| f.verdict).expect("two")
+    };
+    if credential_name(&config.tls.key).is_some() {
+        return dates_alone();
+    }
     let node = match tls::NodeTls::load(&config.tls) {
         Ok(node) => node,
         Err(error) => return Finding::failure(CHECK, format!("{error:#}"), MEND),
@@ -66,16 +79,14 @@ fn node_certificate(config: &Config) -> Finding {
     if (&who.cluster, &who.site, &who.node) != (&config.cluster, &config.site, &config.node) {
         return Finding::failure(CHECK, format!("it is {who}, but this is {}", config.node), MEND);
     }
-    [&config.tls.cert, &config.tls.ca]
-        .map(|path| lasts(CHECK, path, MEND))
-        .into_iter()
-        .max_by_key(|f| f.verdict)
-        .expect("two")
+    dates_alone()
 }
 
 fn api_certificate(config: &Config) -> Finding {
     const CHECK: &str = "api certificate";
-    const MEND: &str = "renew it where it came from (izar pki issue --role api, or your own CA)";
+    if credential_name(&config.api.key).is_some() {
+        return lasts(CHECK, &config.api.cert, MEND);
+    }
     match tls::https_server(&config.api.cert, &config.api.key) {
         Ok(_) => lasts(CHECK, &config.api.cert, MEND),
         Err(error) => Finding::failure(CHECK, format!("{error:#}"), MEND),
@@ -265,6 +276,14 @@ pub fn gpus(dev: &Path) -> Vec<Finding> {
 mod tests {
     use super::super::Verdict;
     use super::*;
+
+    #[test]
+    fn a_credential_is_the_daemons_alone_and_no_failure() {
+        let load = |_: &Path| -> Result<(), izar_common::seal::Error> { panic!("nothing is read") };
+        let found = secret("pepper", Path::new("credential:pepper"), load);
+        assert_eq!(found.verdict, Verdict::Ok);
+        assert!(found.found.contains("seen by the daemon alone"), "{found:?}");
+    }
 
     #[test]
     fn a_certificate_is_judged_by_the_days_it_has_left() {
