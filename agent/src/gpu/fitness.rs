@@ -73,33 +73,11 @@ pub fn cuda_number(visible: Option<&str>, index: u32, uuid: &str) -> Option<u16>
 #[cfg(test)]
 mod tests {
     use super::*;
-    use izar_common::health::gpu::{Remedy, State, View};
+    use izar_common::health::gpu::{State, View};
 
     fn view(index: u32, state: State) -> View {
-        View {
-            id: format!("gpu-{index}").parse().unwrap(),
-            index,
-            cuda: Some(index as u16),
-            name: String::new(),
-            bus: String::new(),
-            state,
-            reason: "Xid 95".into(),
-            remedy: Remedy::None,
-            standing: false,
-            since_ms: 0,
-            temperature_c: None,
-            memory_used_bytes: None,
-            memory_bytes: None,
-            utilization_percent: None,
-            power_mw: None,
-            corrected_errors: None,
-            uncorrected_errors: None,
-            pcie_replays: None,
-            recovery_action: None,
-            last_xid: None,
-            xids: 0,
-            fell_ms: None,
-        }
+        let id = format!("gpu-{index}").parse().unwrap();
+        View { cuda: Some(index as u16), reason: "Xid 95".into(), ..View::new(id, index, state) }
     }
 
     fn fit(mode: Mode, guards: Guards, fault: &str, states: [State; 2], device: Device) -> (u8, String) {

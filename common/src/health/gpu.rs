@@ -159,6 +159,36 @@ pub struct View {
     pub fell_ms: Option<u64>,
 }
 
+impl View {
+    /// A GPU of which nothing but its state is known.
+    pub fn new(id: GpuId, index: u32, state: State) -> Self {
+        Self {
+            id,
+            index,
+            cuda: None,
+            name: String::new(),
+            bus: String::new(),
+            state,
+            reason: String::new(),
+            remedy: Remedy::None,
+            standing: false,
+            since_ms: 0,
+            temperature_c: None,
+            memory_used_bytes: None,
+            memory_bytes: None,
+            utilization_percent: None,
+            power_mw: None,
+            corrected_errors: None,
+            uncorrected_errors: None,
+            pcie_replays: None,
+            recovery_action: None,
+            last_xid: None,
+            xids: 0,
+            fell_ms: None,
+        }
+    }
+}
+
 /// All GPUs of a server.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Health {

@@ -1,7 +1,7 @@
 //! Small configurations and fleets from words, for the tests of the pure modules.
 
 use izar_common::clock::Hlc;
-use izar_common::health::gpu::{Health, Remedy, State, View};
+use izar_common::health::gpu::{Health, State, View};
 use izar_common::health::{Generation, Load, Report, WorkerReport, WorkerState};
 use izar_common::id::{DeploymentId, Hash, NodeId, NumericsId, WorkerId};
 use izar_common::manifest::{File, Kind, Manifest};
@@ -102,28 +102,5 @@ pub fn empty_report() -> Report {
 
 /// A GPU with nothing to say.
 pub fn gpu(id: &str, state: State) -> View {
-    View {
-        id: id.parse().unwrap(),
-        index: 0,
-        cuda: Some(0),
-        name: String::new(),
-        bus: String::new(),
-        state,
-        reason: "Xid 95".into(),
-        remedy: Remedy::None,
-        standing: false,
-        since_ms: 0,
-        temperature_c: None,
-        memory_used_bytes: None,
-        memory_bytes: None,
-        utilization_percent: None,
-        power_mw: None,
-        corrected_errors: None,
-        uncorrected_errors: None,
-        pcie_replays: None,
-        recovery_action: None,
-        last_xid: None,
-        xids: 0,
-        fell_ms: None,
-    }
+    View { cuda: Some(0), reason: "Xid 95".into(), ..View::new(id.parse().unwrap(), 0, state) }
 }

@@ -186,10 +186,8 @@ fn read_head(database: &Database) -> anyhow::Result<Option<Head>> {
     Ok(Some(wire::decode::<Head>(bytes.value())?.0))
 }
 
-/// Writes a new state.
-fn create(database: &Database, site: &SiteId, voters: &[u64]) -> anyhow::Result<Head> {
-    let head = Head { applied: 0, voters: voters.to_vec(), segment: 1, segment_bytes: 0 };
-    let state = State::new(site.clone());
+/// Writes a whole state into an empty database.
+fn fill(database: &Database, state: &State, head: &Head) -> anyhow::Result<()> {
     let transaction = database.begin_write()?;
     {
         let mut rows = transaction.open_table(ROWS)?;
@@ -197,9 +195,16 @@ fn create(database: &Database, site: &SiteId, voters: &[u64]) -> anyhow::Result<
             let value = state.row(&row).expect("the row was just named");
             rows.insert(&*row.key(), &*value)?;
         }
-        transaction.open_table(META)?.insert(HEAD, &*wire::to_bytes(&head))?;
+        transaction.open_table(META)?.insert(HEAD, &*wire::to_bytes(head))?;
     }
-    transaction.commit()?;
+    Ok(transaction.commit()?)
+}
+
+/// Writes a new state.
+fn create(database: &Database, site: &SiteId, voters: &[u64]) -> anyhow::Result<Head> {
+    let head = Head { applied: 0, voters: voters.to_vec(), segment: 1, segment_bytes: 0 };
+    let state = State::new(site.clone());
+    fill(database, &state, &head)?;
     Ok(head)
 }
 

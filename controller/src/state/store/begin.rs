@@ -7,10 +7,9 @@ use std::fs::File;
 use std::path::Path;
 
 use anyhow::{Context, ensure};
-use izar_common::wire;
 use redb::Database;
 
-use super::{HEAD, Head, META, ROWS, segment_path};
+use super::{Head, fill, segment_path};
 use crate::state::State;
 
 /// Writes `state` as a new store at `path`, whose audit trail is the segments in `audit` up to number `segment`.
@@ -20,17 +19,7 @@ pub fn begin(path: &Path, audit: &Path, state: &State, voters: &[u64], segment: 
     let write = || -> anyhow::Result<()> {
         let segment_bytes = File::open(&last).with_context(|| format!("open {}", last.display()))?.metadata()?.len();
         let head = Head { applied: state.applied(), voters: voters.to_vec(), segment, segment_bytes };
-        let database = Database::create(path)?;
-        let transaction = database.begin_write()?;
-        {
-            let mut rows = transaction.open_table(ROWS)?;
-            for row in state.all_rows() {
-                let value = state.row(&row).expect("the row was just named");
-                rows.insert(&*row.key(), &*value)?;
-            }
-            transaction.open_table(META)?.insert(HEAD, &*wire::to_bytes(&head))?;
-        }
-        Ok(transaction.commit()?)
+        fill(&Database::create(path)?, state, &head)
     };
     write().with_context(|| format!("write the state {}", path.display()))
 }
