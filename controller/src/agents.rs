@@ -31,7 +31,7 @@ mod tests;
 mod tripwire;
 
 pub use crate::scheduler::NoPlace;
-pub use job::JobStream;
+pub use job::{AgentLost, JobStream};
 use roster::Roster;
 use tripwire::Tripwires;
 

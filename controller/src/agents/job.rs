@@ -24,12 +24,16 @@ pub struct JobStream {
     pub sent: Instant,
     /// `None` when the job has ended or its stream is lost.
     streams: Option<(Sender, Receiver)>,
-    /// Why it ended before its first event, told once.
-    failed: Option<JobEvent>,
+    /// What there is to tell instead of what the worker says, once.
+    told: Option<Result<JobEvent, AgentLost>>,
     /// Counts the job until it ends.
     counted: Option<Counted>,
     pace: Option<Pace>,
 }
+
+/// The job's agent is lost, or cannot be reached: why. The job may be placed again.
+#[derive(Debug, Clone, PartialEq)]
+pub struct AgentLost(pub String);
 
 /// Tokens that have come since the last look at the pace, and when that was. There is none before the first token: until
 /// then the prompt is computed.
@@ -68,18 +72,31 @@ impl JobStream {
         Self::placed(counted, Some((tx, rx)), None)
     }
 
-    /// A job that has failed before it reached its worker.
-    pub(super) fn failed(counted: Counted, reason: String, retryable: bool) -> Self {
-        let mut stream = Self::placed(counted, None, Some(failed(reason, retryable)));
+    /// A job that no worker can do.
+    pub(super) fn refused(counted: Counted, reason: String) -> Self {
+        Self::over(counted, Ok(failed(reason, false)))
+    }
+
+    /// A job that has not reached its agent.
+    pub(super) fn unreached(counted: Counted, reason: String) -> Self {
+        Self::over(counted, Err(AgentLost(reason)))
+    }
+
+    fn over(counted: Counted, told: Result<JobEvent, AgentLost>) -> Self {
+        let mut stream = Self::placed(counted, None, Some(told));
         stream.counted = None;
         stream
     }
 
-    fn placed(mut counted: Counted, streams: Option<(Sender, Receiver)>, failed: Option<JobEvent>) -> Self {
+    fn placed(
+        mut counted: Counted,
+        streams: Option<(Sender, Receiver)>,
+        told: Option<Result<JobEvent, AgentLost>>,
+    ) -> Self {
         let (agent, worker, numerics) = (counted.agent.clone(), counted.worker.clone(), counted.numerics);
         let why = counted.why.take();
         let sent = counted.sent;
-        Self { agent, worker, numerics, why, sent, streams, failed, counted: Some(counted), pace: None }
+        Self { agent, worker, numerics, why, sent, streams, told, counted: Some(counted), pace: None }
     }
 
     /// The streams, while the job runs.
@@ -87,11 +104,11 @@ impl JobStream {
         self.streams.as_mut()
     }
 
-    /// Waits for the next event. A lost agent or stream is a `Failed` that may be retried; after the last event every
-    /// call gives a `Failed` that may not. Cancellation-safe.
-    pub async fn next(&mut self) -> JobEvent {
+    /// Waits for the next event. After the last event, or when the agent is lost, every call gives a `Failed` that may
+    /// not be retried. Cancellation-safe.
+    pub async fn next(&mut self) -> Result<JobEvent, AgentLost> {
         let Some((_, rx)) = &mut self.streams else {
-            return self.failed.take().unwrap_or_else(|| failed("the job has ended".into(), false));
+            return self.told.take().unwrap_or_else(|| Ok(failed("the job has ended".into(), false)));
         };
         match rx.next::<JobEvent>().await {
             Ok(Some(event @ JobEvent::Tokens { .. })) => {
@@ -99,18 +116,24 @@ impl JobStream {
                 let count = tokens.len() as u32;
                 if let Some(reason) = self.paced(count) {
                     self.cancel();
-                    self.failed = Some(failed(format!("worker {} is slow: {reason}", self.worker), true));
+                    self.told = Some(Ok(failed(format!("worker {} is slow: {reason}", self.worker), true)));
                 }
-                event
+                Ok(event)
             }
             Ok(Some(last)) => {
                 // Nothing is left to cancel: the send side was finished with the submission.
                 self.streams = None;
                 self.counted = None;
-                last
+                Ok(last)
             }
-            Ok(None) => self.lose(format!("agent {} ended the stream early", self.agent)),
-            Err(error) => self.lose(format!("lost agent {}: {error}", self.agent)),
+            Ok(None) => {
+                self.cancel();
+                Ok(failed(format!("agent {} ended the stream early", self.agent), true))
+            }
+            Err(error) => {
+                self.cancel();
+                Err(AgentLost(format!("lost agent {}: {error}", self.agent)))
+            }
         }
     }
 
@@ -130,11 +153,6 @@ impl JobStream {
         pace.since = now;
         let counted = self.counted.as_ref()?;
         counted.roster.pace(counted, tokens, took)
-    }
-
-    fn lose(&mut self, reason: String) -> JobEvent {
-        self.cancel();
-        failed(reason, true)
     }
 
     fn cancel(&mut self) {

@@ -276,13 +276,13 @@ impl Roster {
         let tokens = job.prompt.len() + job.delivered.len();
         if tokens > JOB_TOKENS {
             let reason = format!("the job has {tokens} tokens, the limit is {JOB_TOKENS}");
-            return Ok(JobStream::failed(counted, reason, false));
+            return Ok(JobStream::refused(counted, reason));
         }
         let (tx, rx) = match connection.open_bi(Open::Job).await {
             Ok(streams) => streams,
             Err(error) => {
                 let reason = format!("cannot reach agent {}: {error}", counted.agent);
-                return Ok(JobStream::failed(counted, reason, true));
+                return Ok(JobStream::unreached(counted, reason));
             }
         };
         let submit = Submit { worker: counted.worker.clone(), job };

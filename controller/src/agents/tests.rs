@@ -16,6 +16,7 @@ use izar_common::wire::handshake::Open;
 use tokio::sync::watch;
 
 use super::fixture::{config, fleet};
+use super::job::AgentLost;
 use super::roster::{JOB_TOKENS, Roster};
 use crate::scheduler::NoPlace;
 use crate::state::Config;
@@ -133,10 +134,10 @@ async fn events_come_back_and_a_job_is_counted_until_its_last() {
     tx.flush().await.unwrap();
     quic::finish(&mut tx);
     for event in [tokens(0), tokens(1), done()] {
-        assert_eq!(within("an event", stream.next()).await, event);
+        assert_eq!(within("an event", stream.next()).await, Ok(event));
     }
     assert_eq!(pair.in_flight(), 0);
-    assert!(matches!(stream.next().await, JobEvent::Failed { retryable: false, .. }), "nothing follows the last");
+    assert!(matches!(stream.next().await, Ok(JobEvent::Failed { retryable: false, .. })), "nothing follows the last");
 }
 
 #[tokio::test]
@@ -146,14 +147,17 @@ async fn a_stream_that_ends_early_or_is_lost_is_a_failure_that_may_be_retried() 
         let mut stream = pair.roster.submit(job(), &[]).await.unwrap();
         let (_, mut tx, _rx) = pair.accept_job().await;
         tx.send(&tokens(0)).await.unwrap();
-        assert_eq!(within("an event", stream.next()).await, tokens(0));
+        assert_eq!(within("an event", stream.next()).await, Ok(tokens(0)));
         match how {
             "finish" => quic::finish(&mut tx),
             "reset" => quic::reset(&mut tx),
             _ => pair.agent_side.close("test"),
         }
         let last = within("the end", stream.next()).await;
-        assert!(matches!(last, JobEvent::Failed { retryable: true, .. }), "{how}: {last:?}");
+        match how {
+            "finish" => assert!(matches!(last, Ok(JobEvent::Failed { retryable: true, .. })), "{last:?}"),
+            _ => assert!(matches!(last, Err(AgentLost(_))), "{how}: {last:?}"),
+        }
         assert_eq!(pair.in_flight(), 0, "{how}");
     }
 }
@@ -173,10 +177,10 @@ async fn a_job_that_cannot_be_sent_fails_as_its_first_event() {
     let pair = pair().await;
     let long = Job { prompt: vec![0; JOB_TOKENS + 1], ..job() };
     let mut stream = pair.roster.submit(long, &[]).await.unwrap();
-    assert!(matches!(stream.next().await, JobEvent::Failed { retryable: false, .. }));
+    assert!(matches!(stream.next().await, Ok(JobEvent::Failed { retryable: false, .. })));
     pair.controller_side.close("test");
     let mut stream = pair.roster.submit(job(), &[]).await.unwrap();
-    assert!(matches!(stream.next().await, JobEvent::Failed { retryable: true, .. }));
+    assert!(matches!(stream.next().await, Err(AgentLost(_))));
     assert_eq!(pair.in_flight(), 0);
 }
 
@@ -260,8 +264,8 @@ async fn a_job_on_a_worker_that_is_far_slower_than_its_peers_goes_on_elsewhere()
     let failed = within("the slow worker to be noticed", async {
         loop {
             tokio::select! {
-                event = slow.next() => if let JobEvent::Failed { .. } = event { return event },
-                event = fast.next() => assert!(matches!(event, JobEvent::Tokens { .. }), "{event:?}"),
+                event = slow.next() => if let Ok(event @ JobEvent::Failed { .. }) = event { return event },
+                event = fast.next() => assert!(matches!(event, Ok(JobEvent::Tokens { .. })), "{event:?}"),
             }
         }
     })

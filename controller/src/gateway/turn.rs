@@ -10,9 +10,12 @@ use std::sync::Arc;
 use izar_common::chat::{Finish, JobEvent, Logprobs, Token, Usage};
 use izar_common::text::{Detokenizer, StopMatcher, Text};
 
-/// Placements of one job at most without a new token: the first, and two after failures. A job that failed three workers
-/// is more likely the cause than they.
+/// Workers that a job may fail without a new token: then it is more likely the cause than they.
 pub const ATTEMPTS: u32 = 3;
+
+/// An agent is another process than its workers. To be lost with one says little of a job, so it counts as this part of
+/// a failed worker.
+pub const AGENTS_FOR_A_WORKER: u32 = 3;
 
 /// What one event came to.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -150,6 +153,9 @@ pub struct Turn {
     attempt: u32,
     /// Placements again since the last token that came.
     fruitless: u32,
+    /// What speaks against the job itself since then: an agent lost with it counts 1, a worker that failed it
+    /// `AGENTS_FOR_A_WORKER`.
+    suspicion: u32,
     /// Tokens whose text is not shown yet.
     pending: Vec<Scored>,
     /// Characters that were decoded, and that were shown; counted for `pending` alone.
@@ -169,6 +175,7 @@ impl Turn {
             delivered: Vec::new(),
             attempt: 0,
             fruitless: 0,
+            suspicion: 0,
             pending: Vec::new(),
             decoded: 0,
             released: 0,
@@ -201,19 +208,24 @@ impl Turn {
             JobEvent::Tokens { position, tokens, logprobs } => self.tokens(position, &tokens, logprobs),
             JobEvent::Done { finish, usage } => self.done(finish, usage),
             JobEvent::Failed { reason, retryable } => {
-                Step { end: Some(self.fail(reason, retryable)), ..Step::default() }
+                Step { end: Some(self.fail(reason, retryable, AGENTS_FOR_A_WORKER)), ..Step::default() }
             }
         }
+    }
+
+    /// Takes that the job's agent is lost, instead of a further event.
+    pub fn agent_lost(&mut self, reason: String) -> Step {
+        Step { end: Some(self.fail(reason, true, 1)), ..Step::default() }
     }
 
     fn tokens(&mut self, position: u32, tokens: &[Token], logprobs: Vec<Logprobs>) -> Step {
         if position as usize != self.delivered.len() {
             let reason = format!("tokens at {position} came where {} were expected", self.delivered.len());
-            return Step { end: Some(self.fail(reason, false)), ..Step::default() };
+            return Step { end: Some(End::Failed { reason, retryable: false }), ..Step::default() };
         }
         if self.form.scored && logprobs.len() != tokens.len() {
             let reason = format!("{} log-probabilities came for {} tokens", logprobs.len(), tokens.len());
-            return Step { end: Some(self.fail(reason, false)), ..Step::default() };
+            return Step { end: Some(End::Failed { reason, retryable: false }), ..Step::default() };
         }
         let mut logprobs = logprobs.into_iter();
         let mut shown = Shown::default();
@@ -225,7 +237,7 @@ impl Turn {
             }
             self.usage.completion_tokens += 1;
             self.delivered.push(token);
-            self.fruitless = 0;
+            (self.fruitless, self.suspicion) = (0, 0);
             let text = self.detokenizer.push(token);
             if self.form.scored {
                 self.pending.extend(logprobs.next().map(|logprobs| self.score(token, logprobs)));
@@ -276,8 +288,9 @@ impl Turn {
         finish
     }
 
-    fn fail(&mut self, reason: String, retryable: bool) -> End {
-        if !retryable || self.fruitless + 1 >= ATTEMPTS {
+    fn fail(&mut self, reason: String, retryable: bool, suspicion: u32) -> End {
+        self.suspicion += suspicion;
+        if !retryable || self.suspicion >= ATTEMPTS * AGENTS_FOR_A_WORKER {
             return End::Failed { reason, retryable };
         }
         self.attempt += 1;
@@ -413,6 +426,20 @@ mod tests {
             assert_eq!(turn.on(lost()).end, Some(End::Again { reason: "lost".into(), attempt }));
         }
         assert_eq!(turn.on(lost()).end, Some(End::Failed { reason: "lost".into(), retryable: true }));
+    }
+
+    #[test]
+    fn an_agent_that_is_lost_speaks_less_against_a_job_than_a_worker() {
+        let mut turn = turn(&[], 100);
+        let again = |attempt| Some(End::Again { reason: "lost".into(), attempt });
+        for attempt in 1..ATTEMPTS {
+            assert_eq!(turn.on(lost()).end, again(attempt));
+        }
+        for attempt in ATTEMPTS..ATTEMPTS + AGENTS_FOR_A_WORKER - 1 {
+            assert_eq!(turn.agent_lost("lost".into()).end, again(attempt));
+        }
+        let end = turn.agent_lost("lost".into()).end;
+        assert_eq!(end, Some(End::Failed { reason: "lost".into(), retryable: true }), "and yet it comes to an end");
     }
 
     /// Bytes with the probability of each: its place in the answer, negative; the alternative is `?`.

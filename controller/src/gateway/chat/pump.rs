@@ -20,7 +20,7 @@ use super::super::running::{Listed, Stage};
 use super::super::trace::What;
 use super::super::turn::{End, Form, Turn};
 use super::{Ended, Order, job};
-use crate::agents::{JobStream, NoPlace};
+use crate::agents::{AgentLost, JobStream, NoPlace};
 use crate::metrics::{Counter, Histogram};
 
 /// Pause before a failed job is placed again; one that failed again at once waits longer, for an agent that needs a moment
@@ -56,7 +56,7 @@ pub async fn pump(
                 let now = Instant::now();
                 let silent = |(at, branch): (usize, &Branch<'_>)| Some((at, branch.silent(silence, now)?));
                 match pump.branches.iter().enumerate().find_map(silent) {
-                    Some((at, event)) => (at, Happened::Event(event)),
+                    Some((at, event)) => (at, Happened::Event(Ok(event))),
                     None => {
                         tick.as_mut().reset(pump.next_tick(exit, silence));
                         continue;
@@ -152,7 +152,7 @@ enum Source<'a> {
 
 /// What happened to a choice.
 enum Happened {
-    Event(JobEvent),
+    Event(Result<JobEvent, AgentLost>),
     Placed(Result<Box<JobStream>, NoPlace>),
 }
 
@@ -266,10 +266,13 @@ impl<'a> Pump<'a> {
     }
 
     /// Takes an event of a choice; says how the turn has ended, if it has.
-    fn event(&mut self, at: usize, event: JobEvent, exit: &mut Exit) -> Option<Ended> {
+    fn event(&mut self, at: usize, event: Result<JobEvent, AgentLost>, exit: &mut Exit) -> Option<Ended> {
         let now = Instant::now();
         let branch = &mut self.branches[at];
-        let step = branch.turn.on(event);
+        let step = match event {
+            Ok(event) => branch.turn.on(event),
+            Err(AgentLost(reason)) => branch.turn.agent_lost(reason),
+        };
         let tokens = branch.turn.usage().completion_tokens;
         self.gauges.event(self.gateway, self.order, branch, tokens, now);
         let choice = branch.choice;

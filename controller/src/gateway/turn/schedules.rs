@@ -26,8 +26,10 @@ struct Answer {
 enum Act {
     /// So many tokens at once, perhaps none; after the last one the end.
     Give(usize),
-    /// The worker, its agent or the link is lost.
+    /// The worker is lost.
     Die,
+    /// Its agent is lost, or the link to it.
+    Lose,
     /// It cannot be done, here or anywhere.
     Refuse,
     /// Tokens come again that came before, and perhaps more.
@@ -127,11 +129,12 @@ fn bytes(token: Token) -> Vec<u8> {
 fn check(answer: &Answer, schedule: &[Act]) {
     let expected = answer.undisturbed();
     let (mut turn, mut seen) = (answer.turn(), Seen::default());
-    let (mut fruitless, mut placed) = (0, 0);
+    let (mut fruitless, mut suspicion, mut placed) = (0, 0, 0);
     let last = if answer.stubborn { answer.tokens.len() } else { answer.honest().len() };
     for act in schedule.iter().copied().chain(std::iter::repeat(Act::Give(1))) {
         let at = turn.delivered().len();
         let event = match act {
+            Act::Lose => JobEvent::Failed { reason: "unused".into(), retryable: true },
             Act::Give(count) if at < last => answer.give(at, last.min(at + count)),
             Act::Give(_) => answer.done(),
             Act::Die => JobEvent::Failed { reason: "lost".into(), retryable: true },
@@ -145,15 +148,20 @@ fn check(answer: &Answer, schedule: &[Act]) {
             }
             Act::Repeat { .. } | Act::Skip(_) | Act::Bare => continue,
         };
-        let step = turn.on(event);
+        let step = if let Act::Lose = act { turn.agent_lost("lost".into()) } else { turn.on(event) };
         seen.take(&step.shown);
         seen.usage = turn.usage();
         assert!(expected.pieces.starts_with(&seen.pieces), "{:?} instead of {:?}", seen.pieces, expected.pieces);
         let came = turn.delivered().len() - at;
         assert_eq!(turn.delivered(), &answer.tokens[..at + came], "what goes to the next worker is what has come");
         if came > 0 {
-            fruitless = 0;
+            (fruitless, suspicion) = (0, 0);
         }
+        suspicion += match act {
+            Act::Die => AGENTS_FOR_A_WORKER,
+            Act::Lose => 1,
+            _ => 0,
+        };
         match (act, step.end) {
             (Act::Give(_), None) => assert!(at < last),
             (Act::Give(_), Some(End::Finished(finish))) => {
@@ -161,15 +169,16 @@ fn check(answer: &Answer, schedule: &[Act]) {
                 assert_eq!(seen, expected);
                 return;
             }
-            (Act::Die, Some(End::Again { attempt, .. })) => {
+            (Act::Die | Act::Lose, Some(End::Again { attempt, .. })) => {
                 (fruitless, placed) = (fruitless + 1, placed + 1);
-                assert!(attempt == placed && fruitless == turn.fruitless() && fruitless < ATTEMPTS);
+                assert!(attempt == placed && fruitless == turn.fruitless());
+                assert!(suspicion < ATTEMPTS * AGENTS_FOR_A_WORKER);
             }
-            (Act::Die, Some(End::Failed { retryable: true, .. })) => {
-                assert_eq!(fruitless + 1, ATTEMPTS, "nobody gives up sooner");
+            (Act::Die | Act::Lose, Some(End::Failed { retryable: true, .. })) => {
+                assert!(suspicion >= ATTEMPTS * AGENTS_FOR_A_WORKER, "nobody gives up sooner");
                 return;
             }
-            (Act::Die | Act::Give(_), end) => panic!("{act:?} came to {end:?}"),
+            (Act::Die | Act::Lose | Act::Give(_), end) => panic!("{act:?} came to {end:?}"),
             (_, Some(End::Failed { retryable: false, .. })) => {
                 return assert!(step.shown.is_empty() && came == 0, "what does not fit is not shown");
             }
@@ -204,7 +213,7 @@ prop_compose! {
 
 /// Mostly tokens, and deaths among them.
 fn deaths() -> impl Strategy<Value = Act> {
-    prop_oneof![4 => (0..5_usize).prop_map(Act::Give), 2 => Just(Act::Die)]
+    prop_oneof![4 => (0..5_usize).prop_map(Act::Give), 1 => Just(Act::Die), 2 => Just(Act::Lose)]
 }
 
 fn everything() -> impl Strategy<Value = Act> {
