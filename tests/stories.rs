@@ -14,6 +14,8 @@ mod backup;
 mod controllers_drained;
 #[path = "stories/controllers_killed.rs"]
 mod controllers_killed;
+#[path = "stories/controllers_replaced.rs"]
+mod controllers_replaced;
 #[path = "stories/conventions.rs"]
 mod conventions;
 #[path = "stories/doctor.rs"]

@@ -18,6 +18,7 @@ pub mod archive;
 pub mod contents;
 pub mod load;
 pub mod restore;
+pub mod take;
 
 const MAGIC: &[u8; 8] = b"izar.bak";
 /// Version of the file's form.

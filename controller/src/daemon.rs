@@ -17,6 +17,7 @@ use izar_common::wire::handshake::Open;
 use izar_common::{blob, disk, quic, service, tls};
 use serde::Serialize;
 use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -27,6 +28,7 @@ use crate::control::{self, Control};
 use crate::gateway::Gateway;
 use crate::gateway::provisional::Provisional;
 use crate::raft::{self, HAND_OVER, Raft};
+use crate::rejoin::{self, Giver};
 use crate::state::command::Command;
 
 mod told;
@@ -75,6 +77,7 @@ impl Daemon {
 
         let endpoint = Arc::new(quic::Endpoint::bind(config.quic.listen, &node_tls)?);
         let clock = Arc::new(Clock::default());
+        rejoin::remember(&options, &endpoint, &master_key).await?;
         let (raft, driver) = Raft::start(options, endpoint.clone(), clock)?;
         let driver = Arc::new(driver);
         let store = blob::Store::open(config.data_dir.join("blobs"))?;
@@ -93,7 +96,14 @@ impl Daemon {
         links.spawn(provisional.clone().run(raft.clone(), links_end.clone()));
         let (pepper_too, limits) = (pepper.clone(), config.limits.clone());
         let gateway = Gateway::new(raft.clone(), agents.clone(), catalog.clone(), pepper_too, provisional, limits);
-        let peers = Peers { driver: driver.clone(), store: store.clone(), gateway: gateway.clone() };
+        let giver = Giver {
+            raft: raft.clone(),
+            store: store.clone(),
+            key: master_key.clone(),
+            cluster: config.cluster.clone(),
+            one: Arc::new(Semaphore::new(1)),
+        };
+        let peers = Peers { driver: driver.clone(), store: store.clone(), gateway: gateway.clone(), giver };
         links.spawn(accept(endpoint.clone(), agents.clone(), peers, links_end.clone()));
         let https = listen(config.api.listen, "api.listen").await?;
         let plain = match config.api.plaintext_listen {
@@ -245,6 +255,7 @@ struct Peers {
     driver: Arc<raft::Driver>,
     store: blob::Store,
     gateway: Gateway,
+    giver: Giver,
 }
 
 impl Peers {
@@ -264,10 +275,11 @@ impl Peers {
                 }
                 stream = connection.accept_bi() => {
                     let Ok((open, sender, receiver)) = stream else { return };
-                    let peers = self.clone();
+                    let (peers, peer) = (self.clone(), peer.clone());
                     tasks.spawn(async move {
                         let served = match open {
                             Open::Explain => control::explain::serve(&peers.gateway, sender, receiver).await,
+                            Open::Rejoin => peers.giver.serve(&peer, sender, receiver).await,
                             _ => blob::serve(&peers.store, sender, receiver).await,
                         };
                         if let Err(error) = served {

@@ -21,6 +21,7 @@ pub mod planner;
 pub mod prefixes;
 pub mod queue;
 pub mod raft;
+pub mod rejoin;
 pub mod room;
 pub mod scheduler;
 pub mod state;

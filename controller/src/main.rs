@@ -66,10 +66,16 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
         let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
         let mut hangup = signal(SignalKind::hangup()).context("listen for SIGHUP")?;
-        let daemon = service::extending(Daemon::start(config, admin)).await?;
-        service::ready();
         let lifeline = stdin_end();
         tokio::pin!(lifeline);
+        // A start may wait for other members. What it has begun by then bears a crash.
+        let daemon = tokio::select! {
+            started = service::extending(Daemon::start(config, admin)) => started?,
+            _ = terminate.recv() => return Ok(()),
+            _ = interrupt.recv() => return Ok(()),
+            () = &mut lifeline, if arguments.stdin_lifeline => return Ok(()),
+        };
+        service::ready();
         loop {
             tokio::select! {
                 _ = terminate.recv() => break,

@@ -41,6 +41,8 @@ pub mod rebuild;
 mod start;
 mod writer;
 
+pub use marker::{Memory, memory};
+
 use crate::state::command::{Batch, Command, Origin, Refusal, Reply};
 use crate::state::store::Reader;
 use crate::state::{self, Config};

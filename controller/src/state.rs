@@ -216,6 +216,12 @@ impl State {
             Command::SetStanding { agent, standing } => self.set_standing(step, agent, *standing),
             Command::HoldGpu { agent, hold, fell_ms } => self.hold_gpu(step, agent, hold, *fell_ms),
             Command::ReleaseGpu { gpu, reason, operator } => self.release_gpu(step, gpu, reason, *operator),
+            Command::Readmit { node } => {
+                self.origins.readmit(node);
+                step.touch(Row::Origin(node.clone()));
+                self.audit(step, audit::Event::MemberReadmitted { node: node.clone() });
+                Ok(())
+            }
             Command::CompactLog { through } => {
                 self.head.compacted = self.head.compacted.max((*through).min(step.index));
                 Ok(())
@@ -447,6 +453,10 @@ impl State {
         self.head.latest
     }
     /// How often the cluster was rebuilt, from 1.
+    /// How often a controller has started, as far as anything was decided of it.
+    pub fn starts_of(&self, node: &NodeId) -> u64 {
+        self.origins.get(node).map_or(0, |seen| seen.incarnation)
+    }
     pub fn incarnation(&self) -> u64 {
         self.head.incarnation
     }

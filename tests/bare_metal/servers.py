@@ -102,6 +102,13 @@ class Servers:
         known = f"ssh-keyscan -T 5 {address(node)} 2>/dev/null | grep . >> /srv/site/known_hosts"
         until(f"{node} listens", lambda: self.sh(CONTROL, known) is not None)
 
+    def replace(self, node):
+        """Takes a server away with its disk, and puts a bare one in its place."""
+        docker("rm", "--force", "--volumes", name(node))
+        self.create(node)
+        self.sh(CONTROL, f"sed -i '/^{address(node)} /d' /srv/site/known_hosts")
+        self.admit(node)
+
     def sh(self, node, command, stdin=None, limit_s=COMMAND_S):
         """Runs a shell command on a server; gives what it printed."""
         done = subprocess.run(

@@ -23,7 +23,8 @@ use izar_common::wire::agent::{
 };
 use izar_common::wire::handshake::{Hello, Open, Welcome};
 use izar_common::wire::peer::{
-    BlobAnswer, BlobRequest, ExplainAnswer, ExplainRequest, Proposal, RaftBatch, RaftEntry, RaftMessage,
+    BlobAnswer, BlobRequest, ExplainAnswer, ExplainRequest, Proposal, RaftBatch, RaftEntry, RaftMessage, RejoinAnswer,
+    RejoinRequest,
 };
 use izar_common::wire::worker::{FromWorker, ToWorker};
 use izar_common::wire::{self, Wire};
@@ -193,6 +194,8 @@ fn no_message_is_without_golden_bytes() {
         "BlobRequest",
         "ExplainRequest",
         "ExplainAnswer",
+        "RejoinRequest",
+        "RejoinAnswer",
         "BlobAnswer",
         "Batch",
         // On disk: rows of the state, the store's head, and Raft's log.
@@ -250,9 +253,10 @@ fn handshake(frames: &mut Frames) {
         Open::Resume => "resume",
         Open::Recall => "recall",
         Open::Explain => "explain",
+        Open::Rejoin => "rejoin",
     };
     let (jobs, peers) = ([Open::Job, Open::Resume, Open::Recall], [Open::RaftUrgent, Open::RaftBulk, Open::Propose]);
-    for message in [Open::Session, Open::Blob, Open::Explain].into_iter().chain(jobs).chain(peers) {
+    for message in [Open::Session, Open::Blob, Open::Explain, Open::Rejoin].into_iter().chain(jobs).chain(peers) {
         frames.check("open", open(&message), &message);
     }
 }
@@ -503,6 +507,25 @@ fn peer(frames: &mut Frames) {
     for (variant, trace) in [("known", Some("{}".to_owned())), ("unknown", None)] {
         frames.check("explain-answer", variant, &ExplainAnswer { trace });
     }
+    let request = |message: &RejoinRequest| match message {
+        RejoinRequest::Standing => "standing",
+        RejoinRequest::Snapshot => "snapshot",
+    };
+    for message in [RejoinRequest::Standing, RejoinRequest::Snapshot] {
+        frames.check("rejoin-request", request(&message), &message);
+    }
+    let answer = |message: &RejoinAnswer| match message {
+        RejoinAnswer::Standing { .. } => "standing",
+        RejoinAnswer::Snapshot { .. } => "snapshot",
+        RejoinAnswer::Refused { .. } => "refused",
+    };
+    for message in [
+        RejoinAnswer::Standing { term: 1 << 33, leader: Some(name("c1")), known: true },
+        RejoinAnswer::Snapshot { term: 300 },
+        RejoinAnswer::Refused { reason: "it does not lead".into() },
+    ] {
+        frames.check("rejoin-answer", answer(&message), &message);
+    }
     frames.check("blob-request", "plain", &BlobRequest { hash: hash(7), offset: 1 << 34 });
     let answer = |message: &BlobAnswer| match message {
         BlobAnswer::Found { .. } => "found",
@@ -532,6 +555,7 @@ fn commands(frames: &mut Frames) {
         Command::SetStanding { .. } => "set-standing",
         Command::HoldGpu { .. } => "hold-gpu",
         Command::ReleaseGpu { .. } => "release-gpu",
+        Command::Readmit { .. } => "readmit",
     };
     let origin = Origin { node: name::<NodeId>("c1"), incarnation: 3 };
     let turn = job().turn;
@@ -617,5 +641,6 @@ pub fn all_commands(origin: &Origin) -> Vec<Command> {
         Command::SetStanding { agent: name("a1"), standing: Some(draining) },
         Command::HoldGpu { agent: name("a1"), hold: hold(), fell_ms: Some(1 << 40) },
         Command::ReleaseGpu { gpu: hold().gpu, reason: "replaced".into(), operator: true },
+        Command::Readmit { node: name("c2") },
     ]
 }

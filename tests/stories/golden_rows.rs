@@ -47,7 +47,8 @@ fn state() -> State {
             Command::RevokeKey(_)
             | Command::Undeploy(_)
             | Command::CloseOrphans { .. }
-            | Command::ReleaseGpu { .. } => continue,
+            | Command::ReleaseGpu { .. }
+            | Command::Readmit { .. } => continue,
             Command::RegisterModel(manifest) => revision = Some(manifest.revision()),
             Command::Deploy(deployment) => deployment.revision = revision.expect("the model comes first"),
             Command::OpenTurn(opening) => opening.revision = revision.expect("the model comes first"),

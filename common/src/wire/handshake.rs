@@ -56,6 +56,8 @@ pub enum Open {
     Explain,
     /// Controller to agent, bidirectional: the request of a turn that another controller began (`wire::agent`).
     Recall,
+    /// Controller to controller, bidirectional: a member without memory asks for the group's (`wire::peer`).
+    Rejoin,
 }
 impl Wire for Open {
     const TYPE: u16 = 3;

@@ -5,7 +5,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::Wire;
-use crate::id::{Hash, TurnId};
+use crate::id::{Hash, NodeId, TurnId};
 
 /// Bytes as one piece: the same frame as a sequence of bytes has, without a call for each.
 mod raw {
@@ -125,6 +125,36 @@ impl Wire for ExplainAnswer {
     const TYPE: u16 = 53;
     /// 65 events of at most 700 bytes each.
     const LIMIT: usize = 1 << 16;
+}
+
+/// What a member without memory asks for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum RejoinRequest {
+    /// How far the group is.
+    Standing,
+    /// All that was decided. Only the leader gives it.
+    Snapshot,
+}
+impl Wire for RejoinRequest {
+    const TYPE: u16 = 54;
+    const LIMIT: usize = 16;
+}
+
+/// The answer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum RejoinAnswer {
+    /// The newest term that the member knows, 0 if it has not begun either; who leads in it; and whether the state there
+    /// knows a process of who asks.
+    Standing { term: u64, leader: Option<NodeId>, known: bool },
+    /// A backup follows raw on the stream, to its end: of the state as of an entry of this term, in which the member
+    /// leads.
+    Snapshot { term: u64 },
+    /// It can be asked again.
+    Refused { reason: String },
+}
+impl Wire for RejoinAnswer {
+    const TYPE: u16 = 55;
+    const LIMIT: usize = 1 << 10;
 }
 
 #[cfg(test)]

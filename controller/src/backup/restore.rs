@@ -1,6 +1,7 @@
-//! A backup becomes a member of a new life of the cluster, in an empty data directory.
+//! A backup becomes a member, in an empty data directory: of a new life of the cluster, or of the same one, if its leader
+//! makes it for a member that lost its memory.
 //!
-//! Every member is restored from the same file and begins with the same rows, so Raft needs to send none. The directory
+//! In a new life every member is restored from the same file and begins with the same rows, so Raft needs to send none. The directory
 //! is usable only when all of it is on the disk; one in which a restore broke off is refused by the daemon.
 
 use std::fs::{self, File};
@@ -14,7 +15,7 @@ use izar_common::seal::MasterKey;
 use serde::{Deserialize, Serialize};
 
 use super::archive::{Item, Reader};
-use super::load::{NeededModel, load};
+use super::load::{Loaded, NeededModel, load};
 use crate::raft::{self, rebuild};
 use crate::state::audit;
 use crate::state::rebirth::LAST_LIFE;
@@ -57,9 +58,7 @@ pub fn restore<R: Read>(
         "--incarnation: {life} is above {LAST_LIFE}: take the next number after the last life's"
     );
     rebuild::claim(options)?;
-    let mut files = Files { options, open: None };
-    let mut loaded = load(reader, |item| files.take(item))?;
-    files.close()?;
+    let mut loaded = receive(reader, options)?;
     let rebirth = loaded.state.begin_life(life);
     let (models, segment) = (loaded.models(), loaded.segment + 1);
     let mut frames = Vec::new();
@@ -80,6 +79,25 @@ pub fn restore<R: Read>(
         digest: state.digest().hash,
         models,
     })
+}
+
+/// Makes a member of the life that the backup is of. Its last entry must be of `term`, in which whoever made it leads.
+/// Returns that entry's index.
+pub fn join<R: Read>(input: R, key: &MasterKey, options: &raft::Options, term: u64) -> anyhow::Result<u64> {
+    let reader = Reader::open(input, key)?;
+    reader.header.belongs_to(&options.cluster, &options.site)?;
+    rebuild::claim_to_join(options)?;
+    let loaded = receive(reader, options)?;
+    rebuild::finish_joining(options, &loaded.state, term, loaded.segment)?;
+    Ok(loaded.state.applied())
+}
+
+/// Reads a backup, and writes its audit segments and model files where they belong.
+fn receive<R: Read>(reader: Reader<R>, options: &raft::Options) -> anyhow::Result<Loaded> {
+    let mut files = Files { options, open: None };
+    let loaded = load(reader, |item| files.take(item))?;
+    files.close()?;
+    Ok(loaded)
 }
 
 /// Writes segments and model files as they come.

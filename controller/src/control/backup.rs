@@ -3,9 +3,9 @@
 //! Whichever controller is asked, nothing is missing that was acknowledged anywhere before. It is sealed here, where the
 //! master key is; whoever keeps it needs none. A body that does not end well is no backup.
 
-use std::io::{self, Write};
+use std::io;
 
-use axum::body::{Body, Bytes};
+use axum::body::Body;
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{Query, State as Extract};
 use axum::http::header::CONTENT_TYPE;
@@ -13,15 +13,11 @@ use axum::response::{IntoResponse, Response};
 use futures_util::stream;
 use izar_common::clock::wall_ms;
 use serde::Deserialize;
-use tokio::sync::mpsc;
 
+use super::Shared;
 use super::error::Error;
-use super::{Control, Shared};
-use crate::backup::Header;
-use crate::backup::contents::{Contents, Maker};
-
-/// Pieces of a backup that wait for a slow taker, a megabyte each; then the disk is read no further.
-const PIECES: usize = 4;
+use crate::backup::contents::Maker;
+use crate::backup::take::Taking;
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -36,26 +32,19 @@ pub async fn backup(Extract(control): Shared, asked: Result<Query<Asked>, QueryR
     let busy = || Error::Conflict("a backup of this controller is being taken already".into());
     let place = control.backing_up.clone().try_acquire_owned().map_err(|_| busy())?;
     let store = control.parts.raft.durable().await?;
-    let (pieces, taken) = mpsc::channel(PIECES);
-    tokio::task::spawn_blocking(move || {
-        let mut out = Pieces(pieces);
-        let ended = (|| {
-            let site = control.parts.raft.state().read(|state| state.site().clone());
-            let contents = Contents::of_cut(&site, store.cut()?)?;
-            let contents = contents.with_files(models, |hash| control.parts.store.path(hash));
-            for path in contents.damaged() {
-                log::warn!(path = path.display().to_string(); "a model file is damaged and not in the backup");
-            }
-            let header = contents.header(&control.maker(site), &control.parts.master_key);
-            write(&contents, &header, &control, &mut out)
-        })();
-        if let Err(error) = ended {
-            log::warn!(error = format!("{error:#}"); "a backup broke off");
-            // Who does not take any more need not be told.
-            let _ = out.0.blocking_send(Err(io::Error::other(format!("{error:#}"))));
-        }
-        drop(place);
-    });
+    let cut = tokio::task::spawn_blocking(move || store.cut()).await.expect("reading does not panic");
+    let parts = &control.parts;
+    let maker = Maker {
+        cluster: parts.cluster.clone(),
+        site: parts.raft.state().read(|state| state.site().clone()),
+        node: parts.raft.origin().node.clone(),
+        now_ms: wall_ms(),
+        nonce: rand::random(),
+    };
+    let cut = cut.map_err(|error| Error::Internal(format!("{error:#}")))?;
+    let taking = Taking { maker, key: parts.master_key.clone(), cut, models };
+    let files = parts.store.clone();
+    let taken = taking.start(move |hash| files.path(hash), place);
     // Without its end, which is an empty piece, a backup must not look whole.
     let pieces = stream::unfold(taken, |mut taken| async {
         let broken = || Err(io::Error::other("the backup broke off"));
@@ -65,43 +54,4 @@ pub async fn backup(Extract(control): Shared, asked: Result<Query<Asked>, QueryR
         }
     });
     Ok(([(CONTENT_TYPE, "application/octet-stream")], Body::from_stream(pieces)).into_response())
-}
-
-impl Control {
-    fn maker(&self, site: izar_common::id::SiteId) -> Maker {
-        let (cluster, node) = (self.parts.cluster.clone(), self.parts.raft.origin().node.clone());
-        Maker { cluster, site, node, now_ms: wall_ms(), nonce: rand::random() }
-    }
-}
-
-fn write(contents: &Contents, header: &Header, control: &Control, out: &mut Pieces) -> anyhow::Result<()> {
-    let (_, summary) = contents.write(header, &control.parts.master_key, &mut *out)?;
-    out.end()?;
-    let (applied, rows, bytes) = (header.applied, summary.rows, summary.audit_bytes + summary.file_bytes);
-    log::info!(applied, rows, bytes, models = header.models; "a backup was taken");
-    Ok(())
-}
-
-/// Gives what is written to whoever takes the body.
-struct Pieces(mpsc::Sender<io::Result<Bytes>>);
-
-impl Pieces {
-    fn end(&self) -> io::Result<()> {
-        self.send(Bytes::new())
-    }
-    fn send(&self, piece: Bytes) -> io::Result<()> {
-        self.0.blocking_send(Ok(piece)).map_err(|_| io::Error::other("nobody takes it any more"))
-    }
-}
-
-impl Write for Pieces {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if !bytes.is_empty() {
-            self.send(Bytes::copy_from_slice(bytes))?;
-        }
-        Ok(bytes.len())
-    }
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
 }

@@ -26,6 +26,20 @@ struct Marker {
     /// Log and state were created. From then on a directory without them has lost its memory, and a node without
     /// memory must not vote under its old id.
     ready: bool,
+    /// The group's memory is on its way here (`controller/rejoin`): what lies here is part of it, and nothing was begun.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    joining: bool,
+}
+
+/// What a member has of what it once knew.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Memory {
+    /// It has begun: a log and a state are here, or have been.
+    Begun,
+    /// It has not begun.
+    None,
+    /// It was given the group's, which broke off. It must not begin without it.
+    Joining,
 }
 
 /// Of a newer format only this is sure to be there.
@@ -49,7 +63,7 @@ pub fn claim(options: &Options) -> anyhow::Result<()> {
                 ensure!(!file.exists(), "{} exists, but {} is missing: whose is it?", file.display(), path.display());
             }
             create_dir(dir)?;
-            write(options, false)
+            write(options, false, false)
         }
         Err(error) => Err(error).with_context(|| format!("read {}", path.display())),
     }
@@ -60,6 +74,29 @@ pub fn is_ready(options: &Options) -> anyhow::Result<bool> {
     let path = options.data_dir.join(MARKER);
     let bytes = fs::read(&path).with_context(|| format!("read {}", path.display()))?;
     Ok(check(&bytes, options)?.ready)
+}
+
+/// What the directory holds; one of somebody else is refused.
+pub fn memory(options: &Options) -> anyhow::Result<Memory> {
+    let path = options.data_dir.join(MARKER);
+    match fs::read(&path) {
+        Ok(bytes) => {
+            let dir = options.data_dir.display();
+            let marker = check(&bytes, options).with_context(|| format!("data directory {dir}"))?;
+            Ok(match marker {
+                Marker { joining: true, .. } => Memory::Joining,
+                Marker { ready: true, .. } => Memory::Begun,
+                Marker { .. } => Memory::None,
+            })
+        }
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Memory::None),
+        Err(error) => Err(error).with_context(|| format!("read {}", path.display())),
+    }
+}
+
+/// Notes that the group's memory is on its way here.
+pub fn set_joining(options: &Options) -> anyhow::Result<()> {
+    write(options, false, true)
 }
 
 /// The node that a directory belongs to, if it is one of this cluster's site.
@@ -74,7 +111,7 @@ pub fn owner(options: &Options) -> anyhow::Result<NodeId> {
 
 /// Notes that log and state were created.
 pub fn set_ready(options: &Options) -> anyhow::Result<()> {
-    write(options, true)
+    write(options, true, false)
 }
 
 fn check(bytes: &[u8], options: &Options) -> anyhow::Result<Marker> {
@@ -90,13 +127,14 @@ fn check(bytes: &[u8], options: &Options) -> anyhow::Result<Marker> {
     Ok(marker)
 }
 
-fn write(options: &Options, ready: bool) -> anyhow::Result<()> {
+fn write(options: &Options, ready: bool, joining: bool) -> anyhow::Result<()> {
     let marker = Marker {
         format: FORMAT,
         cluster: options.cluster.clone(),
         site: options.site.clone(),
         node: options.node.clone(),
         ready,
+        joining,
     };
     let path = options.data_dir.join(MARKER);
     let whole = || -> std::io::Result<()> {

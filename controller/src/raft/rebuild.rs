@@ -1,5 +1,5 @@
-//! A data directory outside the life of a process: what an ended member leaves, and what a member of a new life begins
-//! with.
+//! A data directory outside the life of a process: what an ended member leaves, and what a member begins with that goes
+//! on from a state without its log, in a new life or, because it lost its memory, in the same one (`controller/rejoin`).
 //!
 //! A new life has terms and indices of its own, above all that the old one can have had. So a member that is left over
 //! from the old life, or comes back, decides nothing: it cannot be elected, for the term of its last entry is lower; it
@@ -14,7 +14,8 @@ use izar_common::id::NodeId;
 
 use super::applier::{batch_of, encode_audit};
 use super::log::{self, Position};
-use super::{AUDIT_DIR, LOG_FILE, Options, STATE_FILE, marker};
+use super::marker::{self, Memory};
+use super::{AUDIT_DIR, LOG_FILE, Options, STATE_FILE};
 use crate::state::State;
 use crate::state::rebirth::Rebirth;
 use crate::state::store::{self, Segment, Store};
@@ -95,6 +96,28 @@ pub fn claim(options: &Options) -> anyhow::Result<()> {
     marker::claim(options)?;
     // A ready directory without log and state is one that lost its memory, and no daemon starts on it.
     marker::set_ready(options)?;
+    create_audit(dir)
+}
+
+/// Takes a directory for a member that is given the group's memory, and clears away what an earlier try left. From here
+/// on a daemon does not begin without that memory.
+pub fn claim_to_join(options: &Options) -> anyhow::Result<()> {
+    let dir = &options.data_dir;
+    ensure!(marker::memory(options)? != Memory::Begun, "{} holds a member's memory", dir.display());
+    marker::claim(options)?;
+    marker::set_joining(options)?;
+    for file in [LOG_FILE, STATE_FILE] {
+        absent(std::fs::remove_file(dir.join(file))).with_context(|| format!("remove {file}"))?;
+    }
+    absent(std::fs::remove_dir_all(dir.join(AUDIT_DIR))).with_context(|| format!("remove {AUDIT_DIR}"))?;
+    create_audit(dir)
+}
+
+fn absent(removed: std::io::Result<()>) -> std::io::Result<()> {
+    removed.or_else(|error| if error.kind() == std::io::ErrorKind::NotFound { Ok(()) } else { Err(error) })
+}
+
+fn create_audit(dir: &Path) -> anyhow::Result<()> {
     let audit = dir.join(AUDIT_DIR);
     std::fs::create_dir(&audit).with_context(|| format!("create {}", audit.display()))
 }
@@ -122,8 +145,23 @@ pub fn audit_segment(options: &Options, number: u64) -> std::path::PathBuf {
     store::audit_segment(&options.data_dir.join(AUDIT_DIR), number)
 }
 
-/// Writes state and log of a claimed member, whose audit trail ends with segment number `segment`.
+/// Writes state and log of a claimed member of a new life, whose audit trail ends with segment number `segment`.
 pub fn finish(options: &Options, state: &State, rebirth: &Rebirth, segment: u64) -> anyhow::Result<()> {
+    let base = Position { index: rebirth.applied, term: first_term(state.incarnation()) };
+    write(options, state, base, 0, rebirth.starts, segment)
+}
+
+/// Writes state and log of a member that was given the group's memory as of an entry of `term`. It has voted for itself
+/// in that term, so it votes for nobody else in a term in which it may have voted before.
+pub fn finish_joining(options: &Options, state: &State, term: u64, segment: u64) -> anyhow::Result<()> {
+    let me = options.members.iter().find(|member| member.node == options.node);
+    let me = me.with_context(|| format!("{} is not among the members", options.node))?.id;
+    let base = Position { index: state.applied(), term };
+    write(options, state, base, me, state.starts_of(&options.node), segment)?;
+    marker::set_ready(options)
+}
+
+fn write(options: &Options, state: &State, base: Position, vote: u64, starts: u64, segment: u64) -> anyhow::Result<()> {
     let dir: &Path = &options.data_dir;
     let (audit, blobs) = (dir.join(AUDIT_DIR), dir.join(BLOBS));
     marker::sync_dir(&audit).with_context(|| format!("sync {}", audit.display()))?;
@@ -133,8 +171,7 @@ pub fn finish(options: &Options, state: &State, rebirth: &Rebirth, segment: u64)
     let mut voters: Vec<u64> = options.members.iter().map(|member| member.id).collect();
     voters.sort_unstable();
     store::begin(&dir.join(STATE_FILE), &audit, state, &voters, segment)?;
-    let base = Position { index: rebirth.applied, term: first_term(state.incarnation()) };
-    log::begin(&dir.join(LOG_FILE), base, rebirth.starts)?;
+    log::begin(&dir.join(LOG_FILE), base, vote, starts)?;
     marker::sync_dir(dir).with_context(|| format!("sync {}", dir.display()))
 }
 

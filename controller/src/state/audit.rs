@@ -83,6 +83,10 @@ pub enum Event {
         reason: String,
         operator: bool,
     },
+    /// A controller that lost its memory was given the group's.
+    MemberReadmitted {
+        node: NodeId,
+    },
 }
 
 /// An event with its place: `seq` counts the records of a site without a gap.

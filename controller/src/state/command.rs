@@ -98,6 +98,11 @@ pub enum Command {
         reason: String,
         operator: bool,
     },
+    /// A member that lost its memory begins anew: what its earlier processes still propose is refused. Also the entry
+    /// behind all that they can have acknowledged (`controller/rejoin`).
+    Readmit {
+        node: NodeId,
+    },
 }
 
 impl Command {

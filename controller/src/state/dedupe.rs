@@ -15,6 +15,9 @@ use super::command::Batch;
 /// mistake of ours), the oldest are given up rather than the memory of every member.
 const APPLIED_LIMIT: usize = 4096;
 
+/// Starts of a controller of which nothing was decided; each closes its orphans, so there are hardly any.
+const UNSEEN_STARTS: u64 = 1_024;
+
 /// What is known of the newest incarnation of one controller.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub(super) struct Seen {
@@ -59,6 +62,11 @@ impl Origins {
             *seen = Seen { incarnation, ..Seen::default() };
         }
     }
+    /// Refuses from now on whatever a controller proposed in any start that it can have had.
+    pub fn readmit(&mut self, node: &NodeId) {
+        let seen = self.0.entry(node.clone()).or_default();
+        *seen = Seen { incarnation: seen.incarnation + UNSEEN_STARTS, ..Seen::default() };
+    }
     pub fn get(&self, node: &NodeId) -> Option<&Seen> {
         self.0.get(node)
     }
@@ -96,5 +104,20 @@ mod tests {
         assert!(origins.admit(&batch(1, 7, 7)));
         assert!(origins.admit(&batch(2, 1, 1)));
         assert!(!origins.admit(&batch(1, 8, 7)));
+    }
+
+    #[test]
+    fn a_member_that_is_readmitted_is_heard_and_its_earlier_processes_are_not() {
+        let mut origins = Origins::default();
+        let node: NodeId = "c1".parse().unwrap();
+        for known in [None, Some(7)] {
+            if let Some(incarnation) = known {
+                assert!(origins.admit(&batch(incarnation + UNSEEN_STARTS, 1, 1)));
+            }
+            origins.readmit(&node);
+            let starts = origins.get(&node).unwrap().incarnation;
+            assert!(!origins.admit(&batch(starts - 1, 9, 1)), "a start that nothing was heard of");
+            assert!(origins.admit(&batch(starts + 1, 1, 1)));
+        }
     }
 }

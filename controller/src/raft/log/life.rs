@@ -58,8 +58,9 @@ pub fn read(path: &Path) -> anyhow::Result<Kept> {
     read().with_context(|| format!("read the raft log {}", path.display()))
 }
 
-/// Writes a new log that holds no entry and goes on after `base`, whose node has started `starts` times.
-pub fn begin(path: &Path, base: Position, starts: u64) -> anyhow::Result<()> {
+/// Writes a new log that holds no entry and goes on after `base`, whose node has started `starts` times, and votes in
+/// the term of `base` for nobody but `vote` any more (0: it has not voted).
+pub fn begin(path: &Path, base: Position, vote: u64, starts: u64) -> anyhow::Result<()> {
     let write = || -> anyhow::Result<()> {
         ensure!(!path.exists(), "it exists");
         let database = Database::create(path)?;
@@ -67,7 +68,7 @@ pub fn begin(path: &Path, base: Position, starts: u64) -> anyhow::Result<()> {
         {
             transaction.open_table(ENTRIES)?;
             let mut meta = transaction.open_table(META)?;
-            let hard_state = StoredHardState { term: base.term, vote: 0, commit: base.index };
+            let hard_state = StoredHardState { term: base.term, vote, commit: base.index };
             meta.insert(HARD_STATE, &*wire::to_bytes(&hard_state))?;
             meta.insert(TRUNCATED, &*wire::to_bytes(&base))?;
             meta.insert(INCARNATION, &*wire::to_bytes(&StoredIncarnation(starts)))?;
@@ -88,10 +89,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("raft.redb");
         let base = Position { index: 7, term: 2 << 32 };
-        begin(&path, base, 1 << 20).unwrap();
-        assert!(begin(&path, base, 1).is_err(), "never over another");
+        begin(&path, base, 3, 1 << 20).unwrap();
+        assert!(begin(&path, base, 0, 1).is_err(), "never over another");
         let kept = read(&path).unwrap();
         assert_eq!((kept.last(), kept.hard_state.commit, kept.entries.len()), (base, 7, 0));
+        assert_eq!((kept.hard_state.term, kept.hard_state.vote), (2 << 32, 3));
         let mut opened = Disk::open(&path).unwrap();
         assert_eq!((opened.last, opened.truncated, opened.incarnation), (base, base, (1 << 20) + 1));
         let log = Log::new(&opened, vec![1]);
