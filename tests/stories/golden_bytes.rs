@@ -28,6 +28,7 @@ use izar_common::wire::peer::{
 use izar_common::wire::worker::{FromWorker, ToWorker};
 use izar_common::wire::{self, Wire};
 use izar_controller::state::command::{Batch, Command, Origin};
+use izar_controller::state::last_backup::LastBackup;
 use izar_controller::state::turns::{Once, Opening, Outcome};
 use izar_controller::state::{Constraints, Deployment, Key, KeyStatus, Placement, Plan, Project, Standing, Tenant};
 use izar_tests::binaries::repository;
@@ -532,6 +533,7 @@ fn commands(frames: &mut Frames) {
         Command::SetStanding { .. } => "set-standing",
         Command::HoldGpu { .. } => "hold-gpu",
         Command::ReleaseGpu { .. } => "release-gpu",
+        Command::NoteBackup(_) => "note-backup",
     };
     let origin = Origin { node: name::<NodeId>("c1"), incarnation: 3 };
     let turn = job().turn;
@@ -617,5 +619,11 @@ pub fn all_commands(origin: &Origin) -> Vec<Command> {
         Command::SetStanding { agent: name("a1"), standing: Some(draining) },
         Command::HoldGpu { agent: name("a1"), hold: hold(), fell_ms: Some(1 << 40) },
         Command::ReleaseGpu { gpu: hold().gpu, reason: "replaced".into(), operator: true },
+        Command::NoteBackup(LastBackup {
+            node: name("c1"),
+            taken_ms: 1 << 40,
+            applied: 300,
+            kept_as: "s3://backups/izar/x.izarbak".into(),
+        }),
     ]
 }

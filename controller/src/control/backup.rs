@@ -1,10 +1,12 @@
 //! `GET /v1/backup`: a sealed backup of what this controller has on disk, as a stream.
 //!
 //! Whichever controller is asked, nothing is missing that was acknowledged anywhere before. It is sealed here, where the
-//! master key is; whoever keeps it needs none. A body that does not end well is no backup.
+//! master key is; whoever keeps it needs none. A body that does not end well is no backup. Whoever kept one says so with
+//! `POST /v1/backup`, so that the whole group knows how old its newest one is.
 
 use std::io::{self, Write};
 
+use axum::Json;
 use axum::body::{Body, Bytes};
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{Query, State as Extract};
@@ -12,13 +14,16 @@ use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
 use futures_util::stream;
 use izar_common::clock::wall_ms;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
 use super::error::Error;
+use super::orders::read;
 use super::{Control, Shared};
 use crate::backup::Header;
 use crate::backup::contents::{Contents, Maker};
+use crate::state::command::Command;
+use crate::state::last_backup::{LastBackup, PLACE_BYTES};
 
 /// Pieces of a backup that wait for a slow taker, a megabyte each; then the disk is read no further.
 const PIECES: usize = 4;
@@ -65,6 +70,25 @@ pub async fn backup(Extract(control): Shared, asked: Result<Query<Asked>, QueryR
         }
     });
     Ok(([(CONTENT_TYPE, "application/octet-stream")], Body::from_stream(pieces)).into_response())
+}
+
+/// `POST /v1/backup`: a backup of this controller lies where it shall be kept.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Kept {
+    pub taken_ms: u64,
+    pub applied: u64,
+    pub kept_as: String,
+}
+
+pub async fn kept(Extract(control): Shared, body: Body) -> Result<Json<LastBackup>, Error> {
+    let Kept { taken_ms, applied, kept_as } = read(body).await?;
+    if kept_as.len() > PLACE_BYTES {
+        return Err(Error::Invalid(format!("kept_as: a place has at most {PLACE_BYTES} bytes")));
+    }
+    let backup = LastBackup { node: control.parts.raft.origin().node.clone(), taken_ms, applied, kept_as };
+    control.order(Command::NoteBackup(backup.clone())).await?;
+    Ok(Json(backup))
 }
 
 impl Control {

@@ -17,6 +17,7 @@ use crate::gateway::Running;
 use crate::gateway::trace::Trace;
 use crate::planner;
 use crate::raft::Leadership;
+use crate::state::last_backup::LastBackup;
 use crate::state::turns::{Outcome, Turn};
 use crate::state::{Config, Constraints, Deployment, Key, KeyStatus, Model, Placement, Project, Standing, Tenant};
 
@@ -46,6 +47,9 @@ pub struct Status {
     /// The latest time that a controller has put on a record.
     #[serde(default)]
     pub latest_ms: u64,
+    /// The newest backup that was kept anywhere, as far as this node knows.
+    #[serde(default)]
+    pub last_backup: Option<LastBackup>,
     /// What was turned away since the start: peers by their certificate, role or schema (`peers`), callers of this
     /// socket (`admin`).
     pub refused: BTreeMap<String, u64>,

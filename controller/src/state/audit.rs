@@ -7,6 +7,7 @@ use izar_common::id::{DeploymentId, GpuId, Hash, KeyId, NodeId, ProjectId, SiteI
 use izar_common::wire::checksum;
 use serde::{Deserialize, Serialize};
 
+use super::last_backup::LastBackup;
 use super::turns::{Opening, Outcome};
 use super::{Project, Standing, Tenant};
 
@@ -82,6 +83,9 @@ pub enum Event {
         agent: NodeId,
         reason: String,
         operator: bool,
+    },
+    BackupKept {
+        backup: LastBackup,
     },
 }
 

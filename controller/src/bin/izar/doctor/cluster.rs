@@ -1,5 +1,5 @@
-//! What a running controller says of the cluster: who leads, who is away, whose clock is ahead, which versions run, which
-//! agents and deployments are not as they should be.
+//! What a running controller says of the cluster: who leads, who is away, whose clock is ahead, which versions run, how old
+//! the newest backup is, which agents and deployments are not as they should be.
 
 use std::path::Path;
 
@@ -15,6 +15,8 @@ use crate::{Common, show};
 /// Hybrid time follows the fastest clock of the group. One that is so far ahead makes times in records wrong, and
 /// certificates and deadlines uncertain.
 const AHEAD_MS: u64 = 500;
+/// Backups are taken every hour; after this long that has failed several times.
+const BACKUP_OLD_MS: u64 = 4 * 60 * 60 * 1000;
 
 /// Asks the controller on this machine; also returns its process, if it runs.
 pub async fn examine(common: &Common, config: &Config) -> (Vec<Finding>, Option<u32>) {
@@ -78,6 +80,7 @@ fn judge(status: &Status, now_ms: u64) -> Vec<Finding> {
     } else {
         Finding::ok("clock offset", "no controller's clock is ahead of this one's")
     });
+    findings.push(backup(status, now_ms));
     if status.draining {
         findings.push(Finding::warning("drain", "this controller sends clients away", "izar undrain takes it back"));
     }
@@ -86,6 +89,18 @@ fn judge(status: &Status, now_ms: u64) -> Vec<Finding> {
         findings.push(Finding::warning("deployment", found, "see izar agents list for workers that failed, and why"));
     }
     findings
+}
+
+fn backup(status: &Status, now_ms: u64) -> Finding {
+    const CHECK: &str = "backup";
+    const MEND: &str = "izar backup --to PLACE takes one; see journalctl --namespace=izar -u izar-backup on every \
+                        controller, and docs/backup.md for the timer";
+    let Some(last) = &status.last_backup else {
+        return Finding::warning(CHECK, "none was ever kept", MEND);
+    };
+    let age_ms = now_ms.saturating_sub(last.taken_ms);
+    let found = format!("the newest is {} old: {}", show::duration(age_ms), last.kept_as);
+    if age_ms > BACKUP_OLD_MS { Finding::warning(CHECK, found, MEND) } else { Finding::ok(CHECK, found) }
 }
 
 fn judge_agents(agents: &[AgentDetail]) -> Vec<Finding> {
@@ -118,6 +133,7 @@ mod tests {
             "node": "c1", "version": env!("CARGO_PKG_VERSION"), "role": "follower", "leader": leader, "term": 3,
             "applied": 9, "members": [], "api": {"endpoint": "https://127.0.0.1:8443", "plaintext_endpoint": null},
             "agents": [], "deployments": [], "running": 0, "refused": {}, "latest_ms": 10_000,
+            "last_backup": {"node": "c2", "taken_ms": 9_000, "applied": 5, "kept_as": "/srv/x.izarbak"},
         }))
         .unwrap()
     }
@@ -138,6 +154,14 @@ mod tests {
         assert_eq!(bad(&judge(&status(Some("c2")), 9_000)), [("clock offset", Verdict::Warning)]);
         let old = Status { version: "0.0.1".into(), draining: true, ..status(Some("c2")) };
         assert_eq!(bad(&judge(&old, 10_000)), [("controller", Verdict::Warning), ("drain", Verdict::Warning)]);
+    }
+
+    #[test]
+    fn an_old_backup_is_a_warning_and_none_is_one_too() {
+        let late = 10_000 + BACKUP_OLD_MS;
+        let well = Status { latest_ms: late, ..status(Some("c2")) };
+        assert_eq!(bad(&judge(&well, late)), [("backup", Verdict::Warning)]);
+        assert_eq!(bad(&judge(&Status { last_backup: None, ..well }, late)), [("backup", Verdict::Warning)]);
     }
 
     #[test]
