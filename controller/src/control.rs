@@ -12,6 +12,7 @@ pub mod gpus;
 mod listings;
 mod orders;
 pub mod peer;
+pub mod peers;
 pub mod view;
 
 use std::net::SocketAddr;
@@ -152,6 +153,7 @@ impl Control {
     fn router(self: &Arc<Self>) -> Router {
         Router::new()
             .route("/v1/status", get(listings::status))
+            .route("/v1/peers", get(peers::peers))
             .route("/v1/backup", get(backup::backup).post(backup::kept))
             .route("/v1/keys", get(listings::keys).post(orders::create_key))
             .route("/v1/keys/{id}/revoke", post(orders::revoke_key))

@@ -268,6 +268,7 @@ impl Peers {
                     tasks.spawn(async move {
                         let served = match open {
                             Open::Explain => control::explain::serve(&peers.gateway, sender, receiver).await,
+                            Open::About => control::peers::serve(sender).await,
                             _ => blob::serve(&peers.store, sender, receiver).await,
                         };
                         if let Err(error) = served {

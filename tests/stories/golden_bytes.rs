@@ -23,7 +23,7 @@ use izar_common::wire::agent::{
 };
 use izar_common::wire::handshake::{Hello, Open, Welcome};
 use izar_common::wire::peer::{
-    BlobAnswer, BlobRequest, ExplainAnswer, ExplainRequest, Proposal, RaftBatch, RaftEntry, RaftMessage,
+    About, BlobAnswer, BlobRequest, ExplainAnswer, ExplainRequest, Proposal, RaftBatch, RaftEntry, RaftMessage,
 };
 use izar_common::wire::worker::{FromWorker, ToWorker};
 use izar_common::wire::{self, Wire};
@@ -194,6 +194,7 @@ fn no_message_is_without_golden_bytes() {
         "BlobRequest",
         "ExplainRequest",
         "ExplainAnswer",
+        "About",
         "BlobAnswer",
         "Batch",
         // On disk: rows of the state, the store's head, and Raft's log.
@@ -251,9 +252,10 @@ fn handshake(frames: &mut Frames) {
         Open::Resume => "resume",
         Open::Recall => "recall",
         Open::Explain => "explain",
+        Open::About => "about",
     };
     let (jobs, peers) = ([Open::Job, Open::Resume, Open::Recall], [Open::RaftUrgent, Open::RaftBulk, Open::Propose]);
-    for message in [Open::Session, Open::Blob, Open::Explain].into_iter().chain(jobs).chain(peers) {
+    for message in [Open::Session, Open::Blob, Open::Explain, Open::About].into_iter().chain(jobs).chain(peers) {
         frames.check("open", open(&message), &message);
     }
 }
@@ -500,6 +502,7 @@ fn peer(frames: &mut Frames) {
     };
     frames.check("raft-batch", "plain", &RaftBatch(vec![RaftMessage::default(), message]));
     frames.check("proposal", "plain", &Proposal(vec![0, 1, 254, 255]));
+    frames.check("about", "plain", &About { version: "0.1.0".into(), now_ms: 1 << 40 });
     frames.check("explain-request", "plain", &ExplainRequest { turn: job().turn });
     for (variant, trace) in [("known", Some("{}".to_owned())), ("unknown", None)] {
         frames.check("explain-answer", variant, &ExplainAnswer { trace });

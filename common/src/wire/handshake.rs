@@ -56,6 +56,8 @@ pub enum Open {
     Explain,
     /// Controller to agent, bidirectional: the request of a turn that another controller began (`wire::agent`).
     Recall,
+    /// Controller to controller, bidirectional: which version runs there, and what its clock says (`wire::peer`).
+    About,
 }
 impl Wire for Open {
     const TYPE: u16 = 3;

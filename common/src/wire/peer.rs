@@ -127,6 +127,18 @@ impl Wire for ExplainAnswer {
     const LIMIT: usize = 1 << 16;
 }
 
+/// What a controller says of itself; the stream is the question.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct About {
+    pub version: String,
+    /// Its clock, in Unix milliseconds, when it answered.
+    pub now_ms: u64,
+}
+impl Wire for About {
+    const TYPE: u16 = 54;
+    const LIMIT: usize = 256;
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

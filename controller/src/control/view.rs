@@ -55,6 +55,21 @@ pub struct Status {
     pub refused: BTreeMap<String, u64>,
 }
 
+/// `GET /v1/peers`: the other controllers, asked just now.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Peers {
+    pub peers: Vec<Peer>,
+}
+
+/// Another controller. `None`: it did not answer, or does not know the question.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Peer {
+    pub node: NodeId,
+    pub version: Option<String>,
+    /// How far its clock is ahead of the asked controller's; negative: behind.
+    pub ahead_ms: Option<i64>,
+}
+
 /// `POST /v1/drain` and `POST /v1/undrain`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Drain {

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use izar_common::clock::wall_ms;
 use izar_controller::config::Config;
-use izar_controller::control::view::{AgentDetail, Agents, Status};
+use izar_controller::control::view::{AgentDetail, Agents, Peer, Peers, Status};
 use tokio::net::UnixStream;
 
 use super::Finding;
@@ -38,6 +38,13 @@ pub async fn examine(common: &Common, config: &Config) -> (Vec<Finding>, Option<
         }
     };
     let mut findings = judge(&status, wall_ms());
+    match admin.get::<Peers>("/v1/peers").await {
+        Ok(peers) => findings.extend(peers.peers.iter().map(|peer| judge_peer(peer, &status.version))),
+        Err(error) => {
+            let mend = "restart the daemon after an upgrade, or use the tool of its version";
+            findings.push(Finding::warning("peer", format!("{error:#}"), mend));
+        }
+    }
     // What this node knows; the quorum is judged above.
     match admin.get::<Agents>("/v1/agents?stale=true").await {
         Ok(agents) => findings.extend(judge_agents(&agents.agents)),
@@ -103,6 +110,29 @@ fn backup(status: &Status, now_ms: u64) -> Finding {
     if age_ms > BACKUP_OLD_MS { Finding::warning(CHECK, found, MEND) } else { Finding::ok(CHECK, found) }
 }
 
+/// Compares another controller with the asked one, of version `own`.
+fn judge_peer(peer: &Peer, own: &str) -> Finding {
+    const CHECK: &str = "peer";
+    let node = &peer.node;
+    let (Some(version), Some(ahead_ms)) = (&peer.version, peer.ahead_ms) else {
+        let mend = "see whether it runs, whether UDP passes between the two, and whether its version is as old as this \
+                    question is new";
+        return Finding::warning(CHECK, format!("{node} does not say which version it is and what time it has"), mend);
+    };
+    let apart = show::duration(ahead_ms.unsigned_abs());
+    let clock = if ahead_ms < 0 { format!("{apart} behind") } else { format!("{apart} ahead") };
+    if ahead_ms.unsigned_abs() > AHEAD_MS {
+        let mend = "compare date on every controller, and let NTP keep them together";
+        return Finding::warning(CHECK, format!("{node}: its clock is {clock} of this controller's"), mend);
+    }
+    if version != own {
+        let mend = "an upgrade is under way, or broke off: playbooks/upgrade.yml goes on with it; or restart the one that \
+                    is old (docs/bare-metal.md)";
+        return Finding::warning(CHECK, format!("{node} runs version {version}, this controller {own}"), mend);
+    }
+    Finding::ok(CHECK, format!("{node} runs version {version}, its clock is {clock}"))
+}
+
 fn judge_agents(agents: &[AgentDetail]) -> Vec<Finding> {
     if agents.is_empty() {
         return vec![Finding::warning("agents", "none was ever here", "start one: izar-agent --config agent.toml")];
@@ -162,6 +192,21 @@ mod tests {
         let well = Status { latest_ms: late, ..status(Some("c2")) };
         assert_eq!(bad(&judge(&well, late)), [("backup", Verdict::Warning)]);
         assert_eq!(bad(&judge(&Status { last_backup: None, ..well }, late)), [("backup", Verdict::Warning)]);
+    }
+
+    #[test]
+    fn another_clock_and_another_version_are_warnings() {
+        let judged = |version: Option<&str>, ahead_ms: Option<i64>| {
+            let peer = Peer { node: "c2".parse().unwrap(), version: version.map(str::to_owned), ahead_ms };
+            let finding = judge_peer(&peer, "0.2.0");
+            (finding.verdict, finding.found)
+        };
+        assert_eq!(judged(Some("0.2.0"), Some(-3)).0, Verdict::Ok);
+        let (verdict, found) = judged(Some("0.2.0"), Some(-3_000));
+        assert!(verdict == Verdict::Warning && found.contains("3 s behind"), "{found}");
+        let (verdict, found) = judged(Some("0.1.0"), Some(3));
+        assert!(verdict == Verdict::Warning && found.contains("c2 runs version 0.1.0"), "{found}");
+        assert_eq!(judged(None, None).0, Verdict::Warning);
     }
 
     #[test]
