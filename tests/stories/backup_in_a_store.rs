@@ -4,6 +4,7 @@
 use std::io::{Read, Write};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use izar_tests::cli::Output;
@@ -11,6 +12,7 @@ use izar_tests::client::Client;
 use izar_tests::nodes::Site;
 use izar_tests::store::Store;
 use izar_tests::waiting::{SOON, until_true};
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 const CHAT: &str = "/v1/chat/completions";
@@ -139,19 +141,33 @@ fn nothing_is_left_in_a_store_of_a_backup_that_breaks_off() {
     // A controller that dies in the middle, after more than one part.
     let socket = site.path("dying.sock");
     let listener = UnixListener::bind(&socket).unwrap();
+    let begin = || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let mut asked = [0; 4096];
+        assert!(stream.read(&mut asked).unwrap() > 0);
+        write!(stream, "HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n", 1_u64 << 30).unwrap();
+        stream.write_all(&whole).unwrap();
+        stream.write_all(&vec![0; 20 << 20]).unwrap();
+        stream
+    };
+    let arguments = ["backup", "--to", PLACE, "--socket", text(&socket)];
     std::thread::scope(|scope| {
-        scope.spawn(|| {
-            let (mut stream, _) = listener.accept().unwrap();
-            let mut asked = [0; 4096];
-            assert!(stream.read(&mut asked).unwrap() > 0);
-            let length = 1_u64 << 30;
-            write!(stream, "HTTP/1.1 200 OK\r\ncontent-length: {length}\r\n\r\n").unwrap();
-            stream.write_all(&whole).unwrap();
-            stream.write_all(&vec![0; 20 << 20]).unwrap();
-        });
-        let output = store.izar(&["backup", "--to", PLACE, "--socket", text(&socket)], &[]);
+        scope.spawn(|| drop(begin()));
+        let output = store.izar(&arguments, &[]);
         assert!(!output.success && output.stderr.contains("the controller broke off"), "{}", output.stderr);
     });
+    assert_eq!(store.look("backups"), json!({ "objects": [], "uploads": 0 }));
+
+    // An operator, or systemd, that has waited long enough for a controller that hangs.
+    let mut command = Command::new(izar_tests::binaries::path("izar"));
+    let mut waiting = command.args(arguments).envs(store.environment()).stderr(Stdio::piped()).spawn().unwrap();
+    let hanging = begin();
+    until_true("the upload to begin", SOON, || store.look("backups")["uploads"] == 1);
+    izar_tests::process::signal(waiting.id(), Signal::SIGTERM).unwrap();
+    until_true("it to end", SOON, || waiting.try_wait().unwrap().is_some());
+    let output = waiting.wait_with_output().unwrap();
+    assert!(String::from_utf8_lossy(&output.stderr).contains("broken off by a signal"), "{output:?}");
+    drop(hanging);
     assert_eq!(store.look("backups"), json!({ "objects": [], "uploads": 0 }));
     site.finish(&[]);
 }
