@@ -10,6 +10,8 @@ mod answers;
 mod asked_twice;
 #[path = "stories/backup.rs"]
 mod backup;
+#[path = "stories/backup_in_a_store.rs"]
+mod backup_in_a_store;
 #[path = "stories/controllers_drained.rs"]
 mod controllers_drained;
 #[path = "stories/controllers_killed.rs"]

@@ -4,7 +4,7 @@
 //! changing in `orders`. A change is a command like any other: it is answered once this node has applied it. It never
 //! shows a prompt, an answer or a stored key, for it has none.
 
-mod backup;
+pub mod backup;
 mod drain;
 mod error;
 pub mod explain;
@@ -12,6 +12,7 @@ pub mod gpus;
 mod listings;
 mod orders;
 pub mod peer;
+pub mod peers;
 pub mod view;
 
 use std::net::SocketAddr;
@@ -152,7 +153,8 @@ impl Control {
     fn router(self: &Arc<Self>) -> Router {
         Router::new()
             .route("/v1/status", get(listings::status))
-            .route("/v1/backup", get(backup::backup))
+            .route("/v1/peers", get(peers::peers))
+            .route("/v1/backup", get(backup::backup).post(backup::kept))
             .route("/v1/keys", get(listings::keys).post(orders::create_key))
             .route("/v1/keys/{id}/revoke", post(orders::revoke_key))
             .route("/v1/models", get(listings::models).post(orders::import))

@@ -280,6 +280,7 @@ impl Peers {
                         let served = match open {
                             Open::Explain => control::explain::serve(&peers.gateway, sender, receiver).await,
                             Open::Rejoin => peers.giver.serve(&peer, sender, receiver).await,
+                            Open::About => control::peers::serve(sender).await,
                             _ => blob::serve(&peers.store, sender, receiver).await,
                         };
                         if let Err(error) = served {

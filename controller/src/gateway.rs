@@ -290,6 +290,11 @@ fn measure(metrics: &Metrics, raft: &Raft, agents: &Agents) {
     metrics.number("izar_open_turns", "Turns of the whole site that are open.", Kind::Gauge, move || {
         state.read(|state| state.open_turns()) as f64
     });
+    let state = raft.state().clone();
+    let help = "When the newest backup that was kept was taken, in Unix seconds; 0: there is none.";
+    metrics.number("izar_backup_last_success_timestamp_seconds", help, Kind::Gauge, move || {
+        state.read(|state| state.last_backup().map_or(0.0, |backup| backup.taken_ms as f64 / 1000.0))
+    });
     let counted = agents.clone();
     let help = "Agents whose jobs were moved because they seemed dead.";
     metrics.number("izar_agents_given_up_total", help, Kind::Counter, move || counted.given_up() as f64);

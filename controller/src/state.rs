@@ -12,6 +12,7 @@ pub mod audit;
 pub mod command;
 mod dedupe;
 pub mod gpus;
+pub mod last_backup;
 pub mod models;
 pub mod rebirth;
 pub mod rows;
@@ -23,6 +24,7 @@ use command::{Batch, Command, Origin, Refusal, Reply};
 use dedupe::Origins;
 pub use gpus::GpuRecord;
 use izar_common::manifest::Manifest;
+use last_backup::LastBackup;
 pub use models::{Constraints, Deployment, Model, Placement, Plan, Standing};
 use rows::{Head, Row};
 pub use tenants::{Key, KeyStatus, Project, Tenant};
@@ -118,6 +120,7 @@ pub struct State {
     standings: BTreeMap<NodeId, Standing>,
     gpus: BTreeMap<GpuId, GpuRecord>,
     plan: Plan,
+    last_backup: Option<LastBackup>,
     turns: Turns,
     origins: Origins,
     /// Index of the last entry that was applied. Not part of the rows: the store keeps it.
@@ -141,6 +144,7 @@ impl State {
             standings: BTreeMap::new(),
             gpus: BTreeMap::new(),
             plan: Plan::default(),
+            last_backup: None,
             turns: Turns::default(),
             origins: Origins::default(),
             applied: 0,
@@ -220,6 +224,10 @@ impl State {
                 self.origins.readmit(node);
                 step.touch(Row::Origin(node.clone()));
                 self.audit(step, audit::Event::MemberReadmitted { node: node.clone() });
+                Ok(())
+            }
+            Command::NoteBackup(backup) => {
+                self.note_backup(step, backup);
                 Ok(())
             }
             Command::CompactLog { through } => {

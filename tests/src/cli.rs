@@ -20,8 +20,13 @@ pub struct Output {
 
 /// Runs a program of ours to its end.
 pub fn run(program: &str, arguments: &[&str]) -> Output {
+    run_in(program, arguments, &[])
+}
+
+/// Like [`run`], with more in the environment.
+pub fn run_in(program: &str, arguments: &[&str], environment: &[(String, String)]) -> Output {
     let mut command = Command::new(crate::binaries::path(program));
-    command.args(arguments).stdin(std::process::Stdio::null());
+    command.args(arguments).stdin(std::process::Stdio::null()).envs(environment.iter().cloned());
     let output = command.output().unwrap_or_else(|error| panic!("run {program}: {error}"));
     Output {
         success: output.status.success(),

@@ -2,7 +2,7 @@
 //!
 //! `cluster` runs `izar dev`; `far` adds an agent to it whose link can be cut; `nodes` runs daemons without it, on certificates and configurations of its own; `gpus` gives
 //! agents cards that a library plays; `client` speaks HTTPS as a user's program does; `cli` runs the operator's tool; `relay` stands in a path and records it;
-//! `manager` stands in for systemd;
+//! `manager` stands in for systemd; `store` plays an S3-compatible store;
 //! `logs` makes every warning that a story did not name a failure; `waiting` waits for a level, never for a time.
 //! Nothing here knows the inside of a daemon.
 #![forbid(unsafe_code)]
@@ -19,6 +19,7 @@ pub mod nodes;
 pub mod process;
 pub mod python;
 pub mod relay;
+pub mod store;
 pub mod waiting;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};

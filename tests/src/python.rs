@@ -11,22 +11,34 @@ use crate::cli::Output;
 /// Returns a Python interpreter that has the `openai` package. Installs it on first use.
 pub fn with_openai() -> &'static Path {
     static PYTHON: OnceLock<PathBuf> = OnceLock::new();
-    PYTHON.get_or_init(|| install().unwrap_or_else(|error| panic!("the openai package is needed: {error:#}")))
+    PYTHON.get_or_init(|| interpreter("python", &["openai>=2,<3"], "openai"))
 }
 
-fn install() -> Result<PathBuf> {
-    let folder = crate::binaries::target_folder().join("python");
-    let python = folder.join("bin/python");
-    if !works(&python) {
-        command(Command::new("python3").args(["-m", "venv", "--clear"]).arg(&folder))?;
-        command(Command::new(&python).args(["-m", "pip", "install", "--quiet", "openai>=2,<3"]))?;
-        ensure!(works(&python), "installed, but it cannot be imported");
-    }
-    Ok(python)
+/// Returns a Python interpreter that has `moto`, which plays an S3-compatible store. Installs it on first use.
+pub fn with_moto() -> &'static Path {
+    static PYTHON: OnceLock<PathBuf> = OnceLock::new();
+    // Of its server only what S3 and its access keys need.
+    PYTHON.get_or_init(|| interpreter("python-moto", &["moto[s3]>=5,<6", "flask", "flask-cors"], "moto.server"))
 }
 
-fn works(python: &Path) -> bool {
-    Command::new(python).args(["-c", "import openai"]).output().is_ok_and(|output| output.status.success())
+/// An interpreter in a folder of its own under `target/`, with packages, of which `module` must come.
+fn interpreter(folder: &str, packages: &[&str], module: &str) -> PathBuf {
+    let install = || -> Result<PathBuf> {
+        let folder = crate::binaries::target_folder().join(folder);
+        let python = folder.join("bin/python");
+        if !works(&python, module) {
+            command(Command::new("python3").args(["-m", "venv", "--clear"]).arg(&folder))?;
+            command(Command::new(&python).args(["-m", "pip", "install", "--quiet"]).args(packages))?;
+            ensure!(works(&python, module), "installed, but it cannot be imported");
+        }
+        Ok(python)
+    };
+    install().unwrap_or_else(|error| panic!("{packages:?} is needed: {error:#}"))
+}
+
+fn works(python: &Path, module: &str) -> bool {
+    let import = format!("import {module}");
+    Command::new(python).args(["-c", &import]).output().is_ok_and(|output| output.status.success())
 }
 
 fn command(command: &mut Command) -> Result<()> {

@@ -121,6 +121,7 @@ fn each_library_has_one_home() {
         ("raft", &["controller/src/raft"]),
         ("protobuf", &["controller/src/raft"]),
         ("slog", &["controller/src/raft"]),
+        ("object_store", &["controller/src/bin/izar/backup"]),
         ("hdrhistogram", &["controller/src/bin/izar/bench"]),
         ("burn", &["agent/src/model", "agent/src/ops"]),
         ("burn_flex", &["agent/src/ops"]),

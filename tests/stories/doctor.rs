@@ -69,6 +69,32 @@ fn the_doctor_names_what_is_wrong_and_the_mend_whether_the_daemon_runs_or_not() 
 }
 
 #[test]
+fn the_doctor_asks_the_other_controllers_and_looks_for_a_backup() {
+    let _machine = izar_tests::exclusive();
+    let mut site = Site::new(3, false);
+    site.start_controllers();
+    let (_, said) = doctor(&site);
+    let peers = |said: &Value| -> Vec<(String, String)> {
+        let findings = said["findings"].as_array().into_iter().flatten().filter(|finding| finding["check"] == "peer");
+        findings.map(|f| (f["verdict"].as_str().unwrap_or_default().to_owned(), f["found"].to_string())).collect()
+    };
+    for (node, (verdict, found)) in ["c2", "c3"].iter().zip(peers(&said)) {
+        let version = format!("{node} runs version {}", env!("CARGO_PKG_VERSION"));
+        assert!(verdict == "ok" && found.contains(&version) && found.contains("its clock is"), "{said}");
+    }
+    assert_eq!((peers(&said).len(), finding(&said, "backup").0.as_str()), (2, "warning"), "{said}");
+
+    site.admin(1).json(&["backup", "--to", text(&site.path("kept"))]).unwrap();
+    site.stop("c3");
+    let (output, said) = doctor(&site);
+    assert!(output.success, "{said}");
+    assert_eq!(finding(&said, "backup").0, "ok", "{said}");
+    let verdicts: Vec<String> = peers(&said).into_iter().map(|(verdict, _)| verdict).collect();
+    assert_eq!(verdicts, ["ok", "warning"], "{said}");
+    site.finish(&[]);
+}
+
+#[test]
 fn the_archive_for_support_holds_what_is_needed_and_no_secret() {
     let _machine = izar_tests::exclusive();
     let mut site = Site::with_log_level(1, false, "debug");

@@ -23,12 +23,13 @@ use izar_common::wire::agent::{
 };
 use izar_common::wire::handshake::{Hello, Open, Welcome};
 use izar_common::wire::peer::{
-    BlobAnswer, BlobRequest, ExplainAnswer, ExplainRequest, Proposal, RaftBatch, RaftEntry, RaftMessage, RejoinAnswer,
-    RejoinRequest,
+    About, BlobAnswer, BlobRequest, ExplainAnswer, ExplainRequest, Proposal, RaftBatch, RaftEntry, RaftMessage,
+    RejoinAnswer, RejoinRequest,
 };
 use izar_common::wire::worker::{FromWorker, ToWorker};
 use izar_common::wire::{self, Wire};
 use izar_controller::state::command::{Batch, Command, Origin};
+use izar_controller::state::last_backup::LastBackup;
 use izar_controller::state::turns::{Once, Opening, Outcome};
 use izar_controller::state::{Constraints, Deployment, Key, KeyStatus, Placement, Plan, Project, Standing, Tenant};
 use izar_tests::binaries::repository;
@@ -196,6 +197,7 @@ fn no_message_is_without_golden_bytes() {
         "ExplainAnswer",
         "RejoinRequest",
         "RejoinAnswer",
+        "About",
         "BlobAnswer",
         "Batch",
         // On disk: rows of the state, the store's head, and Raft's log.
@@ -254,9 +256,12 @@ fn handshake(frames: &mut Frames) {
         Open::Recall => "recall",
         Open::Explain => "explain",
         Open::Rejoin => "rejoin",
+        Open::About => "about",
     };
     let (jobs, peers) = ([Open::Job, Open::Resume, Open::Recall], [Open::RaftUrgent, Open::RaftBulk, Open::Propose]);
-    for message in [Open::Session, Open::Blob, Open::Explain, Open::Rejoin].into_iter().chain(jobs).chain(peers) {
+    for message in
+        [Open::Session, Open::Blob, Open::Explain, Open::Rejoin, Open::About].into_iter().chain(jobs).chain(peers)
+    {
         frames.check("open", open(&message), &message);
     }
 }
@@ -503,6 +508,7 @@ fn peer(frames: &mut Frames) {
     };
     frames.check("raft-batch", "plain", &RaftBatch(vec![RaftMessage::default(), message]));
     frames.check("proposal", "plain", &Proposal(vec![0, 1, 254, 255]));
+    frames.check("about", "plain", &About { version: "0.1.0".into(), now_ms: 1 << 40 });
     frames.check("explain-request", "plain", &ExplainRequest { turn: job().turn });
     for (variant, trace) in [("known", Some("{}".to_owned())), ("unknown", None)] {
         frames.check("explain-answer", variant, &ExplainAnswer { trace });
@@ -556,6 +562,7 @@ fn commands(frames: &mut Frames) {
         Command::HoldGpu { .. } => "hold-gpu",
         Command::ReleaseGpu { .. } => "release-gpu",
         Command::Readmit { .. } => "readmit",
+        Command::NoteBackup(_) => "note-backup",
     };
     let origin = Origin { node: name::<NodeId>("c1"), incarnation: 3 };
     let turn = job().turn;
@@ -642,5 +649,11 @@ pub fn all_commands(origin: &Origin) -> Vec<Command> {
         Command::HoldGpu { agent: name("a1"), hold: hold(), fell_ms: Some(1 << 40) },
         Command::ReleaseGpu { gpu: hold().gpu, reason: "replaced".into(), operator: true },
         Command::Readmit { node: name("c2") },
+        Command::NoteBackup(LastBackup {
+            node: name("c1"),
+            taken_ms: 1 << 40,
+            applied: 300,
+            kept_as: "s3://backups/izar/x.izarbak".into(),
+        }),
     ]
 }

@@ -235,7 +235,7 @@ fn allowed(opener: Role, other: Role, open: Open) -> Option<Direction> {
     match (opener, other, open) {
         (Agent, Controller, Open::Session | Open::Blob) => Some(Direction::Both),
         (Controller, Agent, Open::Job | Open::Resume | Open::Recall)
-        | (Controller, Controller, Open::Blob | Open::Explain | Open::Rejoin) => Some(Direction::Both),
+        | (Controller, Controller, Open::Blob | Open::Explain | Open::Rejoin | Open::About) => Some(Direction::Both),
         (Controller, Controller, Open::RaftUrgent | Open::RaftBulk | Open::Propose) => Some(Direction::One),
         _ => None,
     }
@@ -259,6 +259,7 @@ mod tests {
             Open::Explain,
             Open::Recall,
             Open::Rejoin,
+            Open::About,
         ];
         let may = |opener, other| -> Vec<Open> {
             all.into_iter().filter(|open| allowed(opener, other, *open).is_some()).collect()
@@ -267,7 +268,7 @@ mod tests {
         assert_eq!(may(Controller, Agent), [Open::Job, Open::Resume, Open::Recall]);
         assert_eq!(
             may(Controller, Controller),
-            [Open::Blob, Open::RaftUrgent, Open::RaftBulk, Open::Propose, Open::Explain, Open::Rejoin]
+            [Open::Blob, Open::RaftUrgent, Open::RaftBulk, Open::Propose, Open::Explain, Open::Rejoin, Open::About]
         );
         assert_eq!(may(Agent, Agent), []);
     }

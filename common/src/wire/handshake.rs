@@ -58,6 +58,8 @@ pub enum Open {
     Recall,
     /// Controller to controller, bidirectional: a member without memory asks for the group's (`wire::peer`).
     Rejoin,
+    /// Controller to controller, bidirectional: which version runs there, and what its clock says (`wire::peer`).
+    About,
 }
 impl Wire for Open {
     const TYPE: u16 = 3;

@@ -157,6 +157,18 @@ impl Wire for RejoinAnswer {
     const LIMIT: usize = 1 << 10;
 }
 
+/// What a controller says of itself; the stream is the question.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct About {
+    pub version: String,
+    /// Its clock, in Unix milliseconds, when it answered.
+    pub now_ms: u64,
+}
+impl Wire for About {
+    const TYPE: u16 = 56;
+    const LIMIT: usize = 256;
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,10 +1,12 @@
 //! `GET /v1/backup`: a sealed backup of what this controller has on disk, as a stream.
 //!
 //! Whichever controller is asked, nothing is missing that was acknowledged anywhere before. It is sealed here, where the
-//! master key is; whoever keeps it needs none. A body that does not end well is no backup.
+//! master key is; whoever keeps it needs none. A body that does not end well is no backup. Whoever kept one says so with
+//! `POST /v1/backup`, so that the whole group knows how old its newest one is.
 
 use std::io;
 
+use axum::Json;
 use axum::body::Body;
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{Query, State as Extract};
@@ -12,12 +14,15 @@ use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
 use futures_util::stream;
 use izar_common::clock::wall_ms;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use super::Shared;
 use super::error::Error;
+use super::orders::read;
 use crate::backup::contents::Maker;
 use crate::backup::take::Taking;
+use crate::state::command::Command;
+use crate::state::last_backup::{LastBackup, PLACE_BYTES};
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -54,4 +59,23 @@ pub async fn backup(Extract(control): Shared, asked: Result<Query<Asked>, QueryR
         }
     });
     Ok(([(CONTENT_TYPE, "application/octet-stream")], Body::from_stream(pieces)).into_response())
+}
+
+/// `POST /v1/backup`: a backup of this controller lies where it shall be kept.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Kept {
+    pub taken_ms: u64,
+    pub applied: u64,
+    pub kept_as: String,
+}
+
+pub async fn kept(Extract(control): Shared, body: Body) -> Result<Json<LastBackup>, Error> {
+    let Kept { taken_ms, applied, kept_as } = read(body).await?;
+    if kept_as.len() > PLACE_BYTES {
+        return Err(Error::Invalid(format!("kept_as: a place has at most {PLACE_BYTES} bytes")));
+    }
+    let backup = LastBackup { node: control.parts.raft.origin().node.clone(), taken_ms, applied, kept_as };
+    control.order(Command::NoteBackup(backup.clone())).await?;
+    Ok(Json(backup))
 }

@@ -101,6 +101,7 @@ pub async fn status(Extract(control): Shared) -> Json<view::Status> {
         draining: *parts.gateway.draining().borrow(),
         away: parts.raft.away().into_iter().map(away).collect(),
         latest_ms: parts.raft.state().read(|state| state.latest().ms()),
+        last_backup: parts.raft.state().read(|state| state.last_backup().cloned()),
         refused,
     })
 }

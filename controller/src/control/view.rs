@@ -17,6 +17,7 @@ use crate::gateway::Running;
 use crate::gateway::trace::Trace;
 use crate::planner;
 use crate::raft::Leadership;
+use crate::state::last_backup::LastBackup;
 use crate::state::turns::{Outcome, Turn};
 use crate::state::{Config, Constraints, Deployment, Key, KeyStatus, Model, Placement, Project, Standing, Tenant};
 
@@ -46,9 +47,27 @@ pub struct Status {
     /// The latest time that a controller has put on a record.
     #[serde(default)]
     pub latest_ms: u64,
+    /// The newest backup that was kept anywhere, as far as this node knows.
+    #[serde(default)]
+    pub last_backup: Option<LastBackup>,
     /// What was turned away since the start: peers by their certificate, role or schema (`peers`), callers of this
     /// socket (`admin`).
     pub refused: BTreeMap<String, u64>,
+}
+
+/// `GET /v1/peers`: the other controllers, asked just now.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Peers {
+    pub peers: Vec<Peer>,
+}
+
+/// Another controller. `None`: it did not answer, or does not know the question.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Peer {
+    pub node: NodeId,
+    pub version: Option<String>,
+    /// How far its clock is ahead of the asked controller's; negative: behind.
+    pub ahead_ms: Option<i64>,
 }
 
 /// `POST /v1/drain` and `POST /v1/undrain`.

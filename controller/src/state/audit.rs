@@ -7,6 +7,7 @@ use izar_common::id::{DeploymentId, GpuId, Hash, KeyId, NodeId, ProjectId, SiteI
 use izar_common::wire::checksum;
 use serde::{Deserialize, Serialize};
 
+use super::last_backup::LastBackup;
 use super::turns::{Opening, Outcome};
 use super::{Project, Standing, Tenant};
 
@@ -86,6 +87,9 @@ pub enum Event {
     /// A controller that lost its memory was given the group's.
     MemberReadmitted {
         node: NodeId,
+    },
+    BackupKept {
+        backup: LastBackup,
     },
 }
 

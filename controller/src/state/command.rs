@@ -10,6 +10,7 @@ use izar_common::wire::Wire;
 use serde::{Deserialize, Serialize};
 
 use super::{Deployment, Key, Plan, Project, Standing, Tenant};
+use crate::state::last_backup::LastBackup;
 use crate::state::turns::{Opening, Outcome};
 use izar_common::manifest::Manifest;
 
@@ -103,6 +104,8 @@ pub enum Command {
     Readmit {
         node: NodeId,
     },
+    /// Says that a backup was kept.
+    NoteBackup(LastBackup),
 }
 
 impl Command {
@@ -130,6 +133,7 @@ impl Command {
                 Command::CloseTurn { outcome: Outcome::Failed { reason, .. }, .. } => reason.len(),
                 Command::HoldGpu { hold, .. } => hold.reason.len() + hold.boot.len(),
                 Command::ReleaseGpu { reason, .. } => reason.len(),
+                Command::NoteBackup(backup) => backup.kept_as.len(),
                 _ => 0,
             }
     }

@@ -10,6 +10,7 @@ use izar_common::wire::{self, Wire};
 use serde::{Deserialize, Serialize};
 
 use super::dedupe::Seen;
+use super::last_backup::LastBackup;
 use super::turns::{Remembered, Turn};
 use super::{Deployment, Digest, GpuRecord, Key, Model, Plan, Project, Standing, State, Stream, Tenant};
 
@@ -28,6 +29,7 @@ pub enum Row {
     Alias(DeploymentId),
     Standing(NodeId),
     Gpu(GpuId),
+    LastBackup,
 }
 
 impl Row {
@@ -46,6 +48,7 @@ impl Row {
             Row::Alias(id) => (9, id.as_str().as_bytes()),
             Row::Standing(node) => (10, node.as_str().as_bytes()),
             Row::Gpu(id) => (11, id.as_str().as_bytes()),
+            Row::LastBackup => (12, &[]),
         };
         [&[kind], id].concat()
     }
@@ -105,6 +108,7 @@ enum Value {
     Alias { alias: DeploymentId, deployment: DeploymentId },
     Standing { agent: NodeId, standing: Standing },
     Gpu(GpuRecord),
+    LastBackup(LastBackup),
 }
 
 impl Wire for Value {
@@ -148,6 +152,7 @@ impl State {
             Row::Alias(id) => Value::Alias { alias: id.clone(), deployment: self.aliases.get(id)?.clone() },
             Row::Standing(node) => Value::Standing { agent: node.clone(), standing: *self.standings.get(node)? },
             Row::Gpu(id) => Value::Gpu(self.gpus.get(id)?.clone()),
+            Row::LastBackup => Value::LastBackup(self.last_backup.clone()?),
         })
     }
 
@@ -165,6 +170,7 @@ impl State {
         rows.extend(self.aliases.keys().cloned().map(Row::Alias));
         rows.extend(self.standings.keys().cloned().map(Row::Standing));
         rows.extend(self.gpus.keys().cloned().map(Row::Gpu));
+        rows.extend(self.last_backup.iter().map(|_| Row::LastBackup));
         rows
     }
 
@@ -218,6 +224,7 @@ impl State {
             Value::Alias { alias, deployment } => drop(self.aliases.insert(alias, deployment)),
             Value::Standing { agent, standing } => drop(self.standings.insert(agent, standing)),
             Value::Gpu(record) => drop(self.gpus.insert(record.gpu.clone(), record)),
+            Value::LastBackup(backup) => self.last_backup = Some(backup),
         }
         Ok(())
     }

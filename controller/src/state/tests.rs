@@ -1,6 +1,7 @@
 //! What commands do, seen from outside; and pieces for the tests of the store.
 
 use super::command::Origin;
+use super::last_backup::PLACE_BYTES;
 use super::rows::Row;
 use super::store::Write;
 use super::*;
@@ -62,7 +63,7 @@ fn origin(incarnation: u64) -> Origin {
 }
 
 /// Applies commands as the next batch of incarnation 1 of `c1`.
-fn apply(state: &mut State, commands: Vec<Command>) -> Applied {
+pub(crate) fn apply(state: &mut State, commands: Vec<Command>) -> Applied {
     let index = state.applied() + 1;
     let batch = Batch { origin: origin(1), seq: index, floor: index, at: Hlc::from_ms(index), commands };
     state.apply(index, &batch)
@@ -73,10 +74,14 @@ fn check(state: &mut State, command: Command, expected: Result<(), Refusal>) {
     assert_eq!(apply(state, vec![command.clone()]).replies, [reply], "{command:?}");
 }
 
-fn state() -> State {
+pub(crate) fn state() -> State {
     let mut state = State::new(name("east"));
     check(&mut state, key("k"), Ok(()));
     state
+}
+
+fn backup(taken_ms: u64, kept_as: &str) -> LastBackup {
+    LastBackup { node: name("c1"), taken_ms, applied: u64::MAX, kept_as: kept_as.to_owned() }
 }
 
 /// What the applier would store of a batch.
@@ -313,6 +318,7 @@ fn no_command_takes_more_bytes_than_its_weight() {
         Command::RegisterModel(manifest()),
         Command::Deploy(deployment(9)),
         Command::SetPlan { based_on: 1, plan },
+        Command::NoteBackup(backup(u64::MAX, &"p".repeat(PLACE_BYTES))),
     ];
     for command in commands {
         let weight = command.weight();
@@ -334,6 +340,7 @@ fn any_command() -> impl Strategy<Value = Command> {
         (0..3u64).prop_map(|based_on| Command::SetPlan { based_on, plan: Plan::default() }),
         (0..3u64).prop_map(|i| Command::CloseOrphans { node: name("c1"), before_incarnation: i }),
         (0..9u64).prop_map(|through| Command::CompactLog { through }),
+        (0..9u64).prop_map(|taken_ms| Command::NoteBackup(backup(taken_ms, "/srv/izar"))),
     ]
 }
 

@@ -4,27 +4,33 @@
 //! there. So credentials of a store stay out of the controller, and a timer is a timer of systemd that runs this
 //! (`systemd/izar-backup.timer`), on every controller alike: `--if-leader` lets one of them do it.
 
+mod bucket;
 pub mod place;
+mod transport;
 
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 use clap::{Args, Subcommand};
 use http_body_util::BodyExt;
+use hyper::body::{Bytes, Incoming};
 use izar_common::id::Hash;
 use izar_common::seal::MasterKey;
 use izar_controller::backup::Header;
 use izar_controller::backup::archive::Reader;
 use izar_controller::backup::load::{NeededModel, load};
 use izar_controller::config::Config;
+use izar_controller::control::backup::Kept;
 use izar_controller::control::view::Status;
+use izar_controller::state::last_backup::LastBackup;
 use serde::Serialize;
 use serde_json::json;
+use tokio::signal::unix::{SignalKind, signal};
 
 use crate::admin::IMPORT_TIMEOUT;
 use crate::{Common, show};
-use place::{Place, Stored};
+use place::{Place, Stored, Upload};
 
 /// The longest wait for the next piece; a controller reads from its disk meanwhile.
 const PIECE_TIMEOUT: Duration = Duration::from_secs(60);
@@ -43,8 +49,8 @@ pub struct Backup {
 /// Takes a backup through the admin socket of any controller.
 #[derive(Debug, Args)]
 struct Take {
-    /// The folder to keep it in
-    #[arg(long, value_name = "DIR")]
+    /// The folder to keep it in, or s3://BUCKET/PREFIX
+    #[arg(long, value_name = "PLACE")]
     to: String,
     /// With the weights of models, not only the list of what is needed
     #[arg(long)]
@@ -61,12 +67,13 @@ struct Take {
 enum Command {
     /// List the backups in a place; needs no key
     List {
-        #[arg(long, value_name = "DIR")]
+        /// A folder, or s3://BUCKET/PREFIX
+        #[arg(long, value_name = "PLACE")]
         to: String,
     },
     /// Read a backup whole, check every byte of it, and say what is in it
     Verify {
-        /// The backup's file
+        /// The backup's file, or s3://BUCKET/PREFIX/NAME
         file: String,
         #[command(flatten)]
         key: KeySource,
@@ -123,27 +130,23 @@ async fn take(take: Take, common: &Common) -> anyhow::Result<()> {
         }
     }
     let path = if take.with_models { "/v1/backup?models=true" } else { "/v1/backup" };
-    let mut body = admin.open(path).await?;
-    let (mut begin, mut kept) = (Vec::new(), None);
-    let mut wait = if take.with_models { WEIGHTS_TIMEOUT } else { PIECE_TIMEOUT };
-    let mut next = async |wait| tokio::time::timeout(wait, body.frame()).await.context("the controller is silent");
-    while let Some(frame) = next(wait).await? {
-        wait = PIECE_TIMEOUT;
-        let Ok(piece) = frame.context("the controller broke off; see its log")?.into_data() else { continue };
-        match &mut kept {
-            None => {
-                begin.extend_from_slice(&piece);
-                if let Some(header) = Header::of_prefix(&begin)? {
-                    let mut upload = place.begin(&header.file_name()).await?;
-                    upload.write(std::mem::take(&mut begin).into()).await?;
-                    kept = Some((header, upload));
-                }
-            }
-            Some((_, upload)) => upload.write(piece).await?,
-        }
-    }
-    let (header, upload) = kept.context("the controller sent no backup")?;
-    let (kept_as, bytes) = upload.finish().await?;
+    let mut coming =
+        Coming { body: admin.open(path).await?, wait: if take.with_models { WEIGHTS_TIMEOUT } else { PIECE_TIMEOUT } };
+    let (header, begin) = coming.begin().await?;
+    let mut upload = place.begin(&header.file_name(), header.models).await?;
+    let poured = tokio::select! {
+        poured = pour(begin, &mut coming, &mut upload) => poured,
+        why = told_to_end() => why.and_then(|()| Err(anyhow!("broken off by a signal"))),
+    };
+    let (kept_as, bytes) = match poured {
+        Ok(()) => upload.finish().await?,
+        Err(error) => return Err(upload.abort(error).await),
+    };
+    let noted = Kept { taken_ms: header.taken_ms, applied: header.applied, kept_as: kept_as.clone() };
+    let _: LastBackup = admin
+        .post("/v1/backup", &noted)
+        .await
+        .with_context(|| format!("{kept_as} is kept, and whole; the cluster could not be told of it"))?;
     let removed = match take.keep {
         // The older ones may have what this one lacks.
         Some(_) if header.damaged_files > 0 => Vec::new(),
@@ -159,6 +162,56 @@ async fn take(take: Take, common: &Common) -> anyhow::Result<()> {
             format!("{} ({size}): all that was acknowledged up to entry {}{removed}\n", t.kept_as, t.header.applied);
         kept + &damaged(&t.header)
     })
+}
+
+/// A backup on its way from the controller.
+struct Coming {
+    body: Incoming,
+    /// How long the next piece may take.
+    wait: Duration,
+}
+
+impl Coming {
+    /// The next piece; `None` when all has come.
+    async fn next(&mut self) -> anyhow::Result<Option<Bytes>> {
+        loop {
+            let frame = tokio::time::timeout(self.wait, self.body.frame()).await.context("the controller is silent")?;
+            self.wait = PIECE_TIMEOUT;
+            let Some(frame) = frame else { return Ok(None) };
+            // Whatever else there may be between pieces is passed over.
+            if let Ok(piece) = frame.context("the controller broke off; see its log")?.into_data() {
+                return Ok(Some(piece));
+            }
+        }
+    }
+
+    /// Waits for the header, with which a backup gets its name; also returns all that has come by then.
+    async fn begin(&mut self) -> anyhow::Result<(Header, Bytes)> {
+        let mut begin = Vec::new();
+        loop {
+            begin.extend(self.next().await?.context("the controller sent no backup")?);
+            if let Some(header) = Header::of_prefix(&begin)? {
+                return Ok((header, begin.into()));
+            }
+        }
+    }
+}
+
+async fn pour(begin: Bytes, coming: &mut Coming, upload: &mut Upload) -> anyhow::Result<()> {
+    upload.write(begin).await?;
+    while let Some(piece) = coming.next().await? {
+        upload.write(piece).await?;
+    }
+    Ok(())
+}
+
+/// Waits for an operator's Ctrl-C, or for systemd that has waited long enough.
+async fn told_to_end() -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
+    tokio::select! {
+        told = tokio::signal::ctrl_c() => told.context("listen for Ctrl-C"),
+        _ = terminate.recv() => Ok(()),
+    }
 }
 
 /// A warning, if model files had to be left out.
@@ -235,8 +288,9 @@ struct Verified {
 async fn verify(file: &str, key: &KeySource, common: &Common) -> anyhow::Result<()> {
     let key = key.load()?;
     let input = place::open(file).await?;
-    let loaded = Reader::open(input, &key).and_then(|reader| load(reader, |_| Ok(())));
-    let loaded = loaded.with_context(|| file.to_owned())?;
+    let load = move || Reader::open(input, &key).and_then(|reader| load(reader, |_| Ok(())));
+    // A thread of its own: what it reads may have to be fetched meanwhile.
+    let loaded = tokio::task::spawn_blocking(load).await?.with_context(|| file.to_owned())?;
     let (config, models) = (loaded.state.config_snapshot(), loaded.models());
     let verified = Verified {
         digest: loaded.summary.digest,

@@ -22,7 +22,7 @@ use crate::{Common, show};
 /// Begin a member of a new life of the cluster from a backup; the same file on every member
 #[derive(Debug, Args)]
 pub struct Restore {
-    /// The backup's file
+    /// The backup's file, or s3://BUCKET/PREFIX/NAME
     file: String,
     #[command(flatten)]
     key: KeySource,
@@ -43,8 +43,8 @@ pub struct Recover {
     /// The member's data directory [default: the configuration's data_dir]
     #[arg(long)]
     data_dir: Option<PathBuf>,
-    /// Where to keep the backup, a folder [default: only say how far the member got]
-    #[arg(long, value_name = "DIR")]
+    /// Where to keep the backup, a folder or s3://BUCKET/PREFIX [default: only say how far the member got]
+    #[arg(long, value_name = "PLACE")]
     to: Option<String>,
     /// With the weights of models
     #[arg(long, requires = "to")]
@@ -60,8 +60,11 @@ fn options(key: &KeySource, data_dir: Option<PathBuf>) -> anyhow::Result<izar_co
 pub async fn restore(command: Restore, common: &Common) -> anyhow::Result<()> {
     let (options, key) = (options(&command.key, command.data_dir)?, command.key.load()?);
     let input = place::open(&command.file).await?;
-    let restored = restore_member(input, &key, &options, command.incarnation).with_context(|| command.file.clone())?;
-    show::print(common.json, &restored, |r| restored_text(r, options.node.as_str()))
+    let node = options.node.clone();
+    let restore = move || restore_member(input, &key, &options, command.incarnation);
+    // A thread of its own: what it reads may have to be fetched meanwhile.
+    let restored = tokio::task::spawn_blocking(restore).await?.with_context(|| command.file.clone())?;
+    show::print(common.json, &restored, |r| restored_text(r, node.as_str()))
 }
 
 fn restored_text(r: &Restored, node: &str) -> String {
@@ -125,7 +128,7 @@ pub async fn recover(command: Recover, common: &Common) -> anyhow::Result<()> {
         warning = damaged(&header);
         // In a file first: it is sealed, and a store takes it from there.
         let (file, _) = contents.write(&header, &key, tempfile::tempfile().context("make a temporary file")?)?;
-        kept_as = Some(place::keep(&Place::parse(to)?, file, &header.file_name()).await?);
+        kept_as = Some(place::keep(&Place::parse(to)?, file, &header.file_name(), header.models).await?);
     }
     let undecided = reach.last.saturating_sub(reach.committed);
     let recovered = Recovered { reach, undecided, provisional_bytes, kept_as, warning };
@@ -158,7 +161,9 @@ fn recovered_text(r: &Recovered) -> String {
     out += &r.warning;
     out += &match &r.kept_as {
         Some(kept) => format!("{kept}\nnow: izar restore {kept} on every member, with an empty data directory\n"),
-        None => "nothing was written; --to DIR makes the backup that every member is to be restored from\n".to_owned(),
+        None => {
+            "nothing was written; --to PLACE makes the backup that every member is to be restored from\n".to_owned()
+        }
     };
     out
 }

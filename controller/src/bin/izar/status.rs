@@ -32,6 +32,10 @@ fn human(status: &Status) -> String {
     if status.draining {
         out += "; DRAINING: clients are told to move on (izar undrain takes it back)";
     }
+    out += &match &status.last_backup {
+        Some(backup) => format!("; last backup {}", show::time(backup.taken_ms)),
+        None => "; no backup yet".to_owned(),
+    };
     let refused: Vec<String> =
         status.refused.iter().filter(|(_, n)| **n > 0).map(|(what, n)| format!("{n} {what}")).collect();
     if !refused.is_empty() {

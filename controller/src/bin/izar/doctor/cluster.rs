@@ -1,11 +1,11 @@
-//! What a running controller says of the cluster: who leads, who is away, whose clock is ahead, which versions run, which
-//! agents and deployments are not as they should be.
+//! What a running controller says of the cluster: who leads, who is away, whose clock is ahead, which versions run, how old
+//! the newest backup is, which agents and deployments are not as they should be.
 
 use std::path::Path;
 
 use izar_common::clock::wall_ms;
 use izar_controller::config::Config;
-use izar_controller::control::view::{AgentDetail, Agents, Status};
+use izar_controller::control::view::{AgentDetail, Agents, Peer, Peers, Status};
 use tokio::net::UnixStream;
 
 use super::Finding;
@@ -15,6 +15,8 @@ use crate::{Common, show};
 /// Hybrid time follows the fastest clock of the group. One that is so far ahead makes times in records wrong, and
 /// certificates and deadlines uncertain.
 const AHEAD_MS: u64 = 500;
+/// Backups are taken every hour; after this long that has failed several times.
+const BACKUP_OLD_MS: u64 = 4 * 60 * 60 * 1000;
 
 /// Asks the controller on this machine; also returns its process, if it runs.
 pub async fn examine(common: &Common, config: &Config) -> (Vec<Finding>, Option<u32>) {
@@ -36,6 +38,13 @@ pub async fn examine(common: &Common, config: &Config) -> (Vec<Finding>, Option<
         }
     };
     let mut findings = judge(&status, wall_ms());
+    match admin.get::<Peers>("/v1/peers").await {
+        Ok(peers) => findings.extend(peers.peers.iter().map(|peer| judge_peer(peer, &status.version))),
+        Err(error) => {
+            let mend = "restart the daemon after an upgrade, or use the tool of its version";
+            findings.push(Finding::warning("peer", format!("{error:#}"), mend));
+        }
+    }
     // What this node knows; the quorum is judged above.
     match admin.get::<Agents>("/v1/agents?stale=true").await {
         Ok(agents) => findings.extend(judge_agents(&agents.agents)),
@@ -78,6 +87,7 @@ fn judge(status: &Status, now_ms: u64) -> Vec<Finding> {
     } else {
         Finding::ok("clock offset", "no controller's clock is ahead of this one's")
     });
+    findings.push(backup(status, now_ms));
     if status.draining {
         findings.push(Finding::warning("drain", "this controller sends clients away", "izar undrain takes it back"));
     }
@@ -86,6 +96,41 @@ fn judge(status: &Status, now_ms: u64) -> Vec<Finding> {
         findings.push(Finding::warning("deployment", found, "see izar agents list for workers that failed, and why"));
     }
     findings
+}
+
+fn backup(status: &Status, now_ms: u64) -> Finding {
+    const CHECK: &str = "backup";
+    const MEND: &str = "izar backup --to PLACE takes one; see journalctl --namespace=izar -u izar-backup on every \
+                        controller, and docs/backup.md for the timer";
+    let Some(last) = &status.last_backup else {
+        return Finding::warning(CHECK, "none was ever kept", MEND);
+    };
+    let age_ms = now_ms.saturating_sub(last.taken_ms);
+    let found = format!("the newest is {} old: {}", show::duration(age_ms), last.kept_as);
+    if age_ms > BACKUP_OLD_MS { Finding::warning(CHECK, found, MEND) } else { Finding::ok(CHECK, found) }
+}
+
+/// Compares another controller with the asked one, of version `own`.
+fn judge_peer(peer: &Peer, own: &str) -> Finding {
+    const CHECK: &str = "peer";
+    let node = &peer.node;
+    let (Some(version), Some(ahead_ms)) = (&peer.version, peer.ahead_ms) else {
+        let mend = "see whether it runs, whether UDP passes between the two, and whether its version is as old as this \
+                    question is new";
+        return Finding::warning(CHECK, format!("{node} does not say which version it is and what time it has"), mend);
+    };
+    let apart = show::duration(ahead_ms.unsigned_abs());
+    let clock = if ahead_ms < 0 { format!("{apart} behind") } else { format!("{apart} ahead") };
+    if ahead_ms.unsigned_abs() > AHEAD_MS {
+        let mend = "compare date on every controller, and let NTP keep them together";
+        return Finding::warning(CHECK, format!("{node}: its clock is {clock} of this controller's"), mend);
+    }
+    if version != own {
+        let mend = "an upgrade is under way, or broke off: playbooks/upgrade.yml goes on with it; or restart the one that \
+                    is old (docs/bare-metal.md)";
+        return Finding::warning(CHECK, format!("{node} runs version {version}, this controller {own}"), mend);
+    }
+    Finding::ok(CHECK, format!("{node} runs version {version}, its clock is {clock}"))
 }
 
 fn judge_agents(agents: &[AgentDetail]) -> Vec<Finding> {
@@ -118,6 +163,7 @@ mod tests {
             "node": "c1", "version": env!("CARGO_PKG_VERSION"), "role": "follower", "leader": leader, "term": 3,
             "applied": 9, "members": [], "api": {"endpoint": "https://127.0.0.1:8443", "plaintext_endpoint": null},
             "agents": [], "deployments": [], "running": 0, "refused": {}, "latest_ms": 10_000,
+            "last_backup": {"node": "c2", "taken_ms": 9_000, "applied": 5, "kept_as": "/srv/x.izarbak"},
         }))
         .unwrap()
     }
@@ -138,6 +184,29 @@ mod tests {
         assert_eq!(bad(&judge(&status(Some("c2")), 9_000)), [("clock offset", Verdict::Warning)]);
         let old = Status { version: "0.0.1".into(), draining: true, ..status(Some("c2")) };
         assert_eq!(bad(&judge(&old, 10_000)), [("controller", Verdict::Warning), ("drain", Verdict::Warning)]);
+    }
+
+    #[test]
+    fn an_old_backup_is_a_warning_and_none_is_one_too() {
+        let late = 10_000 + BACKUP_OLD_MS;
+        let well = Status { latest_ms: late, ..status(Some("c2")) };
+        assert_eq!(bad(&judge(&well, late)), [("backup", Verdict::Warning)]);
+        assert_eq!(bad(&judge(&Status { last_backup: None, ..well }, late)), [("backup", Verdict::Warning)]);
+    }
+
+    #[test]
+    fn another_clock_and_another_version_are_warnings() {
+        let judged = |version: Option<&str>, ahead_ms: Option<i64>| {
+            let peer = Peer { node: "c2".parse().unwrap(), version: version.map(str::to_owned), ahead_ms };
+            let finding = judge_peer(&peer, "0.2.0");
+            (finding.verdict, finding.found)
+        };
+        assert_eq!(judged(Some("0.2.0"), Some(-3)).0, Verdict::Ok);
+        let (verdict, found) = judged(Some("0.2.0"), Some(-3_000));
+        assert!(verdict == Verdict::Warning && found.contains("3 s behind"), "{found}");
+        let (verdict, found) = judged(Some("0.1.0"), Some(3));
+        assert!(verdict == Verdict::Warning && found.contains("c2 runs version 0.1.0"), "{found}");
+        assert_eq!(judged(None, None).0, Verdict::Warning);
     }
 
     #[test]
