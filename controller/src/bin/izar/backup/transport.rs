@@ -79,7 +79,7 @@ impl Transport {
         let answer = timeout(ANSWER_TIMEOUT, sender.send_request(Request::from_parts(parts, body))).await;
         let silent = || failed(HttpErrorKind::Timeout, format!("{name} did not answer within {ANSWER_TIMEOUT:?}"));
         let (parts, body) = answer.map_err(|_| silent())?.map_err(broke_off)?.into_parts();
-        let pieces = stream::unfold(body, |body| next(body));
+        let pieces = stream::unfold(body, next);
         Ok(HttpResponse::from_parts(parts, HttpResponseBody::new(StreamBody::new(pieces))))
     }
 }
