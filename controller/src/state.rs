@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, RwLock};
 
 use izar_common::clock::Hlc;
+use izar_common::health::gpu;
 use izar_common::id::{DeploymentId, GpuId, Hash, KeyId, NodeId, ProjectId, SiteId, TenantId, TurnId};
 
 pub mod audit;
@@ -14,6 +15,7 @@ mod dedupe;
 pub mod gpus;
 pub mod models;
 pub mod rebirth;
+pub mod remedies;
 pub mod rows;
 pub mod store;
 pub mod tenants;
@@ -24,6 +26,7 @@ use dedupe::Origins;
 pub use gpus::GpuRecord;
 use izar_common::manifest::Manifest;
 pub use models::{Constraints, Deployment, Model, Placement, Plan, Standing};
+use remedies::Remedy;
 use rows::{Head, Row};
 pub use tenants::{Key, KeyStatus, Project, Tenant};
 use turns::{Opening, Outcome, Turn, Turns};
@@ -83,6 +86,8 @@ pub enum What {
     AliasSet { alias: DeploymentId, deployment: Option<DeploymentId> },
     StandingSet { agent: NodeId, standing: Option<Standing> },
     GpuNoted(GpuRecord),
+    RemedyOrdered(Remedy),
+    RemedyEnded { id: u64, outcome: gpu::Outcome },
 }
 
 /// What a batch came to.
@@ -117,6 +122,8 @@ pub struct State {
     aliases: BTreeMap<DeploymentId, DeploymentId>,
     standings: BTreeMap<NodeId, Standing>,
     gpus: BTreeMap<GpuId, GpuRecord>,
+    /// By their ids.
+    remedies: BTreeMap<u64, Remedy>,
     plan: Plan,
     turns: Turns,
     origins: Origins,
@@ -140,6 +147,7 @@ impl State {
             aliases: BTreeMap::new(),
             standings: BTreeMap::new(),
             gpus: BTreeMap::new(),
+            remedies: BTreeMap::new(),
             plan: Plan::default(),
             turns: Turns::default(),
             origins: Origins::default(),
@@ -216,6 +224,8 @@ impl State {
             Command::SetStanding { agent, standing } => self.set_standing(step, agent, *standing),
             Command::HoldGpu { agent, hold, fell_ms } => self.hold_gpu(step, agent, hold, *fell_ms),
             Command::ReleaseGpu { gpu, reason, operator } => self.release_gpu(step, gpu, reason, *operator),
+            Command::OrderRemedy { agent, action, gpus } => self.order_remedy(step, agent, *action, gpus),
+            Command::EndRemedy { id, outcome, reason } => self.end_remedy(step, *id, *outcome, reason),
             Command::CompactLog { through } => {
                 self.head.compacted = self.head.compacted.max((*through).min(step.index));
                 Ok(())
@@ -505,6 +515,7 @@ impl State {
             aliases: self.aliases.clone(),
             standings: self.standings.clone(),
             gpus: self.gpus.clone(),
+            remedies: self.remedies.clone(),
             rolling: self.rolling(),
             plan: self.plan.clone(),
             applied: self.head.config_index,
@@ -542,6 +553,8 @@ pub struct Config {
     pub aliases: BTreeMap<DeploymentId, DeploymentId>,
     pub standings: BTreeMap<NodeId, Standing>,
     pub gpus: BTreeMap<GpuId, GpuRecord>,
+    /// Orders to agents that have not ended.
+    pub remedies: BTreeMap<u64, Remedy>,
     /// Deployments whose workers are on their way from one revision to another.
     pub rolling: BTreeSet<DeploymentId>,
     pub plan: Plan,

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Wire;
 use crate::chat::{CAPSULE_BYTES, Job, JobEvent};
-use crate::health::gpu::Hold;
+use crate::health::gpu::{Hold, Order};
 use crate::health::{Generation, Report};
 use crate::id::{DeploymentId, Hash, NumericsId, TurnId, WorkerId};
 use crate::manifest::Manifest;
@@ -49,6 +49,8 @@ pub struct Assignment {
     pub workers: Vec<WorkerSpec>,
     /// What is remembered against its GPUs.
     pub holds: Vec<Hold>,
+    /// What it shall do to them.
+    pub order: Option<Order>,
 }
 
 /// One worker that an agent shall run.

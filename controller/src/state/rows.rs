@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::dedupe::Seen;
 use super::turns::{Remembered, Turn};
-use super::{Deployment, Digest, GpuRecord, Key, Model, Plan, Project, Standing, State, Stream, Tenant};
+use super::{Deployment, Digest, GpuRecord, Key, Model, Plan, Project, Remedy, Standing, State, Stream, Tenant};
 
 /// Names one row. The order of the variants is the order of the rows and must not change.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -28,6 +28,7 @@ pub enum Row {
     Alias(DeploymentId),
     Standing(NodeId),
     Gpu(GpuId),
+    Remedy(u64),
 }
 
 impl Row {
@@ -46,6 +47,7 @@ impl Row {
             Row::Alias(id) => (9, id.as_str().as_bytes()),
             Row::Standing(node) => (10, node.as_str().as_bytes()),
             Row::Gpu(id) => (11, id.as_str().as_bytes()),
+            Row::Remedy(id) => (12, &id.to_be_bytes()),
         };
         [&[kind], id].concat()
     }
@@ -105,6 +107,7 @@ enum Value {
     Alias { alias: DeploymentId, deployment: DeploymentId },
     Standing { agent: NodeId, standing: Standing },
     Gpu(GpuRecord),
+    Remedy(Remedy),
 }
 
 impl Wire for Value {
@@ -148,6 +151,7 @@ impl State {
             Row::Alias(id) => Value::Alias { alias: id.clone(), deployment: self.aliases.get(id)?.clone() },
             Row::Standing(node) => Value::Standing { agent: node.clone(), standing: *self.standings.get(node)? },
             Row::Gpu(id) => Value::Gpu(self.gpus.get(id)?.clone()),
+            Row::Remedy(id) => Value::Remedy(self.remedies.get(id)?.clone()),
         })
     }
 
@@ -165,6 +169,7 @@ impl State {
         rows.extend(self.aliases.keys().cloned().map(Row::Alias));
         rows.extend(self.standings.keys().cloned().map(Row::Standing));
         rows.extend(self.gpus.keys().cloned().map(Row::Gpu));
+        rows.extend(self.remedies.keys().copied().map(Row::Remedy));
         rows
     }
 
@@ -218,6 +223,7 @@ impl State {
             Value::Alias { alias, deployment } => drop(self.aliases.insert(alias, deployment)),
             Value::Standing { agent, standing } => drop(self.standings.insert(agent, standing)),
             Value::Gpu(record) => drop(self.gpus.insert(record.gpu.clone(), record)),
+            Value::Remedy(remedy) => drop(self.remedies.insert(remedy.id, remedy)),
         }
         Ok(())
     }
