@@ -87,7 +87,7 @@ impl Session {
             loop {
                 let Up::Report(report) = self.rx.expect::<Up>().await.unwrap() else { continue };
                 if test(&report) {
-                    return report;
+                    return *report;
                 }
             }
         };

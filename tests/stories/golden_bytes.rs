@@ -297,7 +297,7 @@ fn agent(frames: &mut Frames) {
             workers: vec![worker(s)],
             health: health(),
         };
-        let up = Up::Report(report);
+        let up = Up::Report(Box::new(report));
         frames.check("up", &format!("report-{}", state(s)), &up);
     }
     let up = |message: &Up| match message {

@@ -3,7 +3,7 @@
 //! agents and root's hand are the real ones; the library and the programs below them play.
 
 use anyhow::ensure;
-use izar_tests::cli::Admin;
+use izar_tests::cli::{self, Admin};
 use izar_tests::gpus::{Hand, Server, gpu};
 use izar_tests::logs;
 use izar_tests::nodes::Site;
@@ -113,6 +113,8 @@ fn an_order_outlives_its_leader_and_is_carried_out_once() {
     assert_eq!((open[0]["agent"].as_str(), open[0]["action"].as_str()), (Some("a1"), Some("reset")), "{open}");
     let told = admin.run(&["gpus"]).stdout;
     assert!(told.contains("agent a1 was ordered") && told.contains("to mend 1 of its GPUs: reset"), "{told}");
+    let listed = admin.json(&["agents", "list"]).unwrap()["agents"][0].clone();
+    assert_eq!((&listed["remedy"], &listed["standing"]), (&open[0], &serde_json::Value::Null), "{listed}");
     hand.let_go();
     wait_seen(&admin, "a1", "probation");
     wait_ended(&admin);
@@ -155,6 +157,16 @@ fn what_an_agent_has_begun_the_next_process_does_not_begin_again() {
     wait_state(&site, "a1", 1, "cordoned");
     assert_eq!(hand.deeds(), deeds(&["begin restart a1", "end restart a1"]));
     site.finish(&[WORSE, FAULT, FENCED, MENDS, IN_VAIN]);
+}
+
+#[test]
+fn a_device_gives_the_known_answers_or_says_that_it_cannot_be_asked() {
+    let asked = |device: &str| cli::run("izar-agent", &["probe", "--device", device]);
+    let cpu = asked("cpu");
+    assert!(cpu.success && cpu.stdout == "ok\n", "{cpu:?}");
+    // No machine has that many cards; a build without CUDA does not even look.
+    let card = asked("cuda:999");
+    assert!(card.stdout.starts_with("skipped: device cuda:999") || !card.success, "{card:?}");
 }
 
 #[test]

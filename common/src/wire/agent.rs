@@ -16,13 +16,11 @@ use crate::prefix::Sketch;
 /// From an agent, on its session stream.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Up {
-    Report(Report),
+    /// In a box, for it is much larger than the other.
+    Report(Box<Report>),
     /// What a worker of the last report holds for later prompts. Apart from reports, which are repeated many times a
     /// second: it is sent once, and again when it has changed.
-    Sketch {
-        worker: WorkerId,
-        sketch: Sketch,
-    },
+    Sketch { worker: WorkerId, sketch: Sketch },
 }
 impl Wire for Up {
     const TYPE: u16 = 16;

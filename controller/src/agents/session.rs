@@ -106,7 +106,7 @@ async fn read_reports(
     while let Some(up) = rx.next().await? {
         heard.fetch_add(1, Relaxed);
         match up {
-            Up::Report(report) => inner.roster.report(agent, connection, report),
+            Up::Report(report) => inner.roster.report(agent, connection, *report),
             Up::Sketch { worker, sketch } => inner.roster.sketch(agent, connection, &worker, sketch),
         }
     }
