@@ -28,6 +28,8 @@ mod golden_bytes;
 mod golden_rows;
 #[path = "stories/gpu_health.rs"]
 mod gpu_health;
+#[path = "stories/gpus_mended.rs"]
+mod gpus_mended;
 #[path = "stories/idle.rs"]
 mod idle;
 #[path = "stories/openai_client.rs"]

@@ -27,7 +27,8 @@ pub struct Config {
     pub site: SiteId,
     /// This agent's name; no two agents of a site share one.
     pub node: NodeId,
-    /// Model files that were fetched. Created if missing, mode 0700; may be deleted while the agent is stopped.
+    /// Model files that were fetched, and which order about GPUs was begun last. Created if missing, mode 0700; may be
+    /// deleted while the agent is stopped and nothing is ordered (`izar gpus`).
     pub data_dir: PathBuf,
     /// This node's certificate for QUIC, issued by the cluster's CA (`izar pki issue`).
     pub tls: tls::Files,
@@ -123,7 +124,7 @@ impl Config {
         for file in [&mut config.data_dir, &mut config.tls.ca, &mut config.tls.cert, &mut config.tls.key] {
             *file = config::locate(base, file, credentials.as_deref());
         }
-        for file in [&mut config.gpu.nvml, &mut config.gpu.kernel_log].into_iter().flatten() {
+        for file in [&mut config.gpu.nvml, &mut config.gpu.kernel_log, &mut config.gpu.helper].into_iter().flatten() {
             *file = base.join(&*file);
         }
         config.check().with_context(|| format!("check {}", path.display()))?;

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
+use izar_common::health::gpu::Mode;
 use izar_common::id::{Identity, Role};
 use izar_common::{blob, disk, quic, service, tls};
 use tokio::task::JoinSet;
@@ -14,6 +15,8 @@ use tokio::task::JoinSet;
 use crate::config::Config;
 use crate::gpu::Gpus;
 use crate::link::{Facts, Link};
+use crate::probe;
+use crate::remedies::Remedies;
 use crate::worker::files::Sources;
 use crate::worker::{Options, Workers};
 
@@ -31,6 +34,8 @@ pub struct Daemon {
     endpoint: Arc<quic::Endpoint>,
     certificates: Arc<tls::Certificates>,
     drain: Duration,
+    /// What mends GPUs; ends before anything else does.
+    remedies: JoinSet<()>,
     /// What looks and tells; ends with the daemon.
     _watches: JoinSet<()>,
     /// Held so that no second agent uses the same data directory.
@@ -46,8 +51,9 @@ impl Daemon {
         let store = blob::Store::open(config.data_dir.join("blobs"))?;
         let endpoint = Arc::new(quic::Endpoint::bind(config.bind(), &node_tls)?);
         let facts = Facts::of_this_machine(config.labels.clone());
+        let exe = std::env::current_exe().context("find the own executable")?;
         let options = Options {
-            exe: std::env::current_exe().context("find the own executable")?,
+            exe: exe.clone(),
             threads: config.engine.threads,
             cpus: config.engine.cpus.map_or_else(Vec::new, |cpus| cpus.0),
             cores: facts.cores,
@@ -57,17 +63,25 @@ impl Daemon {
         let gpus = Gpus::start(config.gpu.clone());
         let workers = Workers::start(options, store, sources.clone());
         workers.heed(gpus.clone());
+        let remedies =
+            Remedies::new(gpus.clone(), workers.clone(), exe.clone(), config.gpu.helper.clone(), &config.data_dir);
         let link = Link::start(endpoint.clone(), &config.controllers, workers.clone(), sources, facts, gpus.clone());
         let (certificates, data_dir) = (Arc::new(tls::Certificates::new(node_tls, None)), config.data_dir.clone());
         let (mut watches, dates) = (JoinSet::new(), certificates.clone());
         watches.spawn(async move { dates.watch_dates().await });
         watches.spawn(async move { disk::watch(&data_dir).await });
+        let mut mending = JoinSet::new();
+        mending.spawn(remedies.run());
+        if config.gpu.mode != Mode::Observe {
+            mending.spawn(probe::watch(gpus.clone(), exe));
+        }
         if service::is_managed() {
             watches.spawn(told::state(link.sessions(), config.controllers.len(), workers.clone()));
         }
         log::info!(agent:% = config.node, controllers = config.controllers.len(); "agent runs");
         let drain = Duration::from_millis(config.stop.drain_ms);
-        Ok(Self { link, workers, gpus, endpoint, certificates, drain, _watches: watches, _lock: lock })
+        let (remedies, _watches, _lock) = (mending, watches, lock);
+        Ok(Self { link, workers, gpus, endpoint, certificates, drain, remedies, _watches, _lock })
     }
 
     /// Returns when a controller has been reached, or was waited for long enough.
@@ -83,8 +97,9 @@ impl Daemon {
 
     /// Tells the controllers to send nothing more, lets answers end for a while, stops the workers, and returns when no
     /// process is left. What has not ended is handed over: the controllers continue it elsewhere.
-    pub async fn stop(self) {
+    pub async fn stop(mut self) {
         log::info!("agent stops");
+        self.remedies.shutdown().await;
         self.workers.leave();
         if tokio::time::timeout(self.drain, self.link.drained()).await.is_err() {
             log::info!(limit_ms = self.drain.as_millis() as u64; "answers that still run are handed over");

@@ -4,7 +4,8 @@
 //! waits for (`nvml`); one reads every second, one waits for Xids, one follows the kernel's log (`kernel`). What they bring
 //! is judged by pure functions: `verdict` makes findings of readings and Xids by the tables `limits` and `xid`, `life`
 //! states of findings, `judge` keeps all of it, `fitness` says what it means for a worker. A server without the library
-//! is one without GPUs. Nothing here resets a GPU or restarts a server.
+//! is one without GPUs. Nothing here resets a GPU or restarts a server; `mend` is how the threads let go of the library
+//! for whoever does.
 
 use std::path::PathBuf;
 use std::process::Child;
@@ -28,6 +29,7 @@ pub mod judge;
 pub mod kernel;
 pub mod life;
 pub mod limits;
+mod mend;
 mod nvml;
 pub mod verdict;
 pub mod xid;
@@ -48,6 +50,9 @@ const AGAIN: Duration = Duration::from_secs(10);
 /// Which start of the server this is, as the kernel names it.
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
+/// Where systemd listens for root's hand.
+pub const HELPER: &str = "/run/izar/gpu.sock";
+
 /// Which workers a GPU's health speaks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -67,8 +72,11 @@ pub struct Settings {
     pub nvml: Option<PathBuf>,
     /// GPUs that the server must have; with fewer it gets no work. Default: as many as it has. At most 64.
     pub expected: Option<u32>,
-    /// `observe`: health is told and nothing follows. `advise` (default): what is not sound gets no work.
+    /// `observe`: health is told and nothing follows. `advise` (default): what is not sound gets no work. `act`: besides, it
+    /// is reset, or the server restarted, when the leader orders it.
     pub mode: Mode,
+    /// The socket of root's hand for a GPU (`izar-gpu.socket`). Default: [`HELPER`].
+    pub helper: Option<PathBuf>,
     /// `own` (default): a GPU's health speaks for the workers on it. `all`: for every worker of the server.
     pub guards: Guards,
     /// Where the kernel's messages are read. Default: the journal, through `journalctl`; `/dev/kmsg` where there is none.
@@ -88,6 +96,7 @@ struct Inner {
     health: watch::Sender<Arc<Health>>,
     /// The child that follows the kernel's log, while it runs.
     follower: Mutex<Option<Child>>,
+    doors: mend::Doors,
     stop: CancellationToken,
 }
 
@@ -99,8 +108,8 @@ impl Gpus {
         let judge = Judge::new(terms);
         let health = watch::Sender::new(Arc::new(judge.health(0)));
         let (begun, follower, stop) = (Instant::now(), Mutex::default(), CancellationToken::new());
-        let inner =
-            Arc::new(Inner { judge: Mutex::new(judge), guards: settings.guards, begun, health, follower, stop });
+        let (judge, guards, doors) = (Mutex::new(judge), settings.guards, mend::Doors::default());
+        let inner = Arc::new(Inner { judge, guards, begun, health, follower, doors, stop });
         let reader = inner.clone();
         thread::Builder::new()
             .name("gpu-reader".into())
@@ -178,7 +187,7 @@ impl Inner {
         drop(judge);
         for Told { gpu, index, moved, reason } in told {
             match moved {
-                Some((from, to @ (State::Healthy | State::Probation))) => {
+                Some((from, to @ (State::Healthy | State::Probation | State::Resetting | State::Rebooting))) => {
                     log::info!(gpu:%, index, from:%, to:%, reason; "a GPU's state changed");
                 }
                 Some((from, to)) => {
@@ -209,70 +218,95 @@ fn pause(inner: &Inner, time: Duration) -> bool {
     !inner.stop.is_cancelled()
 }
 
-/// The reader's thread: opens the library, starts the others, and reads until the end.
+/// The reader's thread: opens the library, starts the others, and reads until the end, or until it shall let go.
 fn read(inner: &Arc<Inner>, settings: Settings) {
-    let call = |inner: &Inner| {
-        inner.judge(|judge, now, _| {
-            judge.asks(now);
-            Vec::new()
-        })
-    };
-    let nvml = loop {
-        call(inner);
-        let opened = nvml::open(settings.nvml.as_deref());
-        let failed = match opened {
-            Ok(nvml) => break nvml,
-            Err(error) => error,
-        };
-        let absent = matches!(failed, nvml::Error::Absent);
-        inner.judge(|judge, now, _| {
-            judge.answered(now);
-            if absent {
-                judge.absent()
-            } else {
-                judge.broken(failed.to_string())
-            }
-            Vec::new()
-        });
-        // A driver may still be on its way while the server starts.
-        if (absent && settings.expected.is_none()) || !pause(inner, AGAIN) {
-            return;
-        }
-    };
-    let driver = nvml::driver(&nvml);
-    inner.judge(|judge, _, _| {
-        judge.opened(driver);
-        Vec::new()
-    });
-    let (others, path) = (inner.clone(), settings.nvml.clone());
-    thread::Builder::new().name("gpu-events".into()).spawn(move || events(&others, path)).expect("a thread starts");
-    let (others, path) = (inner.clone(), settings.kernel_log);
-    thread::Builder::new().name("gpu-kernel".into()).spawn(move || follow(&others, path)).expect("a thread starts");
     let visible = std::env::var("CUDA_VISIBLE_DEVICES").ok();
-    let mut library = nvml::Library::new(nvml);
-    loop {
-        call(inner);
-        let readings = library.read(is_ours);
-        inner.judge(|judge, now, wall| {
-            judge.answered(now);
-            match readings {
-                Ok(readings) => {
-                    let named = readings.into_iter().map(|(who, reading)| {
-                        let cuda = fitness::cuda_number(visible.as_deref(), who.index, who.id.as_str());
-                        (Identity { id: who.id, index: who.index, cuda, name: who.name, bus: who.bus }, reading)
-                    });
-                    judge.read(named.collect(), now, wall)
-                }
-                Err(error) => {
-                    judge.broken(error);
+    let mut begun = false;
+    while !inner.stop.is_cancelled() {
+        let Some(inside) = inner.doors.enter() else {
+            pause(inner, LOOK_EVERY);
+            continue;
+        };
+        asks(inner);
+        match nvml::open(settings.nvml.as_deref()) {
+            Ok(nvml) => {
+                let driver = nvml::driver(&nvml);
+                inner.judge(|judge, _, _| {
+                    judge.opened(driver);
                     Vec::new()
+                });
+                if !std::mem::replace(&mut begun, true) {
+                    start_others(inner, &settings);
+                }
+                let mut library = nvml::Library::new(nvml);
+                while !inner.doors.are_closed() {
+                    read_once(inner, &mut library, visible.as_deref());
+                    if !pause(inner, Duration::from_millis(limits::READ_EVERY_MS)) {
+                        return;
+                    }
                 }
             }
-        });
-        if !pause(inner, Duration::from_millis(limits::READ_EVERY_MS)) {
-            return;
+            Err(error) => {
+                drop(inside);
+                let absent = matches!(error, nvml::Error::Absent);
+                inner.judge(|judge, now, _| {
+                    judge.answered(now);
+                    if absent {
+                        judge.absent()
+                    } else {
+                        judge.broken(error.to_string())
+                    }
+                    Vec::new()
+                });
+                // A driver may still be on its way while the server starts.
+                if (absent && settings.expected.is_none()) || !pause(inner, AGAIN) {
+                    return;
+                }
+            }
         }
     }
+}
+
+/// Notes that a call of the library begins.
+fn asks(inner: &Inner) {
+    inner.judge(|judge, now, _| {
+        judge.asks(now);
+        Vec::new()
+    });
+}
+
+/// Starts the threads that wait for Xids.
+fn start_others(inner: &Arc<Inner>, settings: &Settings) {
+    let (others, path) = (inner.clone(), settings.nvml.clone());
+    thread::Builder::new().name("gpu-events".into()).spawn(move || events(&others, path)).expect("a thread starts");
+    let (others, path) = (inner.clone(), settings.kernel_log.clone());
+    thread::Builder::new().name("gpu-kernel".into()).spawn(move || follow(&others, path)).expect("a thread starts");
+}
+
+/// Reads every GPU once.
+fn read_once(inner: &Inner, library: &mut nvml::Library, visible: Option<&str>) {
+    asks(inner);
+    let readings = library.read(is_ours);
+    inner.judge(|judge, now, wall| {
+        judge.answered(now);
+        // What was read before it was to let go is not read since.
+        if inner.doors.are_closed() {
+            return Vec::new();
+        }
+        match readings {
+            Ok(readings) => {
+                let named = readings.into_iter().map(|(who, reading)| {
+                    let cuda = fitness::cuda_number(visible, who.index, who.id.as_str());
+                    (Identity { id: who.id, index: who.index, cuda, name: who.name, bus: who.bus }, reading)
+                });
+                judge.read(named.collect(), now, wall)
+            }
+            Err(error) => {
+                judge.broken(error);
+                Vec::new()
+            }
+        }
+    });
 }
 
 /// Whether a process that computes on a GPU is this agent's, or one that this process knows nothing of: in another
@@ -299,9 +333,13 @@ fn belongs(pid: u32, stat: Option<&str>, denied: impl FnOnce() -> bool, agent: u
 fn events(inner: &Inner, path: Option<PathBuf>) {
     let mut told = false;
     while !inner.stop.is_cancelled() {
+        let Some(inside) = inner.doors.enter() else {
+            pause(inner, LOOK_EVERY);
+            continue;
+        };
         let ended = nvml::open(path.as_deref()).map_err(|error| error.to_string()).and_then(|nvml| {
             let events = nvml::Events::of(&nvml)?;
-            while !inner.stop.is_cancelled() {
+            while !inner.stop.is_cancelled() && !inner.doors.are_closed() {
                 match events.wait(EVENT_WAIT_MS)? {
                     nvml::Happened::Xid { id, code } => {
                         inner.judge(|judge, now, wall| judge.xid(&id, code, Source::Library, now, wall));
@@ -313,6 +351,10 @@ fn events(inner: &Inner, path: Option<PathBuf>) {
             }
             Ok(())
         });
+        drop(inside);
+        if inner.doors.are_closed() {
+            continue;
+        }
         if let Err(reason) = ended
             && !std::mem::replace(&mut told, true)
         {

@@ -227,7 +227,7 @@ async fn send_reports(parts: &Parts, mut tx: Sender) -> std::io::Result<()> {
         let report = report(parts);
         // A controller that is slow to read is no fault of this loop's.
         vital.rest();
-        tx.send(&Up::Report(report)).await?;
+        tx.send(&Up::Report(Box::new(report))).await?;
         for (worker, sketch) in &sketches {
             if held.get(worker).is_none_or(|sent| !Arc::ptr_eq(sent, sketch)) {
                 tx.send(&Up::Sketch { worker: worker.clone(), sketch: (**sketch).clone() }).await?;

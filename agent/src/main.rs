@@ -62,6 +62,8 @@ enum Command {
     /// Carry out one request of the agent that needs root; standard input is the request's socket (izar-gpu@.service).
     #[command(hide = true)]
     Remediate(izar_agent::remediate::Arguments),
+    /// Ask a device questions with known answers.
+    Probe(izar_agent::probe::Arguments),
     /// Measure the engine.
     #[command(subcommand)]
     Bench(izar_agent::bench::Command),
@@ -73,6 +75,7 @@ fn main() -> ExitCode {
         Some(Command::Worker { log_level, .. }) => worker(log_level.as_deref()),
         Some(Command::Inspect { path, json }) => izar_agent::inspect::run(&path, json),
         Some(Command::Remediate(arguments)) => izar_agent::remediate::run(&arguments),
+        Some(Command::Probe(arguments)) => izar_agent::probe::run(&arguments),
         Some(Command::Bench(command)) => izar_agent::bench::run(command),
         None => match &arguments.config {
             Some(config) => daemon(config, &arguments),

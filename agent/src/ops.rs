@@ -7,6 +7,7 @@
 
 pub mod cpu;
 pub mod cuda;
+pub mod probe;
 pub mod reference;
 
 use std::ops::Range;

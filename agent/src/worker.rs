@@ -63,6 +63,8 @@ struct Inner {
     slots: Mutex<Slots>,
     /// No more jobs: the agent stops.
     leaving: AtomicBool,
+    /// No workers: GPUs are being mended.
+    paused: watch::Sender<bool>,
     /// Whose health speaks for workers, if anybody's does.
     gpus: OnceLock<Gpus>,
     stop: CancellationToken,
@@ -93,6 +95,7 @@ impl Workers {
             changed: watch::Sender::new(()),
             slots: Mutex::default(),
             leaving: AtomicBool::new(false),
+            paused: watch::Sender::new(false),
             gpus: OnceLock::new(),
             stop: CancellationToken::new(),
             reconciler: Mutex::new(None),
@@ -131,6 +134,36 @@ impl Workers {
             }
             newer
         });
+    }
+
+    /// Follows what is assigned.
+    pub fn assignments(&self) -> watch::Receiver<Option<Assignment>> {
+        self.inner.assignment.subscribe()
+    }
+
+    /// Whether any worker may be given jobs by its own word.
+    pub fn serve(&self) -> bool {
+        self.inner.slots().running.values().any(|slot| slot.replica.report().state == WorkerState::Ready)
+    }
+
+    /// Ends every worker, whatever is assigned, and returns when no process is left.
+    pub async fn pause(&self) {
+        self.inner.paused.send_replace(true);
+        let ending = {
+            let mut slots = self.inner.slots();
+            let running: Vec<WorkerId> = slots.running.keys().cloned().collect();
+            running.iter().for_each(|id| slots.retire(id));
+            std::mem::take(&mut slots.ending)
+        };
+        self.poke();
+        for task in ending.into_values() {
+            let _ = task.await;
+        }
+    }
+
+    /// Starts again what is assigned.
+    pub fn resume(&self) {
+        self.inner.paused.send_replace(false);
     }
 
     /// The generation that is worked on; zero before the first.
@@ -208,15 +241,18 @@ impl Workers {
 
 /// Makes what runs equal to each new assignment, until the agent stops.
 async fn follow(inner: Arc<Inner>) {
-    let (mut assignment, vital) = (inner.assignment.subscribe(), Vital::new("workers"));
+    let (mut assignment, mut paused) = (inner.assignment.subscribe(), inner.paused.subscribe());
+    let vital = Vital::new("workers");
     loop {
         vital.work();
+        paused.mark_unchanged();
         let wanted = assignment.borrow_and_update().clone();
         if let Some(wanted) = wanted {
             inner.apply(&wanted);
         }
         tokio::select! {
             _ = assignment.changed() => {}
+            _ = paused.changed() => {}
             () = vital.sign() => {}
             () = inner.stop.cancelled() => return,
         }
@@ -242,6 +278,10 @@ impl Inner {
     fn apply(self: &Arc<Self>, wanted: &Assignment) {
         let mut slots = self.slots();
         slots.ending.retain(|_, task| !task.is_finished());
+        // Asked under the lock, so that whoever pauses ends whatever was started before.
+        if *self.paused.borrow() {
+            return;
+        }
         let actual = slots.running.iter().map(|(id, slot)| (id.clone(), slot.replica.spec.clone())).collect();
         let actions = reconcile(&wanted.workers, &actual);
         if actions.is_empty() {

@@ -108,7 +108,12 @@ fn echo() -> Assignment {
         manifest,
         engine: EngineOptions::default(),
     };
-    Assignment { generation: Generation { incarnation: 1, applied: 1 }, workers: vec![worker], holds: Vec::new() }
+    Assignment {
+        generation: Generation { incarnation: 1, applied: 1 },
+        workers: vec![worker],
+        holds: Vec::new(),
+        order: None,
+    }
 }
 
 fn agent(config: &Path, arguments: &[&str]) -> Child {

@@ -87,7 +87,7 @@ impl Session {
             loop {
                 let Up::Report(report) = self.rx.expect::<Up>().await.unwrap() else { continue };
                 if test(&report) {
-                    return report;
+                    return *report;
                 }
             }
         };
@@ -103,7 +103,12 @@ impl Session {
         });
         let generation = Generation { incarnation: 1, applied };
         self.tx
-            .send(&Down::Assignment(Assignment { generation, workers: workers.collect(), holds: Vec::new() }))
+            .send(&Down::Assignment(Assignment {
+                generation,
+                workers: workers.collect(),
+                holds: Vec::new(),
+                order: None,
+            }))
             .await
             .unwrap();
     }

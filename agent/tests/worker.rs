@@ -40,7 +40,7 @@ fn assignment(applied: u64, workers: &[(&str, Manifest)]) -> Assignment {
         engine: EngineOptions::default(),
     };
     let workers = workers.iter().map(spec).collect();
-    Assignment { generation: Generation { incarnation: 1, applied }, workers, holds: Vec::new() }
+    Assignment { generation: Generation { incarnation: 1, applied }, workers, holds: Vec::new(), order: None }
 }
 
 fn job(manifest: &Manifest, max_tokens: u32) -> Job {

@@ -3,11 +3,13 @@
 //! Every controller has a session with every agent of its site, so each can place jobs; the leader alone plans. What
 //! is known of agents is soft: a controller that restarts learns it again with the first reports.
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex};
 
 use izar_common::blob::Store;
 use izar_common::chat::Job;
+use izar_common::health::gpu::{Action, Outcome};
 use izar_common::id::{DeploymentId, Hash, SiteId, TurnId, WorkerId};
 use izar_common::quic::Connection;
 use tokio::net::TcpListener;
@@ -17,6 +19,7 @@ use tokio_util::task::TaskTracker;
 use crate::fleet::Fleet;
 use crate::queue::Room;
 use crate::raft::Raft;
+use crate::state::remedies::Remedy;
 use crate::state::{Config, Deployment};
 
 mod assignment;
@@ -49,8 +52,17 @@ struct Inner {
     tripwires: Arc<Tripwires>,
     /// Agents whose sessions were ended because they seemed dead.
     given_up: AtomicU64,
+    /// Remedies of GPUs that this controller saw end while it led.
+    remedies: Mutex<BTreeMap<(Action, Outcome), u64>>,
     stop: CancellationToken,
     tasks: TaskTracker,
+}
+
+impl Inner {
+    fn count_remedy(&self, action: Action, outcome: Outcome) {
+        let mut counts = self.remedies.lock().expect("no panic while the counts are held");
+        *counts.entry((action, outcome)).or_default() += 1;
+    }
 }
 
 impl Agents {
@@ -66,6 +78,7 @@ impl Agents {
             roster,
             tripwires,
             given_up: AtomicU64::new(0),
+            remedies: Mutex::default(),
             stop: CancellationToken::new(),
             tasks: TaskTracker::new(),
         };
@@ -128,6 +141,16 @@ impl Agents {
     /// How many agents seemed dead so far; each that was not is a false alarm.
     pub fn given_up(&self) -> u64 {
         self.inner.given_up.load(Relaxed)
+    }
+
+    /// Remedies of GPUs that have ended while this controller led.
+    pub fn remedies(&self) -> BTreeMap<(Action, Outcome), u64> {
+        self.inner.remedies.lock().expect("no panic while the counts are held").clone()
+    }
+
+    /// Orders to agents that have not ended.
+    pub fn open_remedies(&self) -> Vec<Remedy> {
+        self.inner.raft.config().borrow().remedies.values().cloned().collect()
     }
 
     /// The revision of a deployment that new requests are for.

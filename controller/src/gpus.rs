@@ -15,6 +15,7 @@ use crate::state::command::Command;
 use crate::state::gpus::GpuRecord;
 
 pub mod metrics;
+pub mod remedies;
 
 /// Commands at one look at most; what is left is seen at the next.
 const NOTES: usize = 256;
@@ -126,7 +127,7 @@ mod tests {
                 boot: "b".into(),
             });
             let (gpu, agent) = ("gpu-1".parse().unwrap(), agent.parse().unwrap());
-            let record = GpuRecord { gpu, agent, hold, index: KNOWN, falls_ms: vec![5] };
+            let record = GpuRecord { gpu, agent, hold, index: KNOWN, falls_ms: vec![5], ordered_ms: vec![] };
             config.gpus.insert("gpu-1".parse().unwrap(), record);
         }
         let (mut fleet, mut report) = (Fleet::new(0), empty_report());
@@ -204,7 +205,14 @@ mod tests {
             let (id, agent): (GpuId, NodeId) = ("gpu-1".parse().unwrap(), "a1".parse().unwrap());
             let (reason, boot, (remedy, standing)) = ("old".to_owned(), "b".to_owned(), held);
             let hold = Some(Hold { gpu: id.clone(), quarantined: false, reason, remedy, standing, boot });
-            let record = GpuRecord { gpu: id.clone(), agent: agent.clone(), hold, index: KNOWN, falls_ms: vec![] };
+            let record = GpuRecord {
+                gpu: id.clone(),
+                agent: agent.clone(),
+                hold,
+                index: KNOWN,
+                falls_ms: vec![],
+                ordered_ms: vec![],
+            };
             config.gpus.insert(id, record);
             let (mut fleet, mut report) = (Fleet::new(0), empty_report());
             report.health.gpus = vec![gpu("gpu-1", state)];
@@ -232,7 +240,8 @@ mod tests {
             let (boot, reason) = ("b".to_owned(), "old".to_owned());
             let (remedy, standing) = (Remedy::Reset, false);
             let hold = Some(Hold { gpu: id.clone(), quarantined: false, reason, remedy, standing, boot });
-            let record = GpuRecord { gpu: id.clone(), agent: owner, hold, index: KNOWN, falls_ms: vec![5] };
+            let record =
+                GpuRecord { gpu: id.clone(), agent: owner, hold, index: KNOWN, falls_ms: vec![5], ordered_ms: vec![] };
             config.gpus.insert(id, record);
             let mut fleet = Fleet::new(0);
             for (name, mode) in [("a1", first), ("a2", Some(Mode::Advise))] {

@@ -3,10 +3,11 @@
 //!
 //! Pure. Rules: a worker goes to an agent that its deployment's constraints allow and that has room, first to one that
 //! has none of this deployment, then to the one with the fewest workers, then by name. What is right stays. What is not
-//! (another revision or other options, a draining agent, an unsound GPU, a second replica where another agent has none) is replaced
-//! before it goes: a new worker first, and only when it is ready the old one retires, which means that it ends what it
-//! has begun. So a deployment never has fewer ready workers than it had or wants, unless nobody has room for both. An
-//! agent that stays away loses its workers if another can take them. Planning again on the result changes nothing.
+//! (another revision or other options, a draining agent or one whose GPUs are mended, an unsound GPU, a second replica where
+//! another agent has none) is replaced before it goes: a new worker first, and only when it is ready the old one retires,
+//! which means that it ends what it has begun. So a deployment never has fewer ready workers than it had or wants, unless
+//! nobody has room for both. An agent that stays away loses its workers if another can take them. Planning again on the
+//! result changes nothing.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -84,6 +85,26 @@ pub fn unmet(config: &Config, fleet: &Fleet, deployment: &Deployment) -> Option<
     Some(format!("{missing} without a place: {}", reasons.join("; ")))
 }
 
+/// Whether every worker that serves on an agent would find room elsewhere, all of them together, if that agent took none:
+/// then it can be emptied, and its deployments never have fewer workers that serve.
+pub fn can_be_emptied(config: &Config, fleet: &Fleet, agent: &NodeId) -> bool {
+    let mut without = config.clone();
+    without.standings.insert(agent.clone(), Standing::Draining { within_ms: 0 });
+    let (times, workers) = (Times { now_ms: 0, leader_since_ms: 0 }, config.plan.workers.clone());
+    let mut draft = Draft { config: &without, fleet, times, workers };
+    let serves =
+        |(id, place): &(&WorkerId, &Placement)| place.agent == *agent && place.retiring_ms.is_none() && draft.ready(id);
+    let serving: Vec<(WorkerId, DeploymentId)> =
+        draft.workers.iter().filter(serves).map(|(id, place)| (id.clone(), place.deployment.clone())).collect();
+    serving.into_iter().all(|(id, deployment)| {
+        // What nobody wants any more needs no other place.
+        let Some(deployment) = without.deployments.get(&deployment) else { return true };
+        let Some(place) = draft.best(deployment) else { return false };
+        draft.put(id, deployment, place);
+        true
+    })
+}
+
 /// A worker's number within its deployment.
 fn number(deployment: &DeploymentId, worker: &WorkerId) -> Option<u32> {
     worker.as_str().strip_prefix(deployment.as_str())?.strip_prefix('.')?.parse().ok()
@@ -104,6 +125,8 @@ pub fn can_be_named(deployment: &DeploymentId) -> bool {
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Misfit {
     Standing(Standing),
+    /// Its GPUs are being mended.
+    Remedy,
     Label {
         key: String,
         value: String,
@@ -128,6 +151,7 @@ impl fmt::Display for Misfit {
         match self {
             Misfit::Standing(Standing::Cordoned) => f.write_str("is cordoned"),
             Misfit::Standing(Standing::Draining { .. }) => f.write_str("is being drained"),
+            Misfit::Remedy => f.write_str("has its GPUs mended"),
             Misfit::Label { key, value } => write!(f, "has no label {key}={value}"),
             Misfit::Gpus { free, needed } => write!(f, "has {free} free GPUs of {needed} needed"),
             Misfit::Memory { free, needed } => {
@@ -174,8 +198,8 @@ impl<'a> Draft<'a> {
                     && (place.revision, &place.engine) == (placement.revision, &placement.engine)
                     && fleet.agents.get(&place.agent).is_some_and(|view| is_ready(view, other))
             };
-            let limit_ms = match config.standings.get(&placement.agent) {
-                Some(Standing::Draining { within_ms }) if others.iter().any(ready) => *within_ms,
+            let limit_ms = match config.standing(&placement.agent) {
+                Some(Standing::Draining { within_ms }) if others.iter().any(ready) => within_ms,
                 _ => RETIRE_LIMIT_MS,
             };
             let age_ms = times.now_ms.saturating_sub(since_ms);
@@ -194,7 +218,7 @@ impl<'a> Draft<'a> {
         let right = |(id, place): &(&WorkerId, &Placement)| {
             is_twin(place, deployment)
                 && !self.fenced(place, id)
-                && !matches!(self.config.standings.get(&place.agent), Some(Standing::Draining { .. }))
+                && !matches!(self.config.standing(&place.agent), Some(Standing::Draining { .. }))
                 && self.allows(&place.agent, deployment).is_ok()
         };
         let mut right: Vec<_> = self.own(deployment).filter(right).map(|(id, _)| id.clone()).collect();
@@ -378,6 +402,9 @@ impl<'a> Draft<'a> {
 
     /// Whether one more worker of a deployment can go to an agent.
     fn fits(&self, agent: &NodeId, deployment: &Deployment) -> Result<(), Misfit> {
+        if self.config.remedy_of(agent).is_some() {
+            return Err(Misfit::Remedy);
+        }
         if let Some(standing) = self.config.standings.get(agent) {
             return Err(Misfit::Standing(*standing));
         }

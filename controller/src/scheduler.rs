@@ -314,7 +314,7 @@ fn offer(
     let cached_tokens = ((blocks * BLOCK) as u32).min(ask.tokens.saturating_sub(1));
     let load = u64::from(jobs) * FULL_BATCH_TOKENS / u64::from(max_batch);
     let late = ask.now_ms.saturating_sub(view.last_report_ms) > LATE_MS;
-    let leaving = config.standings.contains_key(agent)
+    let leaving = config.standing(agent).is_some()
         || config.plan.workers.get(&worker.worker).is_some_and(|placement| placement.retiring_ms.is_some());
     Some(Offer {
         worker: worker.worker.clone(),

@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, RwLock};
 
 use izar_common::clock::Hlc;
+use izar_common::health::gpu;
 use izar_common::id::{DeploymentId, GpuId, Hash, KeyId, NodeId, ProjectId, SiteId, TenantId, TurnId};
 
 pub mod audit;
@@ -15,6 +16,7 @@ pub mod gpus;
 pub mod last_backup;
 pub mod models;
 pub mod rebirth;
+pub mod remedies;
 pub mod rows;
 pub mod store;
 pub mod tenants;
@@ -26,6 +28,7 @@ pub use gpus::GpuRecord;
 use izar_common::manifest::Manifest;
 use last_backup::LastBackup;
 pub use models::{Constraints, Deployment, Model, Placement, Plan, Standing};
+use remedies::Remedy;
 use rows::{Head, Row};
 pub use tenants::{Key, KeyStatus, Project, Tenant};
 use turns::{Opening, Outcome, Turn, Turns};
@@ -85,6 +88,8 @@ pub enum What {
     AliasSet { alias: DeploymentId, deployment: Option<DeploymentId> },
     StandingSet { agent: NodeId, standing: Option<Standing> },
     GpuNoted(GpuRecord),
+    RemedyOrdered(Remedy),
+    RemedyEnded { id: u64, outcome: gpu::Outcome },
 }
 
 /// What a batch came to.
@@ -119,6 +124,8 @@ pub struct State {
     aliases: BTreeMap<DeploymentId, DeploymentId>,
     standings: BTreeMap<NodeId, Standing>,
     gpus: BTreeMap<GpuId, GpuRecord>,
+    /// By their ids.
+    remedies: BTreeMap<u64, Remedy>,
     plan: Plan,
     last_backup: Option<LastBackup>,
     turns: Turns,
@@ -143,6 +150,7 @@ impl State {
             aliases: BTreeMap::new(),
             standings: BTreeMap::new(),
             gpus: BTreeMap::new(),
+            remedies: BTreeMap::new(),
             plan: Plan::default(),
             last_backup: None,
             turns: Turns::default(),
@@ -230,6 +238,8 @@ impl State {
                 self.note_backup(step, backup);
                 Ok(())
             }
+            Command::OrderRemedy { agent, action, gpus } => self.order_remedy(step, agent, *action, gpus),
+            Command::EndRemedy { id, outcome, reason } => self.end_remedy(step, *id, *outcome, reason),
             Command::CompactLog { through } => {
                 self.head.compacted = self.head.compacted.max((*through).min(step.index));
                 Ok(())
@@ -523,6 +533,7 @@ impl State {
             aliases: self.aliases.clone(),
             standings: self.standings.clone(),
             gpus: self.gpus.clone(),
+            remedies: self.remedies.clone(),
             rolling: self.rolling(),
             plan: self.plan.clone(),
             applied: self.head.config_index,
@@ -560,6 +571,8 @@ pub struct Config {
     pub aliases: BTreeMap<DeploymentId, DeploymentId>,
     pub standings: BTreeMap<NodeId, Standing>,
     pub gpus: BTreeMap<GpuId, GpuRecord>,
+    /// Orders to agents that have not ended.
+    pub remedies: BTreeMap<u64, Remedy>,
     /// Deployments whose workers are on their way from one revision to another.
     pub rolling: BTreeSet<DeploymentId>,
     pub plan: Plan,

@@ -2,10 +2,17 @@
 
 use std::fs::File;
 use std::io::Write;
-use std::path::PathBuf;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
 use nix::sys::stat::Mode;
+use nix::unistd::{User, getuid};
 use serde_json::Value;
 
 use crate::cli::Admin;
@@ -67,6 +74,88 @@ impl Server {
     pub fn log(&mut self, line: &str) {
         self.kernel.write_all(format!("{line}\n").as_bytes()).expect("a line fits a pipe");
     }
+}
+
+/// Root's hand on an agent's server: what listens where systemd would, and starts `izar-agent remediate` for each request,
+/// as systemd does. The programs below it play: they note what they do, and wait while the story holds them.
+#[derive(Debug)]
+pub struct Hand {
+    socket: PathBuf,
+    deeds: PathBuf,
+    held: PathBuf,
+    stop: Arc<AtomicBool>,
+}
+
+impl Hand {
+    /// Listens for an agent. A reset is refused while the agent has the library open, and mends what the driver asks for.
+    pub fn start(site: &Site, agent: &str) -> Self {
+        let (socket, deeds, held) = (site.path(&format!("{agent}.hand")), site.path("deeds"), site.path("held"));
+        let (scenario, open) = (site.path(&format!("{agent}.gpus")), site.path(&format!("{agent}.gpus.open")));
+        let deed = |what: &str| {
+            let (deeds, held) = (deeds.display(), held.display());
+            format!(
+                "echo begin {what} {agent} >>{deeds}\nwhile [ -e {held} ]; do sleep 0.02; done\necho end {what} {agent} >>{deeds}\n"
+            )
+        };
+        let smi = format!(
+            "[ \"$1\" = --gpu-reset ] || exit 0\nif [ -e {open} ]; then echo in use by another client; exit 1; fi\n{}echo gpu0 field 230 0 >>{scenario}\n",
+            deed("reset"),
+            open = open.display(),
+            scenario = scenario.display(),
+        );
+        let nvidia_smi = program(&site.path(&format!("{agent}.nvidia-smi")), &smi);
+        let systemctl = program(&site.path(&format!("{agent}.systemctl")), &deed("restart"));
+        let user = User::from_uid(getuid()).expect("users can be asked for").expect("this user has a name").name;
+        let listener = UnixListener::bind(&socket).expect("the folder is ours");
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = stop.clone();
+        std::thread::spawn(move || {
+            for caller in listener.incoming().map_while(Result::ok) {
+                if stopped.load(Ordering::Relaxed) {
+                    return;
+                }
+                let mut hand = Command::new(crate::binaries::path("izar-agent"));
+                hand.args(["remediate", "--user", &user]);
+                hand.arg("--nvidia-smi").arg(&nvidia_smi).arg("--systemctl").arg(&systemctl);
+                hand.stdin(Stdio::from(OwnedFd::from(caller))).stdout(Stdio::null()).stderr(Stdio::null());
+                let mut hand = hand.spawn().expect("our programs run");
+                std::thread::spawn(move || hand.wait());
+            }
+        });
+        Self { socket, deeds, held, stop }
+    }
+
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// Keeps every deed of the site from ending until [`Hand::let_go`].
+    pub fn hold(&self) {
+        std::fs::write(&self.held, "").expect("the folder is ours");
+    }
+
+    pub fn let_go(&self) {
+        std::fs::remove_file(&self.held).expect("it was held");
+    }
+
+    /// What the hands of the whole site did, in order.
+    pub fn deeds(&self) -> Vec<String> {
+        std::fs::read_to_string(&self.deeds).unwrap_or_default().lines().map(str::to_owned).collect()
+    }
+}
+
+impl Drop for Hand {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        // Wakes the thread, if it still listens.
+        let _ = UnixStream::connect(&self.socket);
+    }
+}
+
+fn program(path: &Path, text: &str) -> PathBuf {
+    std::fs::write(path, format!("#!/bin/sh\n{text}")).expect("the folder is ours");
+    std::fs::set_permissions(path, PermissionsExt::from_mode(0o700)).expect("the file is ours");
+    path.to_owned()
 }
 
 /// A GPU as `izar gpus` shows it.

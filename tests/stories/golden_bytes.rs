@@ -10,7 +10,9 @@ use std::path::PathBuf;
 
 use izar_common::chat::{Class, Finish, Grammar, Job, JobEvent, Logprobs, Sampling, Usage};
 use izar_common::clock::Hlc;
-use izar_common::health::gpu::{Health, Hold, Mode, Remedy, State, View};
+use izar_common::health::gpu::{
+    Action, Ended, Health, Hold, Mode, Order, Outcome as OrderOutcome, Remedy, State, View,
+};
 use izar_common::health::{Generation, Load, Report, WorkerReport, WorkerState};
 use izar_common::id::{
     ClusterId, DeploymentId, Hash, KeyId, NodeId, NumericsId, ProjectId, TenantId, TurnId, WorkerId,
@@ -30,6 +32,7 @@ use izar_common::wire::worker::{FromWorker, ToWorker};
 use izar_common::wire::{self, Wire};
 use izar_controller::state::command::{Batch, Command, Origin};
 use izar_controller::state::last_backup::LastBackup;
+use izar_controller::state::remedies::Target;
 use izar_controller::state::turns::{Once, Opening, Outcome};
 use izar_controller::state::{Constraints, Deployment, Key, KeyStatus, Placement, Plan, Project, Standing, Tenant};
 use izar_tests::binaries::repository;
@@ -303,7 +306,7 @@ fn agent(frames: &mut Frames) {
             workers: vec![worker(s)],
             health: health(),
         };
-        let up = Up::Report(report);
+        let up = Up::Report(Box::new(report));
         frames.check("up", &format!("report-{}", state(s)), &up);
     }
     let up = |message: &Up| match message {
@@ -324,7 +327,12 @@ fn agent(frames: &mut Frames) {
         Down::Assignment(_) => "assignment",
         Down::Tripwire(_) => "tripwire",
     };
-    let assignment = Down::Assignment(Assignment { generation, workers: workers.into(), holds: vec![hold()] });
+    let assignment = Down::Assignment(Assignment {
+        generation,
+        workers: workers.into(),
+        holds: vec![hold()],
+        order: Some(Order { id: 300, action: Action::Restart, gpus: vec![hold().gpu], begin_by_ms: 1 << 40 }),
+    });
     for message in [assignment, Down::Tripwire(std::array::from_fn(|i| i as u8))] {
         frames.check("down", down(&message), &message);
     }
@@ -395,6 +403,7 @@ fn health() -> Health {
         boot: "b7".into(),
         driver: "570.1".into(),
         gpus: (0..).zip(State::ALL).map(gpu).collect(),
+        ended: Some(Ended { id: 300, outcome: OrderOutcome::Unknown, reason: "begun, ä".into() }),
     }
 }
 
@@ -418,7 +427,11 @@ fn options(frames: &mut Frames) {
     let activations = activations.map(|activations| worker(EngineOptions { activations, ..engine() }));
     let workers = quants.into_iter().chain(kernels).chain(caches).chain(devices).chain(activations).collect();
     let generation = Generation { incarnation: 1, applied: 1 };
-    frames.check("down", "options", &Down::Assignment(Assignment { generation, workers, holds: Vec::new() }));
+    frames.check(
+        "down",
+        "options",
+        &Down::Assignment(Assignment { generation, workers, holds: Vec::new(), order: None }),
+    );
 }
 
 fn job_event(event: &JobEvent) -> &'static str {
@@ -563,6 +576,8 @@ fn commands(frames: &mut Frames) {
         Command::ReleaseGpu { .. } => "release-gpu",
         Command::Readmit { .. } => "readmit",
         Command::NoteBackup(_) => "note-backup",
+        Command::OrderRemedy { .. } => "order-remedy",
+        Command::EndRemedy { .. } => "end-remedy",
     };
     let origin = Origin { node: name::<NodeId>("c1"), incarnation: 3 };
     let turn = job().turn;
@@ -655,5 +670,11 @@ pub fn all_commands(origin: &Origin) -> Vec<Command> {
             applied: 300,
             kept_as: "s3://backups/izar/x.izarbak".into(),
         }),
+        Command::OrderRemedy {
+            agent: name("a1"),
+            action: Action::Reset,
+            gpus: vec![Target { gpu: hold().gpu, index: 1 }],
+        },
+        Command::EndRemedy { id: 300, outcome: OrderOutcome::Late, reason: "silent".into() },
     ]
 }

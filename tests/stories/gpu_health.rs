@@ -17,22 +17,22 @@ const TOKENS: u64 = 60;
 const STREAMS: usize = 6;
 
 /// What agents say when a GPU gets worse.
-const WORSE: &str = "a GPU's state changed for the worse";
-const FAULT: &str = "the server's GPUs are not in order";
-const FENCED: &str = "worker is fenced";
+pub const WORSE: &str = "a GPU's state changed for the worse";
+pub const FAULT: &str = "the server's GPUs are not in order";
+pub const FENCED: &str = "worker is fenced";
 
 /// From an event to the moment when nothing is computed there any more and an operator sees why.
 const FENCE: Duration = Duration::from_secs(1);
 
 /// Every GPU speaks for every worker, so that the echo model is under their guard.
-const ALL: &str = "guards = \"all\"";
+pub const ALL: &str = "guards = \"all\"";
 
 fn body(tokens: u64, stream: bool) -> Value {
     let messages = json!([{ "role": "user", "content": "Count with me." }]);
     json!({ "model": "slow", "messages": messages, "max_tokens": tokens, "stream": stream })
 }
 
-fn client(site: &Site) -> Client {
+pub fn client(site: &Site) -> Client {
     let key = site.admin(1).create_key(&[]).unwrap();
     site.client(1, Some(&key))
 }
@@ -42,7 +42,7 @@ fn state(site: &Site, agent: &str, index: u64) -> String {
     gpu.map_or_else(|error| error.to_string(), |gpu| format!("{}: {}", gpu["state"], gpu["reason"]).replace('"', ""))
 }
 
-fn wait_state(site: &Site, agent: &str, index: u64, expected: &str) {
+pub fn wait_state(site: &Site, agent: &str, index: u64, expected: &str) {
     until(expected, SOON, || {
         let state = state(site, agent, index);
         ensure!(state.starts_with(expected), "GPU {index} of {agent} is {state}");
@@ -59,7 +59,7 @@ fn wait_fault(site: &Site, agent: &str, expected: &str) {
 }
 
 /// The workers of `slow` that serve, and on which agents.
-fn serving(site: &Site) -> Vec<String> {
+pub fn serving(site: &Site) -> Vec<String> {
     let agents = site.admin(1).json(&["agents", "list"]).unwrap();
     let mut serving = Vec::new();
     for agent in agents["agents"].as_array().into_iter().flatten() {
@@ -71,7 +71,7 @@ fn serving(site: &Site) -> Vec<String> {
 }
 
 /// Streams run; `during` happens; every answer is whole and as if nothing had.
-fn while_streams_run(site: &Site, client: &Client, tokens: u64, during: impl FnOnce()) {
+pub fn while_streams_run(site: &Site, client: &Client, tokens: u64, during: impl FnOnce()) {
     let expected = client.post(CHAT, &body(tokens, false)).unwrap().content();
     let begun = AtomicUsize::new(0);
     std::thread::scope(|scope| {

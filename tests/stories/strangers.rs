@@ -139,7 +139,7 @@ fn oversized_header() -> Vec<u8> {
         workers: Vec::new(),
         health: Default::default(),
     };
-    let mut header = to_bytes(&Up::Report(report))[..16].to_vec();
+    let mut header = to_bytes(&Up::Report(Box::new(report)))[..16].to_vec();
     let bytes = u32::try_from(Up::LIMIT + 1).expect("limits fit");
     header[8..12].copy_from_slice(&bytes.to_be_bytes());
     header

@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 
 use izar_common::health::Generation;
-use izar_common::health::gpu::{GPUS, Health, Hold, Mode, Remedy, State, View, reason};
+use izar_common::health::gpu::{Action, Ended, GPUS, Health, Hold, Mode, Order, Remedy, State, View, reason};
 use izar_common::id::GpuId;
 
 use super::life::{Event, next};
@@ -23,6 +23,20 @@ pub struct Identity {
     pub cuda: Option<u16>,
     pub name: String,
     pub bus: String,
+}
+
+/// Why a server gets no work whose GPUs are not read, and what that says in [`Judge::health`].
+pub const OPENING: &str = "its GPUs have not been read yet";
+pub const CLOSED: &str = "its GPUs are being mended";
+
+/// What came of mending a GPU.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Mended {
+    Yes,
+    /// Why not.
+    No(String),
+    /// It computes wrongly.
+    Wrong(String),
 }
 
 /// What the judge is told at its beginning.
@@ -63,6 +77,8 @@ struct Gpu {
     last_xid: Option<u32>,
     xids: u64,
     fell_ms: Option<u64>,
+    /// It is back, and has not shown yet that it computes rightly.
+    unproven: bool,
 }
 
 /// What is known of the server's GPUs.
@@ -80,11 +96,14 @@ pub struct Judge {
     owed: u32,
     generation: Generation,
     holds: BTreeMap<GpuId, Hold>,
+    ended: Option<Ended>,
 }
 
 #[derive(Debug, PartialEq, Eq)]
 enum Library {
     Opening,
+    /// It was let go of, so that GPUs can be reset.
+    Closed,
     /// There is none: a server without GPUs.
     Absent,
     Broken(String),
@@ -102,6 +121,7 @@ impl Judge {
             owed: 0,
             generation: Generation::default(),
             holds: BTreeMap::new(),
+            ended: None,
         }
     }
 
@@ -123,6 +143,72 @@ impl Judge {
     /// Notes that the library cannot be used, or gave no reading at all.
     pub fn broken(&mut self, why: String) {
         self.library = Library::Broken(why);
+    }
+
+    /// Notes that the library is let go of; or that it will be opened anew.
+    pub fn close(&mut self, closed: bool) {
+        self.library = if closed { Library::Closed } else { Library::Opening };
+        // What readings have shown before says nothing of afterwards.
+        self.gpus.values_mut().for_each(|gpu| gpu.clean = 0);
+    }
+
+    /// Notes how an order has ended.
+    pub fn tell(&mut self, ended: Option<Ended>) {
+        self.ended = ended.map(|ended| Ended { reason: reason(ended.reason), ..ended });
+    }
+
+    /// Notes that an order is being carried out.
+    pub fn mend(&mut self, order: &Order, now_ms: u64, wall_ms: u64) -> Vec<Told> {
+        let event = match order.action {
+            Action::Reset => Event::Resetting,
+            Action::Restart => Event::Rebooting,
+        };
+        let mut told = Vec::new();
+        for gpu in self.gpus.values_mut().filter(|gpu| order.gpus.contains(&gpu.identity.id)) {
+            let why = gpu.reason.clone();
+            gpu.step(event, &why, now_ms, wall_ms, &mut told);
+        }
+        told
+    }
+
+    /// Whether readings have shown nothing wrong with a GPU often enough since the library was opened.
+    pub fn is_clean(&self, id: &GpuId) -> bool {
+        self.gpus.get(id).is_some_and(|gpu| gpu.clean >= MENDED)
+    }
+
+    /// Notes what came of mending a GPU.
+    pub fn mended(&mut self, id: &GpuId, how: Mended, now_ms: u64, wall_ms: u64) -> Vec<Told> {
+        let mut told = Vec::new();
+        let Some(gpu) = self.gpus.get_mut(id) else { return told };
+        match how {
+            Mended::Yes => {
+                gpu.step(Event::Mended, "it was reset", now_ms, wall_ms, &mut told);
+                // Whoever mended it has asked for an answer that is known.
+                gpu.unproven = false;
+            }
+            Mended::No(why) => {
+                let why = format!("{why}; before: {}", gpu.reason);
+                gpu.step(Event::Failed, &why, now_ms, wall_ms, &mut told);
+            }
+            Mended::Wrong(why) => gpu.take(vec![Finding::Broken(why)], now_ms, wall_ms, &mut told),
+        }
+        told
+    }
+
+    /// GPUs that are back and were not asked yet for an answer that is known; each is named once.
+    pub fn unproven(&mut self) -> Vec<(GpuId, Option<u16>)> {
+        let take = |gpu: &mut Gpu| std::mem::take(&mut gpu.unproven).then(|| gpu.identity.clone());
+        self.gpus.values_mut().filter_map(take).map(|identity| (identity.id, identity.cuda)).collect()
+    }
+
+    /// Notes that a GPU gave a wrong answer, or none.
+    pub fn disproven(&mut self, id: &GpuId, why: &str, now_ms: u64, wall_ms: u64) -> Vec<Told> {
+        let mut told = Vec::new();
+        if let Some(gpu) = self.gpus.get_mut(id) {
+            let finding = Finding::Hard { reason: why.to_owned(), remedy: Remedy::Reset, standing: false };
+            gpu.take(vec![finding], now_ms, wall_ms, &mut told);
+        }
+        told
     }
 
     /// Notes that a call of the library begins.
@@ -211,7 +297,8 @@ impl Judge {
         let there = self.gpus.values().filter(|gpu| !gpu.reading.lost).count() as u32;
         let few = self.terms.expected.filter(|expected| there < *expected);
         match (&self.library, few) {
-            (Library::Opening, _) => return Some("its GPUs have not been read yet".into()),
+            (Library::Opening, _) => return Some(OPENING.into()),
+            (Library::Closed, _) => return Some(CLOSED.into()),
             (Library::Broken(why), _) => return Some(format!("its GPUs cannot be read: {why}")),
             (Library::Absent, Some(expected)) => {
                 return Some(format!("{expected} GPUs are expected, and there is no GPU library"));
@@ -243,6 +330,7 @@ impl Judge {
             boot: self.terms.boot.clone(),
             driver: self.driver.clone(),
             gpus,
+            ended: self.ended.clone(),
         }
     }
 }
@@ -263,6 +351,7 @@ impl Gpu {
             last_xid: None,
             xids: 0,
             fell_ms: None,
+            unproven: false,
         }
     }
 
@@ -357,6 +446,7 @@ impl Gpu {
         if matches!(after, State::Probation) {
             // Its half hour begins now.
             self.wrong_ms = now_ms;
+            self.unproven = true;
         }
         if after.share() > 0 {
             self.remedy = Remedy::None;

@@ -120,6 +120,91 @@ pub enum Mode {
     /// What is not sound gets no work, and operators are told what would mend it.
     #[default]
     Advise,
+    /// Besides, what would mend it is done, when the leader orders it.
+    Act,
+}
+
+/// What is done to mend GPUs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Action {
+    /// Each of them is reset.
+    Reset,
+    /// Their server is restarted.
+    Restart,
+}
+
+impl Action {
+    pub const ALL: [Self; 2] = [Self::Reset, Self::Restart];
+
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Reset => "reset",
+            Self::Restart => "restart",
+        }
+    }
+}
+
+impl fmt::Display for Action {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.as_str())
+    }
+}
+
+/// What an agent shall do to its GPUs, once.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Order {
+    /// Index of the entry that ordered it: no two have the same, and a later one's is higher.
+    pub id: u64,
+    pub action: Action,
+    pub gpus: Vec<GpuId>,
+    /// It is not begun after this, Unix milliseconds: whoever ordered it counts it as failed then.
+    pub begin_by_ms: u64,
+}
+
+/// How an order ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    /// It was done, and its GPUs are as they should be.
+    Done,
+    /// It was not done, or has not helped.
+    Failed,
+    /// The process that began it is gone: readings will tell.
+    Unknown,
+    /// It was done, and a GPU computes wrongly.
+    Wrong,
+    /// Nothing was heard of it in time.
+    Late,
+}
+
+impl Outcome {
+    pub const ALL: [Self; 5] = [Self::Done, Self::Failed, Self::Unknown, Self::Wrong, Self::Late];
+
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Done => "done",
+            Self::Failed => "failed",
+            Self::Unknown => "unknown",
+            Self::Wrong => "wrong",
+            Self::Late => "late",
+        }
+    }
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.as_str())
+    }
+}
+
+/// What an agent says of an order, from its end until it is not ordered any more.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ended {
+    pub id: u64,
+    pub outcome: Outcome,
+    /// In words, what stood in the way; empty if nothing did.
+    pub reason: String,
 }
 
 /// One GPU.
@@ -199,6 +284,8 @@ pub struct Health {
     pub boot: String,
     pub driver: String,
     pub gpus: Vec<View>,
+    /// How the order that it was given has ended.
+    pub ended: Option<Ended>,
 }
 
 impl Health {

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Wire;
 use crate::chat::{CAPSULE_BYTES, Job, JobEvent};
-use crate::health::gpu::Hold;
+use crate::health::gpu::{Hold, Order};
 use crate::health::{Generation, Report};
 use crate::id::{DeploymentId, Hash, NumericsId, TurnId, WorkerId};
 use crate::manifest::Manifest;
@@ -16,13 +16,11 @@ use crate::prefix::Sketch;
 /// From an agent, on its session stream.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Up {
-    Report(Report),
+    /// In a box, for it is much larger than the other.
+    Report(Box<Report>),
     /// What a worker of the last report holds for later prompts. Apart from reports, which are repeated many times a
     /// second: it is sent once, and again when it has changed.
-    Sketch {
-        worker: WorkerId,
-        sketch: Sketch,
-    },
+    Sketch { worker: WorkerId, sketch: Sketch },
 }
 impl Wire for Up {
     const TYPE: u16 = 16;
@@ -49,6 +47,8 @@ pub struct Assignment {
     pub workers: Vec<WorkerSpec>,
     /// What is remembered against its GPUs.
     pub holds: Vec<Hold>,
+    /// What it shall do to them.
+    pub order: Option<Order>,
 }
 
 /// One worker that an agent shall run.

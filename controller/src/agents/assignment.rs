@@ -7,6 +7,7 @@ use izar_common::wire::agent::{Assignment, WorkerSpec};
 
 use crate::planner::WORKERS_PER_AGENT;
 use crate::state::Config;
+use crate::state::remedies::Remedy;
 
 /// Files in one assignment at most: with their names they stay below the frame's 4 MiB. The largest models published
 /// so far have fewer than 200.
@@ -35,7 +36,9 @@ pub fn assignment(config: &Config, agent: &NodeId) -> Assignment {
     let workers = workers.collect();
     let held = config.gpus.values().filter(|record| record.agent == *agent);
     let holds = held.filter_map(|record| record.hold.clone()).take(GPUS).collect();
-    Assignment { generation: Generation { incarnation: config.incarnation, applied: config.applied }, workers, holds }
+    let order = config.remedy_of(agent).map(Remedy::order);
+    let generation = Generation { incarnation: config.incarnation, applied: config.applied };
+    Assignment { generation, workers, holds, order }
 }
 
 #[cfg(test)]
@@ -60,7 +63,14 @@ mod tests {
             let (reason, boot) = ("Xid 54".to_owned(), String::new());
             let (remedy, standing) = (Remedy::Replace, false);
             let hold = held.then(|| Hold { gpu: gpu.clone(), quarantined: true, reason, remedy, standing, boot });
-            let record = crate::state::GpuRecord { gpu: gpu.clone(), agent, hold, index: 1, falls_ms: Vec::new() };
+            let record = crate::state::GpuRecord {
+                gpu: gpu.clone(),
+                agent,
+                hold,
+                index: 1,
+                falls_ms: vec![],
+                ordered_ms: vec![],
+            };
             config.gpus.insert(gpu, record);
         }
         let holds = assignment(&config, &"a1".parse().unwrap()).holds;

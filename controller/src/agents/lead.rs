@@ -1,13 +1,15 @@
 //! The leader's loop: while this controller leads, it proposes the plan that the planner wants, notes what agents find of
-//! their GPUs, and closes the turns of controllers that have died and whose clients never came back.
+//! their GPUs and orders what mends them, and closes the turns of controllers that have died and whose clients never came
+//! back.
 
 use std::time::Duration;
 
 use izar_common::clock::wall_ms;
+use izar_common::health::gpu::Outcome;
 use izar_common::id::NodeId;
 
 use super::Inner;
-use crate::gpus;
+use crate::gpus::{self, remedies};
 use crate::planner::{self, Times};
 use crate::state::command::{Command, Refusal, Reply};
 
@@ -37,6 +39,7 @@ pub(super) async fn run(inner: &Inner) {
             }
             close_abandoned(inner).await;
             note_gpus(inner).await;
+            mend_gpus(inner).await;
         }
         tokio::select! {
             changed = leadership.changed() => if changed.is_err() { return },
@@ -71,6 +74,43 @@ async fn note_gpus(inner: &Inner) {
             Ok(Reply::Done) => log::info!(gpu:%, held; "what is remembered of a GPU changed"),
             Ok(Reply::Refused(refusal)) => log::warn!(gpu:%, refusal:%; "a note of a GPU was refused"),
             Err(unavailable) => log::debug!(gpu:%, reason = unavailable.reason; "a note of a GPU was not decided"),
+        }
+    }
+}
+
+/// Orders what would mend GPUs, where it may, and closes what has ended.
+async fn mend_gpus(inner: &Inner) {
+    let config = inner.raft.config().borrow().clone();
+    for command in remedies::commands(&config, &inner.roster.fleet(), wall_ms()) {
+        match inner.raft.propose(command.clone()).await {
+            Ok(Reply::Done) => {}
+            // Between the look and the entry something has changed; the next look starts from there.
+            Ok(Reply::Refused(refusal)) => {
+                log::info!(refusal:%; "a remedy of GPUs was refused");
+                continue;
+            }
+            Err(unavailable) => {
+                log::debug!(reason = unavailable.reason; "a remedy of GPUs was not decided");
+                continue;
+            }
+        }
+        match command {
+            Command::OrderRemedy { agent, action, gpus } => {
+                log::info!(agent:%, action:%, gpus = gpus.len(); "a remedy of GPUs is ordered");
+            }
+            Command::EndRemedy { id, outcome, reason } => {
+                if let Some(remedy) = config.remedies.get(&id) {
+                    inner.count_remedy(remedy.action, outcome);
+                }
+                match outcome {
+                    Outcome::Done => log::info!(id, reason; "a remedy of GPUs is done"),
+                    _ => log::warn!(id, outcome:%, reason; "a remedy of GPUs has not helped"),
+                }
+            }
+            Command::HoldGpu { hold, .. } => {
+                log::warn!(gpu:% = hold.gpu, reason = hold.reason; "a GPU is given up and quarantined");
+            }
+            other => unreachable!("no remedy of GPUs: {other:?}"),
         }
     }
 }

@@ -141,7 +141,10 @@ impl Roster {
         }
         let states = |workers: &[WorkerReport]| workers.iter().map(|w| (w.worker.clone(), w.state)).collect::<Vec<_>>();
         let gpus = |health: &Health| health.gpus.iter().map(|gpu| (gpu.id.clone(), gpu.state)).collect::<Vec<_>>();
-        let look = |report: &Report| (states(&report.workers), gpus(&report.health), report.health.fault.clone());
+        let look = |report: &Report| {
+            let health = &report.health;
+            (states(&report.workers), gpus(health), health.fault.clone(), health.ended.clone())
+        };
         let before = soft.fleet.agents.get(agent).and_then(|view| view.report.as_ref().map(look));
         let moved = before.is_none_or(|before| before != look(&report));
         soft.prefixes.report(agent, &report);

@@ -106,7 +106,7 @@ async fn read_reports(
     while let Some(up) = rx.next().await? {
         heard.fetch_add(1, Relaxed);
         match up {
-            Up::Report(report) => inner.roster.report(agent, connection, report),
+            Up::Report(report) => inner.roster.report(agent, connection, *report),
             Up::Sketch { worker, sketch } => inner.roster.sketch(agent, connection, &worker, sketch),
         }
     }
@@ -175,7 +175,7 @@ async fn write_orders(inner: &Inner, agent: &NodeId, mut tx: Sender, tripwire: &
         let wanted = assignment(&now, agent);
         // What is remembered of a GPU may come and go between two looks: the agent must hear that it was looked at since.
         let noted = now.gpus.values().filter(|record| record.agent == *agent).map(|record| record.index).max();
-        let content = (wanted.workers.clone(), wanted.holds.clone(), noted);
+        let content = (wanted.workers.clone(), wanted.holds.clone(), wanted.order.clone(), noted);
         if sent.as_ref() != Some(&content) {
             log::debug!(agent:%, workers = wanted.workers.len(), applied = wanted.generation.applied; "assignment sent");
             sent = Some(content);

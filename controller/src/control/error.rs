@@ -62,6 +62,7 @@ impl From<Refusal> for Error {
             | Refusal::UnknownDeployment(_)
             | Refusal::UnknownTenant(_)
             | Refusal::UnknownAlias(_)
+            | Refusal::UnknownRemedy(_)
             | Refusal::UnknownTurn(_) => Self::NotFound(text),
             Refusal::KeyExists(_)
             | Refusal::KeyRevoked(_)
@@ -75,6 +76,9 @@ impl From<Refusal> for Error {
             | Refusal::OutdatedPlan
             | Refusal::NotHeld(_)
             | Refusal::Quarantined(_)
+            | Refusal::BudgetSpent
+            | Refusal::HeldOtherwise(_)
+            | Refusal::TooOften(_)
             | Refusal::Full { .. } => Self::Conflict(text),
         }
     }

@@ -20,6 +20,7 @@ use super::{Shared, orders};
 use crate::agents::Agents;
 use crate::fleet::Fleet;
 use crate::state::command::Command;
+use crate::state::remedies::Remedy;
 use crate::state::{Config, GpuRecord};
 
 /// How long a release waits for an agent to have heard of the hold, and how often it looks: agents report every second.
@@ -35,6 +36,8 @@ pub struct Gpus {
     pub agents: Vec<Server>,
     /// What is remembered, of GPUs that are away as well.
     pub remembered: Vec<GpuRecord>,
+    /// What agents are ordered to do to them, and have not ended.
+    pub remedies: Vec<Remedy>,
 }
 
 /// One GPU, as its agent says.
@@ -99,7 +102,8 @@ pub fn show(config: &Config, fleet: &Fleet) -> Gpus {
             Gpu { agent: agent.clone(), view: gpu.clone(), held }
         }));
     }
-    Gpus { gpus, agents, remembered: config.gpus.values().cloned().collect() }
+    let remembered = config.gpus.values().cloned().collect();
+    Gpus { gpus, agents, remembered, remedies: config.remedies.values().cloned().collect() }
 }
 
 /// How many GPUs are in each state, for who looks at the whole.

@@ -18,6 +18,7 @@ use crate::gateway::trace::Trace;
 use crate::planner;
 use crate::raft::Leadership;
 use crate::state::last_backup::LastBackup;
+use crate::state::remedies::Remedy;
 use crate::state::turns::{Outcome, Turn};
 use crate::state::{Config, Constraints, Deployment, Key, KeyStatus, Model, Placement, Project, Standing, Tenant};
 
@@ -274,6 +275,8 @@ pub struct AgentDetail {
     pub labels: BTreeMap<String, String>,
     /// What an operator has said of it: `cordoned` or `draining`.
     pub standing: Option<Standing>,
+    /// The order that it has about its GPUs: it is emptied for it.
+    pub remedy: Option<Remedy>,
     /// Workers that the plan has on it.
     pub planned: usize,
     /// The assignment that it works on.
@@ -493,6 +496,7 @@ pub fn agent(id: &NodeId, view: &AgentView, config: &Config) -> AgentDetail {
         gpus: report.map(|r| r.gpus),
         labels: report.map(|r| r.labels.clone()).unwrap_or_default(),
         standing: config.standings.get(id).copied(),
+        remedy: config.remedy_of(id).cloned(),
         planned: config.plan.workers.values().filter(|place| place.agent == *id).count(),
         generation: report.map(|r| r.generation),
         jobs: view.jobs(),

@@ -3,7 +3,7 @@
 //!
 //! Only what agents of this controller's sessions say; a number that a driver does not give has no sample.
 
-use izar_common::health::gpu::{Health, State, View};
+use izar_common::health::gpu::{Action, Health, Outcome, State, View};
 
 use crate::agents::Agents;
 use crate::fleet::Fleet;
@@ -74,6 +74,30 @@ pub fn measure(metrics: &Metrics, agents: &Agents) {
     metrics.numbers("izar_gpu_agent_fault", help, Kind::Gauge, move |samples| {
         for (agent, health) in servers(&told.fleet()) {
             samples(&[("agent", agent)], f64::from(u8::from(!health.fault.is_empty())));
+        }
+    });
+    remedies(metrics, agents);
+}
+
+/// Remedies: what came of them, and what is under way.
+fn remedies(metrics: &Metrics, agents: &Agents) {
+    let told = agents.clone();
+    let help = "Remedies of GPUs that have ended while this controller led.";
+    metrics.numbers("izar_gpu_remedies_total", help, Kind::Counter, move |samples| {
+        let ended = told.remedies();
+        for action in Action::ALL {
+            for outcome in Outcome::ALL {
+                let count = ended.get(&(action, outcome)).copied().unwrap_or(0);
+                samples(&[("verb", action.as_str()), ("outcome", outcome.as_str())], count as f64);
+            }
+        }
+    });
+    let told = agents.clone();
+    metrics.numbers("izar_gpu_remedies_open", "Remedies of GPUs under way.", Kind::Gauge, move |samples| {
+        let open = told.open_remedies();
+        for action in Action::ALL {
+            let count = open.iter().filter(|remedy| remedy.action == action).count();
+            samples(&[("verb", action.as_str())], count as f64);
         }
     });
 }

@@ -335,3 +335,37 @@ fn a_card_that_is_cordoned_gets_no_worker_and_is_not_counted() {
     check(Mode::Advise, &|m| m.constraints.gpus = 2, "same");
     check(Mode::Advise, &|m| m.constraints.gpus = 1, "m.0@a1");
 }
+
+#[test]
+fn an_agent_whose_gpus_are_mended_counts_as_drained_and_only_as_long() {
+    use crate::state::remedies::Remedy;
+    use izar_common::health::gpu::Action;
+    let both = "a1 m.0 ready 0 0 0\na2 n.0 ready 0 0 0";
+    let mut config = config("m 1, n 1", "m.0@a1 n.0@a2");
+    let remedy = Remedy { id: 9, agent: "a1".parse().unwrap(), action: Action::Reset, gpus: vec![], ordered_ms: NOW };
+    config.remedies.insert(9, remedy);
+    assert_eq!(next(&config, &fleet(both, NOW), TIMES), "m.0@a1 m.1@a2 n.0@a2");
+    config.remedies.clear();
+    assert_eq!(next(&config, &fleet(both, NOW), TIMES), "same");
+    // An operator's own word stays what it is.
+    config.standings.insert("a1".parse().unwrap(), Standing::Draining { within_ms: 7 });
+    assert_eq!(config.standing(&"a1".parse().unwrap()), Some(Standing::Draining { within_ms: 7 }));
+}
+
+#[test]
+fn an_agent_can_be_emptied_if_all_that_serves_there_has_room_elsewhere() {
+    let check = |said: &str, change: &dyn Fn(&mut Config), expected: bool| {
+        let mut config = config("m 2, n 1", "m.0@a1 m.1@a2 n.0@a1");
+        change(&mut config);
+        assert_eq!(can_be_emptied(&config, &fleet(said, NOW), &"a1".parse().unwrap()), expected, "{said}");
+    };
+    let serve = "a1 m.0 ready 0 0 0\na1 n.0 ready 0 0 0\na2 m.1 ready 0 0 0";
+    let apart = |config: &mut Config| config.deployments.get_mut("m").unwrap().constraints.apart = true;
+    check(serve, &|_| (), true);
+    check(serve, &apart, false);
+    check(&format!("{serve}\na3 x.0 ready 0 0 0"), &apart, true);
+    check("a1 m.0 fenced 0 0 0\na1 n.0 loading 0 0 0\na2 m.1 ready 0 0 0", &apart, true);
+    check("a1 m.0 ready 0 0 0", &|_| (), false);
+    let cordoned = |config: &mut Config| _ = config.standings.insert("a2".parse().unwrap(), Standing::Cordoned);
+    check(serve, &cordoned, false);
+}

@@ -3,13 +3,14 @@
 //! A record is one frame, `length u32 | crc32 u32 | JSON` (big-endian), in an append-only segment that `store` keeps.
 
 use izar_common::clock::Hlc;
+use izar_common::health::gpu::Outcome as Ending;
 use izar_common::id::{DeploymentId, GpuId, Hash, KeyId, NodeId, ProjectId, SiteId, TurnId};
 use izar_common::wire::checksum;
 use serde::{Deserialize, Serialize};
 
 use super::last_backup::LastBackup;
 use super::turns::{Opening, Outcome};
-use super::{Project, Standing, Tenant};
+use super::{Project, Remedy, Standing, Tenant};
 
 /// Largest record that is believed when a segment is read; openings have about 700 bytes, reasons at most 512.
 pub const RECORD_LIMIT: usize = 64 << 10;
@@ -90,6 +91,15 @@ pub enum Event {
     },
     BackupKept {
         backup: LastBackup,
+    },
+    RemedyOrdered {
+        remedy: Remedy,
+    },
+    RemedyEnded {
+        id: u64,
+        agent: NodeId,
+        outcome: Ending,
+        reason: String,
     },
 }
 

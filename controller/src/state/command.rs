@@ -4,13 +4,14 @@
 //! answer for it on every member. Commands travel in batches, so that one fsync serves many requests.
 
 use izar_common::clock::Hlc;
-use izar_common::health::gpu::Hold;
+use izar_common::health::gpu::{Action, Hold, Outcome as Ending};
 use izar_common::id::{DeploymentId, GpuId, Hash, KeyId, NodeId, ProjectId, TenantId, TurnId};
 use izar_common::wire::Wire;
 use serde::{Deserialize, Serialize};
 
 use super::{Deployment, Key, Plan, Project, Standing, Tenant};
 use crate::state::last_backup::LastBackup;
+use crate::state::remedies::Target;
 use crate::state::turns::{Opening, Outcome};
 use izar_common::manifest::Manifest;
 
@@ -106,6 +107,18 @@ pub enum Command {
     },
     /// Says that a backup was kept.
     NoteBackup(LastBackup),
+    /// Orders an agent to mend GPUs; refused beyond the budget. Proposed by the leader.
+    OrderRemedy {
+        agent: NodeId,
+        action: Action,
+        gpus: Vec<Target>,
+    },
+    /// Says how an order ended: as its agent says, or that nothing was heard of it.
+    EndRemedy {
+        id: u64,
+        outcome: Ending,
+        reason: String,
+    },
 }
 
 impl Command {
@@ -119,6 +132,8 @@ impl Command {
         const FIXED: usize = 640;
         /// A worker of a plan: two names of at most 63 bytes and a worker's, a hash, options.
         const WORKER: usize = 320;
+        /// A GPU of an order: its identity and an index.
+        const TARGET: usize = 80;
         FIXED
             + match self {
                 Command::CreateKey(key) => key.note.len(),
@@ -132,8 +147,9 @@ impl Command {
                 Command::SetPlan { plan, .. } => plan.workers.len() * WORKER,
                 Command::CloseTurn { outcome: Outcome::Failed { reason, .. }, .. } => reason.len(),
                 Command::HoldGpu { hold, .. } => hold.reason.len() + hold.boot.len(),
-                Command::ReleaseGpu { reason, .. } => reason.len(),
                 Command::NoteBackup(backup) => backup.kept_as.len(),
+                Command::ReleaseGpu { reason, .. } | Command::EndRemedy { reason, .. } => reason.len(),
+                Command::OrderRemedy { gpus, .. } => gpus.len() * TARGET,
                 _ => 0,
             }
     }
@@ -189,4 +205,12 @@ pub enum Refusal {
     NotHeld(GpuId),
     #[error("GPU {0} is quarantined: only an operator releases it")]
     Quarantined(GpuId),
+    #[error("as many agents are under a remedy as may be")]
+    BudgetSpent,
+    #[error("GPU {0} is not held as it was when its remedy was chosen")]
+    HeldOtherwise(GpuId),
+    #[error("GPU {0} was to be mended too often")]
+    TooOften(GpuId),
+    #[error("no remedy {0} is under way")]
+    UnknownRemedy(u64),
 }

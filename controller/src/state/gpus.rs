@@ -35,6 +35,8 @@ pub struct GpuRecord {
     pub index: u64,
     /// When it fell off the bus, as its agent said, oldest first.
     pub falls_ms: Vec<u64>,
+    /// When it was ordered last to be mended, oldest first.
+    pub ordered_ms: Vec<u64>,
 }
 
 impl State {
@@ -57,6 +59,7 @@ impl State {
             hold: None,
             index: 0,
             falls_ms: Vec::new(),
+            ordered_ms: Vec::new(),
         });
         let another = record.agent != *agent;
         record.agent = agent.clone();
@@ -112,7 +115,7 @@ impl State {
         Ok(())
     }
 
-    fn set_gpu(&mut self, step: &mut Step, record: GpuRecord) {
+    pub(super) fn set_gpu(&mut self, step: &mut Step, record: GpuRecord) {
         step.touch(Row::Gpu(record.gpu.clone()));
         self.config(step, What::GpuNoted(record.clone()));
         self.gpus.insert(record.gpu.clone(), record);

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::dedupe::Seen;
 use super::last_backup::LastBackup;
 use super::turns::{Remembered, Turn};
-use super::{Deployment, Digest, GpuRecord, Key, Model, Plan, Project, Standing, State, Stream, Tenant};
+use super::{Deployment, Digest, GpuRecord, Key, Model, Plan, Project, Remedy, Standing, State, Stream, Tenant};
 
 /// Names one row. The order of the variants is the order of the rows and must not change.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -30,6 +30,7 @@ pub enum Row {
     Standing(NodeId),
     Gpu(GpuId),
     LastBackup,
+    Remedy(u64),
 }
 
 impl Row {
@@ -49,6 +50,7 @@ impl Row {
             Row::Standing(node) => (10, node.as_str().as_bytes()),
             Row::Gpu(id) => (11, id.as_str().as_bytes()),
             Row::LastBackup => (12, &[]),
+            Row::Remedy(id) => (13, &id.to_be_bytes()),
         };
         [&[kind], id].concat()
     }
@@ -109,6 +111,7 @@ enum Value {
     Standing { agent: NodeId, standing: Standing },
     Gpu(GpuRecord),
     LastBackup(LastBackup),
+    Remedy(Remedy),
 }
 
 impl Wire for Value {
@@ -153,6 +156,7 @@ impl State {
             Row::Standing(node) => Value::Standing { agent: node.clone(), standing: *self.standings.get(node)? },
             Row::Gpu(id) => Value::Gpu(self.gpus.get(id)?.clone()),
             Row::LastBackup => Value::LastBackup(self.last_backup.clone()?),
+            Row::Remedy(id) => Value::Remedy(self.remedies.get(id)?.clone()),
         })
     }
 
@@ -171,6 +175,7 @@ impl State {
         rows.extend(self.standings.keys().cloned().map(Row::Standing));
         rows.extend(self.gpus.keys().cloned().map(Row::Gpu));
         rows.extend(self.last_backup.iter().map(|_| Row::LastBackup));
+        rows.extend(self.remedies.keys().copied().map(Row::Remedy));
         rows
     }
 
@@ -225,6 +230,7 @@ impl State {
             Value::Standing { agent, standing } => drop(self.standings.insert(agent, standing)),
             Value::Gpu(record) => drop(self.gpus.insert(record.gpu.clone(), record)),
             Value::LastBackup(backup) => self.last_backup = Some(backup),
+            Value::Remedy(remedy) => drop(self.remedies.insert(remedy.id, remedy)),
         }
         Ok(())
     }

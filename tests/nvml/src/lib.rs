@@ -121,14 +121,32 @@ fn characters<const N: usize>(value: &str) -> [c_char; N] {
     out
 }
 
+/// How often the library is open. While it is, the scenario's file has one beside it that ends in `.open`: a reset is
+/// refused as long as anybody has a GPU open.
+static OPEN: Mutex<u32> = Mutex::new(0);
+
+/// Counts the library as opened, or as closed.
+fn count(opened: bool) {
+    let mut open = OPEN.lock().expect("no panic while the count is held");
+    *open = if opened { *open + 1 } else { *open - 1 };
+    let mut mark = std::env::var_os("IZAR_FAKE_NVML").expect("IZAR_FAKE_NVML names the scenario's file");
+    mark.push(".open");
+    match *open {
+        0 => std::fs::remove_file(&mark).expect("the mark was made"),
+        _ => std::fs::write(&mark, "").expect("the mark can be made"),
+    }
+}
+
 #[unsafe(no_mangle)]
 pub extern "C" fn nvmlInit_v2() -> Code {
     call("init");
+    count(true);
     SUCCESS
 }
 
 #[unsafe(no_mangle)]
 pub extern "C" fn nvmlShutdown() -> Code {
+    count(false);
     SUCCESS
 }
 
@@ -163,12 +181,21 @@ pub unsafe extern "C" fn nvmlDeviceGetHandleByIndex_v2(index: c_uint, out: *mut 
     unsafe { give(out, handle(index)) }
 }
 
+/// Who a GPU is.
+fn identity(now: &Now, number: u32) -> String {
+    if now.uuids {
+        let host = now.host.bytes().fold(0_u32, |hash, byte| hash.wrapping_mul(31).wrapping_add(byte.into()));
+        return format!("GPU-{host:08x}-0000-4000-8000-{number:012x}");
+    }
+    format!("GPU-{}-{number}", now.host)
+}
+
 /// # Safety
 /// As NVML documents: `out` has `length` bytes.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nvmlDeviceGetUUID(device: nvmlDevice_t, out: *mut c_char, length: c_uint) -> Code {
     // SAFETY: the caller's promise. It tells even when the GPU is lost, as the real one does of an event's device.
-    unsafe { text(&format!("GPU-{}-{}", now().host, number(device)), out, length) }
+    unsafe { text(&identity(&now(), number(device)), out, length) }
 }
 
 /// # Safety

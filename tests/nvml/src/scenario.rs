@@ -6,6 +6,7 @@
 //! ```text
 //! gpus 2                      two of them
 //! host a1                     part of their identities, so that two servers have different ones
+//! uuids                       those identities look like real ones, which root's hand insists on
 //! gpu0 temperature 91         any number that the library tells: temperature, power, utilization, used, total,
 //!                             corrected, uncorrected, replays, slowdown, ecc, persistence, process, field 230
 //! gpu0 temperature none       the driver does not know it
@@ -30,6 +31,8 @@ pub struct Clock {
 pub struct Now {
     pub gpus: u32,
     pub host: String,
+    /// Identities look like real ones.
+    pub uuids: bool,
     /// Numbers by GPU and name; `None` is what the driver does not know.
     pub numbers: BTreeMap<(u32, String), Option<u64>>,
     pub lost: BTreeMap<u32, bool>,
@@ -76,6 +79,7 @@ impl Now {
         match words[..] {
             ["gpus", count] => self.gpus = count.parse().ok()?,
             ["host", name] => self.host = name.to_owned(),
+            ["uuids"] => self.uuids = true,
             ["hang", function, time] => {
                 self.hangs.insert(function.to_owned(), seconds(time).saturating_sub(age));
             }

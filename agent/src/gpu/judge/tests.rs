@@ -1,7 +1,7 @@
 //! A server's GPUs over hours, minutes and restarts.
 
 use izar_common::health::Generation;
-use izar_common::health::gpu::{Hold, Mode, Remedy, State};
+use izar_common::health::gpu::{Action, Hold, Mode, Order, Remedy, State};
 use proptest::prelude::*;
 
 use super::super::limits::{PROBATION_MS, SOFT_MS};
@@ -292,6 +292,68 @@ fn what_controllers_remember_of_a_cordon_that_was_mended_meanwhile_does_not_brin
     assert_eq!(server.state(), State::Probation, "it is the cordon that has just ended");
     server.assign(None);
     assert_eq!(server.state(), State::Probation);
+}
+
+/// A server whose second GPU is cordoned and being reset.
+fn resetting() -> Server {
+    let mut server = Server::new(terms());
+    server.read(4, &well());
+    server.xid(95);
+    let order = Order { id: 7, action: Action::Reset, gpus: vec![second()], begin_by_ms: 0 };
+    server.judge.mend(&order, server.now_ms, server.now_ms);
+    assert_eq!((server.state(), server.second().reason.as_str()), (State::Resetting, "Xid 95"));
+    server.judge.close(true);
+    assert_eq!(server.fault(), CLOSED);
+    server.judge.close(false);
+    server
+}
+
+fn second() -> GpuId {
+    "gpu-1".parse().unwrap()
+}
+
+#[test]
+fn a_gpu_that_is_reset_must_be_seen_well_afterwards() {
+    let mut server = resetting();
+    assert!(!server.judge.is_clean(&second()), "what was read before the reset says nothing");
+    server.xid(79);
+    assert_eq!(server.state(), State::Resetting, "what is told meanwhile is part of it");
+    server.read(2, &well());
+    assert!(!server.judge.is_clean(&second()));
+    server.read(1, &well());
+    assert!(server.judge.is_clean(&second()));
+    server.judge.mended(&second(), Mended::Yes, server.now_ms, server.now_ms);
+    assert_eq!((server.state(), server.second().remedy), (State::Probation, Remedy::None));
+    assert_eq!(server.second().reason, "it was reset; before: Xid 95");
+    assert_eq!(server.judge.unproven(), [], "whoever mended it has asked it");
+}
+
+#[test]
+fn a_reset_that_has_not_helped_leaves_a_cordon_and_a_wrong_answer_quarantine() {
+    for (how, state, reason) in [
+        (Mended::No("in use".into()), State::Cordoned, "in use; before: Xid 95"),
+        (Mended::Wrong("5 for 4".into()), State::Quarantined, "5 for 4"),
+    ] {
+        let mut server = resetting();
+        server.judge.mended(&second(), how, server.now_ms, server.now_ms);
+        assert_eq!((server.state(), server.second().reason.as_str()), (state, reason));
+    }
+}
+
+#[test]
+fn a_gpu_that_is_back_is_asked_once_and_a_wrong_answer_cordons_it() {
+    let mut server = Server::new(terms());
+    server.read(1, &well());
+    assert_eq!(server.judge.unproven(), []);
+    server.read(1, &Reading { recovery_action: Some(1), ..well() });
+    server.read(3, &well());
+    assert_eq!(server.state(), State::Probation);
+    assert_eq!(server.judge.unproven(), [(second(), Some(1))]);
+    assert_eq!(server.judge.unproven(), []);
+    server.judge.disproven(&second(), "5 for 4", server.now_ms, server.now_ms);
+    assert_eq!((server.state(), server.second().remedy), (State::Cordoned, Remedy::Reset));
+    server.read(10, &well());
+    assert_eq!(server.state(), State::Cordoned, "readings do not show what was wrong");
 }
 
 #[test]

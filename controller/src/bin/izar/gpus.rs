@@ -84,6 +84,11 @@ fn human(gpus: &Gpus) -> String {
             text += &format!("agent {}{away} {follows}: {}\n", server.agent, server.fault);
         }
     }
+    for remedy in &gpus.remedies {
+        let (agent, id, action, count) = (&remedy.agent, remedy.id, remedy.action, remedy.gpus.len());
+        let ago = show::duration(now.saturating_sub(remedy.ordered_ms));
+        text += &format!("agent {agent} was ordered {ago} ago to mend {count} of its GPUs: {action} (order {id})\n");
+    }
     let here = |record: &&izar_controller::state::GpuRecord| !gpus.gpus.iter().any(|gpu| gpu.view.id == record.gpu);
     for record in gpus.remembered.iter().filter(here) {
         if let Some(hold) = &record.hold {

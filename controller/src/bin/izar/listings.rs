@@ -120,6 +120,7 @@ fn human_agents(agents: &view::Agents) -> String {
             a.agent.to_string(),
             match (a.connected, a.standing) {
                 (false, _) => "away",
+                (true, None) if a.remedy.is_some() => "mended",
                 (true, None) => "connected",
                 (true, Some(Standing::Cordoned)) => "cordoned",
                 (true, Some(Standing::Draining { .. })) => "draining",

@@ -329,7 +329,7 @@ impl Agent {
                     again.reset_immediately();
                 }
                 _ = again.tick() => {
-                    if tx.send(&Up::Report(report(workers.clone(), self.numerics.load(Relaxed)))).await.is_err() {
+                    if tx.send(&Up::Report(Box::new(report(workers.clone(), self.numerics.load(Relaxed))))).await.is_err() {
                         return;
                     }
                 }
