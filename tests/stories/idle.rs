@@ -8,8 +8,9 @@ use izar_tests::{process, waiting};
 
 /// How long the idle cluster is watched.
 const WATCH: Duration = Duration::from_secs(10);
-/// Share of one core that a process of an idle cluster may use.
-const SHARE: f64 = 0.03;
+/// Share of one core that a process of an idle cluster may use: it is 1 to 3 % where this was measured, 5 % while the
+/// machine around that virtual one was busy, and a loop that turns for nothing takes tens.
+const SHARE: f64 = 0.08;
 
 #[test]
 fn an_idle_cluster_uses_next_to_no_processor_and_ends_on_ctrl_c() {
