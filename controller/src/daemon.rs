@@ -275,7 +275,7 @@ impl Peers {
                 }
                 stream = connection.accept_bi() => {
                     let Ok((open, sender, receiver)) = stream else { return };
-                    let (peers, peer) = (self.clone(), peer.clone());
+                    let (peers, peer) = (self.clone(), connection.peer().clone());
                     tasks.spawn(async move {
                         let served = match open {
                             Open::Explain => control::explain::serve(&peers.gateway, sender, receiver).await,

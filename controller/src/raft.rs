@@ -200,6 +200,10 @@ impl Raft {
     pub fn away(&self) -> Vec<(NodeId, Duration)> {
         self.net.away()
     }
+    /// Whether a node is another member of the group.
+    pub fn is_peer(&self, node: &NodeId) -> bool {
+        self.net.id_of(node).is_some()
+    }
     /// This process, as the state knows it.
     pub fn origin(&self) -> &Origin {
         &self.origin

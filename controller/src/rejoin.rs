@@ -4,7 +4,8 @@
 //! help to elect a second leader of a term, or to lose an entry that it had acknowledged. So a member without a log asks
 //! every other one before it begins:
 //!
-//! - Nobody has begun, or the leader never heard of this member: it begins, with an empty log.
+//! - A majority, this member included, has no memory, and nobody answers who has: the group begins. Or the leader never
+//!   heard of this member: it begins, too, with an empty log.
 //! - Otherwise each of the others must answer, with the newest term that it knows or that it has no memory either. Who
 //!   asks for votes has written the term down before, so this member has voted in none above the newest, and from then on
 //!   it votes for nobody up to there.
@@ -23,7 +24,7 @@ use anyhow::{Context, ensure};
 use futures_util::future;
 use izar_common::blob;
 use izar_common::clock::wall_ms;
-use izar_common::id::{NodeId, Role};
+use izar_common::id::{Identity, NodeId, Role};
 use izar_common::quic::{self, Connection, Endpoint, Profile, Receiver, Sender};
 use izar_common::seal::MasterKey;
 use izar_common::wire::handshake::Open;
@@ -31,20 +32,21 @@ use izar_common::wire::peer::{RejoinAnswer, RejoinRequest};
 use tokio::io::AsyncReadExt;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
 
 use crate::backup::contents::Maker;
 use crate::backup::restore;
 use crate::backup::take::{Given, Taking};
 use crate::raft::{self, Member, Memory, Raft};
-use crate::state::command::Command;
+use crate::state::command::{Command, Reply};
 
 /// How long each dial of another member may take: one whose daemon starts in the same moment is asked again soon, one
 /// that is busy is waited for. After the last, three seconds in all, it counts as not there.
 const DIALS_MS: [u64; 5] = [100, 200, 400, 800, 1_600];
 
-/// Pause before all are asked again.
+/// Pause before all are asked again, and before a leader decides and reads once more for one that could not take it.
 const AGAIN: Duration = Duration::from_millis(500);
+const TAKE_AGAIN: Duration = Duration::from_secs(10);
 
 /// How long the leader may take to decide an entry and to read its state; and how long nothing may come afterwards.
 const SNAPSHOT_WITHIN: Duration = Duration::from_secs(90);
@@ -92,23 +94,26 @@ fn decide(memory: Memory, answers: &[(NodeId, Answer)]) -> Next {
         Answer::Begun(standing) => Some((node, standing)),
         _ => None,
     });
+    let away: Vec<&str> = answers.iter().filter(|(_, a)| *a == Answer::Away).map(|(node, _)| node.as_str()).collect();
+    let away = away.join(", ");
     let Some((_, newest)) = begun.clone().max_by_key(|(_, standing)| standing.term) else {
-        return match memory {
-            Memory::Joining => Next::Wait("no member that has one answers".into()),
-            _ => Next::Begin,
-        };
+        let without = 1 + answers.iter().filter(|(_, answer)| *answer == Answer::None).count();
+        // Those that do not answer may have a memory, but have decided nothing without one of these.
+        if memory == Memory::None && without > (answers.len() + 1) / 2 {
+            return Next::Begin;
+        }
+        return Next::Wait(format!("it may be the only one without, and {away} does not answer"));
     };
     // Who leads says so itself: it alone is sure to know who has ever been there.
-    let led = newest.leader.as_ref().and_then(|leader| begun.clone().find(|(node, _)| *node == leader));
+    let leads = |(node, standing): &(&NodeId, &Standing)| {
+        standing.term == newest.term && standing.leader.as_ref() == Some(*node)
+    };
+    let led = begun.clone().find(leads);
     if memory == Memory::None && led.is_some_and(|(_, standing)| !standing.known) {
         return Next::Begin;
     }
-    let away: Vec<&str> = answers.iter().filter(|(_, a)| *a == Answer::Away).map(|(node, _)| node.as_str()).collect();
     if !away.is_empty() {
-        return Next::Wait(format!(
-            "every other member must say how far the group is, and {} does not",
-            away.join(", ")
-        ));
+        return Next::Wait(format!("every other member must say how far the group is, and {away} does not"));
     }
     let Some((leader, _)) = led else { return Next::Wait("nobody leads the group".into()) };
     Next::Join { leader: leader.clone(), newest: newest.term }
@@ -116,6 +121,8 @@ fn decide(memory: Memory, answers: &[(NodeId, Answer)]) -> Next {
 
 /// Sees to it that a member has a memory before it begins, or may begin without one. Waits as long as it takes.
 pub async fn remember(options: &raft::Options, endpoint: &Arc<Endpoint>, key: &Arc<MasterKey>) -> anyhow::Result<()> {
+    // What is somebody else's is refused before anybody is asked.
+    raft::claim_data_dir(options)?;
     let memory = raft::memory(options)?;
     if memory == Memory::Begun || options.members.len() == 1 {
         return Ok(());
@@ -135,7 +142,7 @@ async fn join(
     let others: Vec<&Member> = options.members.iter().filter(|member| member.node != options.node).collect();
     let (mut last, mut told) = (String::new(), String::new());
     loop {
-        let answers = future::join_all(others.iter().map(|member| ask(endpoint, member))).await;
+        let answers = future::join_all(others.iter().map(|member| ask(options, endpoint, member))).await;
         let answers: Vec<_> = others.iter().map(|member| member.node.clone()).zip(answers).collect();
         let reason = match decide(memory, &answers) {
             Next::Begin => return Ok(()),
@@ -147,7 +154,10 @@ async fn join(
                         log::warn!(leader:%, applied; "this member had lost its memory and was given the group's");
                         return Ok(());
                     }
-                    Err(reason) => format!("{leader} did not give its own: {reason}"),
+                    Err(reason) => {
+                        sleep(TAKE_AGAIN).await;
+                        format!("{leader} did not give its own: {reason}")
+                    }
                 }
             }
         };
@@ -163,13 +173,14 @@ async fn join(
 }
 
 /// Asks a member how far the group is.
-async fn ask(endpoint: &Endpoint, member: &Member) -> Answer {
+async fn ask(options: &raft::Options, endpoint: &Endpoint, member: &Member) -> Answer {
     for limit_ms in DIALS_MS {
         let asking = async {
-            let (_connection, _, mut rx) = request(endpoint, member, RejoinRequest::Standing).await?;
+            let (_connection, _, mut rx) = request(options, endpoint, member, RejoinRequest::Standing).await?;
             anyhow::Ok(rx.expect::<RejoinAnswer>().await?)
         };
-        match timeout(Duration::from_millis(limit_ms), asking).await {
+        let limit = Instant::now() + Duration::from_millis(limit_ms);
+        match timeout_at(limit, asking).await {
             Ok(Ok(RejoinAnswer::Standing { term: 0, .. })) => return Answer::None,
             Ok(Ok(RejoinAnswer::Standing { term, leader, known })) => {
                 return Answer::Begun(Standing { term, leader, known });
@@ -180,17 +191,22 @@ async fn ask(endpoint: &Endpoint, member: &Member) -> Answer {
             }
             Err(_) => {}
         }
+        // One that refuses at once may be about to start.
+        sleep_until(limit).await;
     }
     Answer::Away
 }
 
 async fn request(
+    options: &raft::Options,
     endpoint: &Endpoint,
     member: &Member,
     request: RejoinRequest,
 ) -> anyhow::Result<(Connection, Sender, Receiver)> {
     let connecting = endpoint.connect(member.address, Role::Controller, Some(&member.node), Profile::Requests);
     let connection = connecting.await?;
+    let site = &connection.peer().site;
+    ensure!(*site == options.site, "{} at {} is of site {site}", member.node, member.address);
     let (mut tx, rx) = connection.open_bi(Open::Rejoin).await?;
     tx.send(&request).await?;
     quic::finish(&mut tx);
@@ -207,7 +223,7 @@ async fn take(
     newest: u64,
 ) -> anyhow::Result<Result<u64, String>> {
     let asking = async {
-        let (connection, _, mut rx) = request(endpoint, leader, RejoinRequest::Snapshot).await?;
+        let (connection, _, mut rx) = request(options, endpoint, leader, RejoinRequest::Snapshot).await?;
         let answer = rx.expect::<RejoinAnswer>().await?;
         anyhow::Ok((connection, rx, answer))
     };
@@ -280,12 +296,19 @@ pub struct Giver {
 
 impl Giver {
     /// Answers on a stream that `peer` opened with `Open::Rejoin`.
-    pub async fn serve(&self, peer: &NodeId, mut tx: Sender, mut rx: Receiver) -> anyhow::Result<()> {
+    pub async fn serve(&self, peer: &Identity, mut tx: Sender, mut rx: Receiver) -> anyhow::Result<()> {
+        let site = self.raft.state().read(|state| state.site().clone());
+        ensure!(peer.site == site && self.raft.is_peer(&peer.node), "{peer} is no member of this group");
+        let peer = &peer.node;
         match timeout(REQUEST_LIMIT, rx.expect()).await?? {
             RejoinRequest::Standing => {
                 let lead = self.raft.leadership().borrow().clone();
+                // Of one that leads all is believed, so it makes sure that it does, and that it has applied what was decided.
+                let sure = !lead.here || self.raft.read_index().await.is_ok();
                 let known = self.raft.state().read(|state| state.starts_of(peer)) > 0;
-                tx.send(&RejoinAnswer::Standing { term: lead.term, leader: lead.leader, known }).await?;
+                let same = *self.raft.leadership().borrow() == lead;
+                let leader = lead.leader.filter(|_| sure && same);
+                tx.send(&RejoinAnswer::Standing { term: lead.term, leader, known }).await?;
             }
             RejoinRequest::Snapshot => match self.snapshot(peer).await {
                 Ok((term, taking, place)) => {
@@ -315,7 +338,8 @@ impl Giver {
         let place = self.one.clone().try_acquire_owned().context("another member is given it just now")?;
         let lead = self.raft.leadership().borrow().clone();
         ensure!(lead.here, "it does not lead");
-        self.raft.propose(Command::Readmit { node: peer.clone() }).await?;
+        let reply = self.raft.propose(Command::Readmit { node: peer.clone() }).await?;
+        ensure!(reply == Reply::Done, "it decided nothing: {reply:?}");
         let disk = self.raft.durable().await?;
         let cut = tokio::task::spawn_blocking(move || disk.cut()).await??;
         // Entries of a leader are of its term: of this one if it has led all the time.
@@ -361,11 +385,13 @@ mod tests {
     }
 
     #[test]
-    fn a_group_that_has_not_begun_begins_whoever_is_there() {
-        for of in [["0", "0"], ["-", "0"], ["-", "-"]] {
-            check(Memory::None, &of, "begin");
-            check(Memory::Joining, &of, "wait: no member that has one answers");
+    fn a_group_begins_when_a_majority_has_no_memory() {
+        for of in [&["0", "0"][..], &["-", "0"], &["0", "-", "0", "-"]] {
+            check(Memory::None, of, "begin");
+            check(Memory::Joining, of, "wait: it may be the only one without");
         }
+        check(Memory::None, &["-", "-"], "wait: it may be the only one without, and c1, c2 does not answer");
+        check(Memory::None, &["-", "-", "0", "-"], "wait: it may be the only one without");
     }
 
     #[test]
@@ -384,7 +410,8 @@ mod tests {
         check(Memory::None, &["7/1!", "-"], "wait: every other member must say how far the group is, and c2 does not");
         check(Memory::None, &["7/!", "7/!"], "wait: nobody leads");
         check(Memory::None, &["8/!", "7/1!"], "wait: nobody leads");
-        check(Memory::None, &["7/2!", "8/1!"], "join c1 8");
+        check(Memory::None, &["7/1!", "8/1!"], "wait: nobody leads");
+        check(Memory::None, &["7/1", "8/2!"], "join c2 8");
         check(Memory::None, &["7/1!", "7/1!", "0", "7/1!"], "join c1 7");
     }
 }

@@ -470,11 +470,11 @@ impl State {
     pub fn latest(&self) -> Hlc {
         self.head.latest
     }
-    /// How often the cluster was rebuilt, from 1.
     /// How often a controller has started, as far as anything was decided of it.
     pub fn starts_of(&self, node: &NodeId) -> u64 {
         self.origins.get(node).map_or(0, |seen| seen.incarnation)
     }
+    /// How often the cluster was rebuilt, from 1.
     pub fn incarnation(&self) -> u64 {
         self.head.incarnation
     }

@@ -6,7 +6,8 @@
 //!
 //! **No snapshots.** The log is dropped only below what *every* voter has on disk (less a reserve), so there is always
 //! an entry to continue a voter with. This holds until members can be added; then snapshots must come with it. A voter
-//! that lost its disk cannot be brought back under its old id, by design.
+//! that lost its disk is given the group's memory and begins its log there (`rejoin`). Should it lead before a member
+//! that is further behind has caught up, that one waits until another leads.
 
 use std::collections::VecDeque;
 use std::path::Path;

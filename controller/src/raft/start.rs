@@ -41,7 +41,7 @@ pub fn open(options: &Options) -> anyhow::Result<Found> {
     for path in [&log_path, &state_path] {
         ensure!(
             !ready || path.exists(),
-            "{} is missing: a member that lost its memory must not come back under its old id",
+            "{} is missing: move the directory away, and this member is given the group's memory",
             path.display()
         );
     }
@@ -123,7 +123,9 @@ fn start_threads(
     let (applied_index, snapshot) = common.state.read(|state| (state.applied(), state.config_snapshot()));
     let (config_tx, config) = watch::channel(Arc::new(snapshot));
     let (applied_tx, applied) = watch::channel(applied_index);
-    let (leadership_tx, leadership) = watch::channel(Leadership::default());
+    // Whoever asks before the first tick must not take a member that has begun for one that has not.
+    let begun = Leadership { term: found.hard_state.term, ..Leadership::default() };
+    let (leadership_tx, leadership) = watch::channel(begun);
     let (answers_tx, answers) = watch::channel(Answer::default());
     let (compactable_tx, compactable) = watch::channel(0);
     let (durable_tx, durable) = watch::channel(applied_index);

@@ -336,7 +336,7 @@ async fn a_directory_whose_memory_is_gone_or_foreign_is_refused() {
     let moved = Options { members: vec![other], ..mine.clone() };
     assert!(refused(moved).contains("this version cannot change them"));
     std::fs::remove_file(mine.data_dir.join(LOG_FILE)).unwrap();
-    assert!(refused(mine).contains("lost its memory"));
+    assert!(refused(mine).contains("is given the group's memory"));
 }
 
 /// Prints how fast commands are decided, fsync on, all members on this machine; only a hang fails it.
