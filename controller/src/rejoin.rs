@@ -99,7 +99,7 @@ fn decide(memory: Memory, answers: &[(NodeId, Answer)]) -> Next {
     let Some((_, newest)) = begun.clone().max_by_key(|(_, standing)| standing.term) else {
         let without = 1 + answers.iter().filter(|(_, answer)| *answer == Answer::None).count();
         // Those that do not answer may have a memory, but have decided nothing without one of these.
-        if memory == Memory::None && without > (answers.len() + 1) / 2 {
+        if memory == Memory::None && 2 * without > answers.len() + 1 {
             return Next::Begin;
         }
         return Next::Wait(format!("it may be the only one without, and {away} does not answer"));
