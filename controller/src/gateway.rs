@@ -68,6 +68,11 @@ pub use running::Running;
 /// Time for turns that were broken off at a stop to tell their clients and to be recorded.
 const LAST_WORDS: Duration = Duration::from_millis(1500);
 
+/// How long a controller that has just started looks for a leader and for replicas before it takes requests all the same:
+/// agents dial again within a second, and report at once. And how often it looks.
+const SETTLE: Duration = Duration::from_secs(3);
+const SETTLE_LOOK: Duration = Duration::from_millis(20);
+
 /// A handle to the gateway. Cheap to clone.
 #[derive(Clone)]
 pub struct Gateway(Arc<Inner>);
@@ -193,7 +198,18 @@ impl Gateway {
         self.draining.subscribe()
     }
 
-    /// Serves until `shutdown`. Then lets clients move on (`limits.drain_ms`) and running requests end
+    /// Waits until this controller can answer, for `SETTLE` at most: agents and their workers are there in a moment.
+    async fn settle(&self) {
+        let settled = async {
+            while !ready::has_settled(&self.config(), &self.readiness(), &self.leadership.borrow().clone()) {
+                tokio::time::sleep(SETTLE_LOOK).await;
+            }
+        };
+        let _ = tokio::time::timeout(SETTLE, settled).await;
+    }
+
+    /// Serves until `shutdown`, from the moment when it can answer on: who comes before that waits in the sockets' queues,
+    /// rather than be refused for what will be here in a moment. Then lets clients move on (`limits.drain_ms`) and running requests end
     /// (`limits.shutdown_ms` for both), breaks off what still runs, and returns when all of it is told and recorded, or at
     /// the latest `LAST_WORDS` later.
     ///
@@ -204,6 +220,7 @@ impl Gateway {
         plain: Option<TcpListener>,
         shutdown: CancellationToken,
     ) {
+        shutdown.run_until_cancelled(self.settle()).await;
         let (stop, abort) = (CancellationToken::new(), CancellationToken::new());
         let acceptor = Acceptor::new(self.front(), self.draining(), stop.clone(), abort.clone());
         let accepting = TaskTracker::new();

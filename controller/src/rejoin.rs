@@ -17,24 +17,24 @@
 
 use std::convert::Infallible;
 use std::future::pending;
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
+use bytes::Bytes;
 use futures_util::future;
 use izar_common::blob;
-use izar_common::clock::wall_ms;
-use izar_common::id::{Identity, NodeId, Role};
+use izar_common::id::{ClusterId, Identity, NodeId, Role};
 use izar_common::quic::{self, Connection, Endpoint, Profile, Receiver, Sender};
 use izar_common::seal::MasterKey;
 use izar_common::wire::handshake::Open;
 use izar_common::wire::peer::{RejoinAnswer, RejoinRequest};
 use tokio::io::AsyncReadExt;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
 
-use crate::backup::contents::Maker;
 use crate::backup::restore;
 use crate::backup::take::{Given, Taking};
 use crate::raft::{self, Member, Memory, Raft};
@@ -102,7 +102,8 @@ fn decide(memory: Memory, answers: &[(NodeId, Answer)]) -> Next {
         if memory == Memory::None && 2 * without > answers.len() + 1 {
             return Next::Begin;
         }
-        return Next::Wait(format!("it may be the only one without, and {away} does not answer"));
+        let reason = if away.is_empty() { "no member has one".into() } else { format!("{away} does not answer") };
+        return Next::Wait(reason);
     };
     // Who leads says so itself: it alone is sure to know who has ever been there.
     let leads = |(node, standing): &(&NodeId, &Standing)| {
@@ -249,7 +250,7 @@ async fn take(
 }
 
 /// Passes on what follows on a stream. A reader that takes no more ends it without an error: it knows why.
-async fn receive(rx: Receiver, put: tokio::sync::mpsc::Sender<bytes::Bytes>) -> anyhow::Result<()> {
+async fn receive(rx: Receiver, put: mpsc::Sender<Bytes>) -> anyhow::Result<()> {
     let (mut stream, mut piece) = rx.into_parts();
     loop {
         if !piece.is_empty() && put.send(piece.split().freeze()).await.is_err() {
@@ -289,7 +290,7 @@ pub struct Giver {
     pub raft: Raft,
     pub store: blob::Store,
     pub key: Arc<MasterKey>,
-    pub cluster: izar_common::id::ClusterId,
+    pub cluster: ClusterId,
     /// One at a time: all that is on the disk is read.
     pub one: Arc<Semaphore>,
 }
@@ -314,14 +315,11 @@ impl Giver {
                 Ok((term, taking, place)) => {
                     tx.send(&RejoinAnswer::Snapshot { term }).await?;
                     let store = self.store.clone();
-                    let mut pieces = taking.start(move |hash| store.path(hash), place);
-                    // Without its end the stream is reset: what was cut off must not look whole.
-                    loop {
-                        let piece = pieces.recv().await.context("the backup broke off")??;
-                        if piece.is_empty() {
-                            break;
-                        }
-                        timeout(STALL, tx.get_mut().write_chunk(piece)).await??;
+                    let pieces = taking.start(move |hash| store.path(hash), place);
+                    if let Err(error) = give(pieces, &mut tx).await {
+                        // What was cut off must not look whole.
+                        quic::reset(&mut tx);
+                        return Err(error);
                     }
                     log::info!(peer:%; "a member that had lost its memory was given this one's");
                 }
@@ -341,17 +339,21 @@ impl Giver {
         let reply = self.raft.propose(Command::Readmit { node: peer.clone() }).await?;
         ensure!(reply == Reply::Done, "it decided nothing: {reply:?}");
         let disk = self.raft.durable().await?;
-        let cut = tokio::task::spawn_blocking(move || disk.cut()).await??;
+        let taking = Taking::of(&self.raft, disk, &self.cluster, &self.key, false).await?;
         // Entries of a leader are of its term: of this one if it has led all the time.
         ensure!(*self.raft.leadership().borrow() == lead, "it does not lead any longer");
-        let maker = Maker {
-            cluster: self.cluster.clone(),
-            site: self.raft.state().read(|state| state.site().clone()),
-            node: self.raft.origin().node.clone(),
-            now_ms: wall_ms(),
-            nonce: rand::random(),
-        };
-        Ok((lead.term, Taking { maker, key: self.key.clone(), cut, models: false }, place))
+        Ok((lead.term, taking, place))
+    }
+}
+
+/// Sends a backup to its end, which is an empty piece.
+async fn give(mut pieces: mpsc::Receiver<io::Result<Bytes>>, tx: &mut Sender) -> anyhow::Result<()> {
+    loop {
+        let piece = pieces.recv().await.context("the backup broke off")??;
+        if piece.is_empty() {
+            return Ok(());
+        }
+        timeout(STALL, tx.get_mut().write_chunk(piece)).await??;
     }
 }
 
@@ -388,10 +390,11 @@ mod tests {
     fn a_group_begins_when_a_majority_has_no_memory() {
         for of in [&["0", "0"][..], &["-", "0"], &["0", "-", "0", "-"]] {
             check(Memory::None, of, "begin");
-            check(Memory::Joining, of, "wait: it may be the only one without");
+            check(Memory::Joining, of, "wait: ");
         }
-        check(Memory::None, &["-", "-"], "wait: it may be the only one without, and c1, c2 does not answer");
-        check(Memory::None, &["-", "-", "0", "-"], "wait: it may be the only one without");
+        check(Memory::Joining, &["0", "0"], "wait: no member has one");
+        check(Memory::None, &["-", "-"], "wait: c1, c2 does not answer");
+        check(Memory::None, &["-", "-", "0", "-"], "wait: c1, c2, c4 does not answer");
     }
 
     #[test]

@@ -101,3 +101,21 @@ fn a_controller_is_drained_and_the_leader_stopped_under_load_and_no_request_fail
     assert!(turns.len() >= asked.min(5000), "{} turns for {asked} answers", turns.len());
     cluster.finish(&[]);
 }
+
+#[test]
+fn a_controller_that_starts_again_refuses_nobody_who_comes_at_once() {
+    let _machine = izar_tests::exclusive();
+    let cluster = Options::echo(3, 2).start();
+    cluster.wait_serving(3, "echo", 2);
+    for victim in cluster.processes("controller") {
+        let own = cluster.clients().into_iter().find(|(id, _)| *id == victim.id).expect("it runs").1;
+        process::kill_hard(victim.pid);
+        let messages = json!([{ "role": "user", "content": "Already?" }]);
+        let body = json!({ "model": "echo", "messages": messages, "max_tokens": 3 });
+        // Until it listens there is nobody to answer.
+        let said = until("a first answer", SOON, || own.post("/v1/chat/completions", &body));
+        assert_eq!(said.status, 200, "{}: {}", victim.id, said.text());
+        cluster.wait_successor(&victim);
+    }
+    cluster.finish(&[]);
+}

@@ -1,31 +1,52 @@
 //! A backup on its way: a thread reads it from the disk and seals it, a task gives it to whoever wants it; and the other
 //! way round for whoever is given one. Pieces wait in a bounded queue; when it is full, the disk is read no further.
 
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use bytes::{Buf, Bytes};
-use izar_common::id::Hash;
+use izar_common::clock::wall_ms;
+use izar_common::id::{ClusterId, Hash};
 use izar_common::seal::MasterKey;
 use tokio::sync::mpsc;
 
 use super::contents::{Contents, Maker};
-use crate::state::store::Cut;
+use crate::raft::Raft;
+use crate::state::store::{Cut, Reader};
 
 /// Pieces that wait for a slow taker, a megabyte each at most.
 const PIECES: usize = 4;
 
 /// A backup that is being made.
 pub struct Taking {
-    pub maker: Maker,
-    pub key: Arc<MasterKey>,
-    pub cut: Cut,
+    maker: Maker,
+    key: Arc<MasterKey>,
+    cut: Cut,
     /// With the weights of models.
-    pub models: bool,
+    models: bool,
 }
 
 impl Taking {
+    /// Of what a running member has on its disk now.
+    pub async fn of(
+        raft: &Raft,
+        disk: Reader,
+        cluster: &ClusterId,
+        key: &Arc<MasterKey>,
+        models: bool,
+    ) -> anyhow::Result<Self> {
+        let cut = tokio::task::spawn_blocking(move || disk.cut()).await.expect("reading does not panic")?;
+        let maker = Maker {
+            cluster: cluster.clone(),
+            site: raft.state().read(|state| state.site().clone()),
+            node: raft.origin().node.clone(),
+            now_ms: wall_ms(),
+            nonce: rand::random(),
+        };
+        Ok(Self { maker, key: key.clone(), cut, models })
+    }
+
     /// Starts the thread. Without its end, which is an empty piece, a backup is not whole. `held` is dropped when it has
     /// ended; `place` says where a model file lies.
     pub fn start(
@@ -95,7 +116,7 @@ impl Given {
     }
 }
 
-impl Read for Given {
+impl io::Read for Given {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
         while self.piece.is_empty() {
             let Some(next) = self.pieces.blocking_recv() else { return Ok(0) };

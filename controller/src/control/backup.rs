@@ -13,13 +13,11 @@ use axum::extract::{Query, State as Extract};
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
 use futures_util::stream;
-use izar_common::clock::wall_ms;
 use serde::{Deserialize, Serialize};
 
 use super::Shared;
 use super::error::Error;
 use super::orders::read;
-use crate::backup::contents::Maker;
 use crate::backup::take::Taking;
 use crate::state::command::Command;
 use crate::state::last_backup::{LastBackup, PLACE_BYTES};
@@ -37,17 +35,9 @@ pub async fn backup(Extract(control): Shared, asked: Result<Query<Asked>, QueryR
     let busy = || Error::Conflict("a backup of this controller is being taken already".into());
     let place = control.backing_up.clone().try_acquire_owned().map_err(|_| busy())?;
     let store = control.parts.raft.durable().await?;
-    let cut = tokio::task::spawn_blocking(move || store.cut()).await.expect("reading does not panic");
     let parts = &control.parts;
-    let maker = Maker {
-        cluster: parts.cluster.clone(),
-        site: parts.raft.state().read(|state| state.site().clone()),
-        node: parts.raft.origin().node.clone(),
-        now_ms: wall_ms(),
-        nonce: rand::random(),
-    };
-    let cut = cut.map_err(|error| Error::Internal(format!("{error:#}")))?;
-    let taking = Taking { maker, key: parts.master_key.clone(), cut, models };
+    let taking = Taking::of(&parts.raft, store, &parts.cluster, &parts.master_key, models).await;
+    let taking = taking.map_err(|error| Error::Internal(format!("{error:#}")))?;
     let files = parts.store.clone();
     let taken = taking.start(move |hash| files.path(hash), place);
     // Without its end, which is an empty piece, a backup must not look whole.

@@ -78,6 +78,14 @@ pub fn readiness(
     Readiness { ready, available: ready, deployments, reasons }
 }
 
+/// Whether a controller that has just started knows all that it will know in a moment: a leader, and a replica of each
+/// deployment that the plan has a worker for.
+pub fn has_settled(config: &Config, readiness: &Readiness, leadership: &Leadership) -> bool {
+    let mut planned = config.plan.workers.values().map(|placement| placement.deployment.as_str());
+    let ready = |name| readiness.deployments.iter().any(|deployment| deployment == name);
+    config.plan.workers.is_empty() || (leadership.leader.is_some() && planned.all(ready))
+}
+
 /// How long a leader may be missing before new requests are refused at once: an election takes less, and one that is
 /// handed over takes a moment.
 const LEADERLESS: Duration = Duration::from_secs(1);
@@ -116,6 +124,22 @@ mod tests {
 
     fn led() -> Leadership {
         Leadership { leader: Some(NodeId::new("c1").unwrap()), term: 1, here: true }
+    }
+
+    #[test]
+    fn a_controller_has_settled_when_what_is_planned_can_be_asked_for() {
+        use crate::agents::fixture;
+        let planned = fixture::config("m 1", "m.0@a1");
+        let knows = |fleet: &Fleet, leadership: &Leadership| {
+            has_settled(&planned, &readiness(&planned, fleet, leadership, |_| true, 0), leadership)
+        };
+        let connected = fixture::fleet("a1 m.0 ready 0 0 0", 0);
+        assert!(knows(&connected, &led()));
+        assert!(!knows(&Fleet::default(), &led()), "its agent is on its way");
+        assert!(!knows(&connected, &Leadership::default()));
+        let none = Config::default();
+        let readiness = readiness(&none, &Fleet::default(), &led(), |_| true, 0);
+        assert!(has_settled(&none, &readiness, &Leadership::default()), "there is nothing to wait for");
     }
 
     #[test]
