@@ -120,6 +120,7 @@ fn what_a_store_refuses_is_said_with_what_to_do() {
     refused("s3://missing/izar", &[], "there is no bucket missing");
     refused("s3://foreign/izar", &[], "may not do this in bucket foreign");
     refused("s3:///izar", &[], "names no bucket");
+    refused("https://store/izar", &[], "is no place for backups");
     refused(PLACE, &[("AWS_ENDPOINT_URL", "https://127.0.0.1:1")], "connect to 127.0.0.1:1");
     refused(PLACE, &[("AWS_ENDPOINT_URL", "http://192.0.2.1:9000")], "is not https");
     refused(PLACE, &[("SSL_CERT_FILE", text(&site.pki().join("c1.pem")))], "SSL_CERT_FILE names its CA");

@@ -32,7 +32,12 @@ impl Place {
     /// Understands a folder's path, or `s3://bucket/prefix`.
     pub fn parse(text: &str) -> anyhow::Result<Self> {
         ensure!(!text.is_empty(), "a place for backups is a folder, or s3://BUCKET/PREFIX");
-        if text.starts_with(SCHEME) { Bucket::parse(text).map(Self::Bucket) } else { Ok(Self::Folder(text.into())) }
+        if text.starts_with(SCHEME) {
+            return Bucket::parse(text).map(Self::Bucket);
+        }
+        // As a folder it would be one of that name here.
+        ensure!(!text.contains("://"), "`{text}` is no place for backups: a folder, or s3://BUCKET/PREFIX");
+        Ok(Self::Folder(text.into()))
     }
 
     /// Begins to keep a backup; `large` if it will have weights.
