@@ -109,7 +109,7 @@ class Load:
             try:
                 return self.servers.json(CONTROL, self.command(endpoints))
             except Failed as error:
-                down = re.search(r"(?:connect to|TLS with) ([0-9.]+:[0-9]+)", str(error))
+                down = re.search(r"^izar: (?:connect to |TLS with )?([0-9.]+:[0-9]+)", str(error), re.MULTILINE)
                 if not down or len(endpoints) == 1:
                     raise
                 endpoints.remove(f"https://{down.group(1)}")
