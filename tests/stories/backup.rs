@@ -158,6 +158,7 @@ fn a_cluster_that_was_backed_up_under_load_lives_on_from_the_file() {
     let file = taken["kept_as"].as_str().unwrap();
     let verified = izar(&["backup", "verify", file, "--config", text(&site.config("c1"))]);
     assert_eq!(verified["incarnation"], 2);
+    assert_eq!(site.admin(1).status().unwrap()["incarnation"], 2, "whoever restores again learns which life it is");
     assert!(verified["audit_records"].as_u64() > restored[0]["records"].as_u64(), "the trail goes on: {verified}");
     site.finish(&[]);
 }

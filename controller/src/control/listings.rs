@@ -93,6 +93,7 @@ pub async fn status(Extract(control): Shared) -> Json<view::Status> {
         leader: leadership.leader,
         term: leadership.term,
         applied: parts.raft.state().applied(),
+        incarnation: config.incarnation,
         members: parts.members.clone(),
         api: parts.api.clone(),
         agents: fleet.agents.iter().map(|(id, agent)| view::agent_summary(id, agent)).collect(),

@@ -33,6 +33,9 @@ pub struct Status {
     pub term: u64,
     /// The last entry that this node applied.
     pub applied: u64,
+    /// The number of the cluster's life: 1, and a higher one after every restore.
+    #[serde(default)]
+    pub incarnation: u64,
     pub members: Vec<Member>,
     pub api: Api,
     pub agents: Vec<AgentSummary>,

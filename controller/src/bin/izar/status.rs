@@ -17,8 +17,9 @@ fn human(status: &Status) -> String {
     };
     let members: Vec<&str> = status.members.iter().map(|m| m.node.as_str()).collect();
     let mut out = format!(
-        "{} {leader}; term {}, applied {}; members {}; version {}\napi {}",
+        "{} {leader}; life {}, term {}, applied {}; members {}; version {}\napi {}",
         status.node,
+        status.incarnation,
         status.term,
         status.applied,
         members.join(" "),
