@@ -4,13 +4,16 @@ import json
 import re
 import threading
 
-from servers import AGENTS, CLIENTS, CONTROL, CONTROLLERS, SUBNETS, Failed, address
+from servers import AGENTS, CLIENTS, CONTROL, CONTROLLERS, SUBNETS, Failed, address, until
 
 CLUSTER_ID, SITE = "proof", "lab"
 INVENTORY = "/srv/site/hosts.json"
 PKI = "/srv/site/pki"
-# Load comes in pieces of this length, so that it can be ended soon; each is whole, its streams included.
-PIECE_S = 6
+# Load comes in pieces of so many streams, some seconds, so that it can be ended soon. A number and not a time: all of them
+# are waited for and counted, those too that go on elsewhere long after.
+PIECE = 42
+# As many as a controller lists: more than any load asks for.
+TURNS = 20_000
 # A playbook that takes longer hangs.
 PLAYBOOK_S = 540
 
@@ -95,10 +98,16 @@ class Operator:
 
 
 class Load:
-    """Streams from clients that know every controller, until the block ends; every one must be answered whole."""
+    """Streams from clients that know every controller, until the block ends.
 
-    def __init__(self, operator, key, model="echo"):
-        self.operator, self.servers, self.key, self.model = operator, operator.servers, key, model
+    Every one must be answered whole, and every controller must know of as many turns afterwards. The block begins when
+    streams run on all `nodes`.
+    """
+
+    def __init__(self, operator, nodes=tuple(CONTROLLERS), model="echo"):
+        self.operator, self.servers, self.nodes, self.model = operator, operator.servers, nodes, model
+        # A key of its own: its turns are the load's.
+        self.key = self.servers.json(nodes[0], "izar --json keys create --note load")
         self.ended = threading.Event()
         self.reports, self.trouble = [], None
 
@@ -117,8 +126,8 @@ class Load:
     def command(self, endpoints):
         return (
             f"{self.operator.release}/bin/izar --json bench api --stream --endpoint {','.join(endpoints)} "
-            f"--ca {PKI}/ca.pem --key {self.key} --model {self.model} --prompt-tokens 40 --max-tokens 40 "
-            f"--concurrency 6 --warmup 0 --duration {PIECE_S}"
+            f"--ca {PKI}/ca.pem --key {self.key['key']} --model {self.model} --prompt-tokens 40 --max-tokens 40 "
+            f"--concurrency 6 --warmup 0 --requests {PIECE}"
         )
 
     def run(self):
@@ -132,7 +141,18 @@ class Load:
     def __enter__(self):
         self.thread = threading.Thread(target=self.run)
         self.thread.start()
+        try:
+            until("streams run", lambda: all(self.running(node) for node in self.nodes))
+        except Failed:
+            self.ended.set()
+            raise
         return self
+
+    def running(self, node):
+        """How many requests run on a controller."""
+        if self.trouble:
+            raise self.trouble
+        return self.servers.json(node, "izar --json status")["running"]
 
     def __exit__(self, kind, *_):
         self.ended.set()
@@ -147,6 +167,14 @@ class Load:
         different = sum(report["read_on"]["different"] for report in self.reports)
         if errors or different or not self.requests():
             raise Failed(f"under load: {self.requests()} answers, errors {errors}, {different} that went on otherwise")
+        for node in self.nodes:
+            turns = self.servers.json(node, f"izar --json turns list --limit {TURNS}")["turns"]
+            known = sum(turn["key"] == self.key["id"] and turn["outcome"] == "finished" for turn in turns)
+            if known < self.requests():
+                raise Failed(f"{node} knows of {known} turns, and {self.requests()} were answered")
+
+    def __str__(self):
+        return f"{self.requests()} answers, {self.read_on()} of them read on elsewhere"
 
     def requests(self):
         return sum(report["requests"] for report in self.reports)

@@ -297,9 +297,10 @@ async fn connection(mut client: Client, shared: Arc<Shared>, queue: Arc<Queue>, 
         }
         let result = tokio::time::timeout(shared.load.timeout, client.exchange(&mut sample)).await;
         let ended = Instant::now();
-        // In the open loop what was scheduled counts, however late it ended: leaving it out would flatter the server.
-        measured &= open || window.end.is_none_or(|end| ended <= end);
         let result = result.unwrap_or(Err(Failure::Timeout));
+        // In the open loop what was scheduled counts, and what failed in either, however late it ended: leaving it out
+        // would flatter the server.
+        measured &= open || result.is_err() || window.end.is_none_or(|end| ended <= end);
         if result.is_ok() && sample.whole && sample.pauses.is_empty() {
             shared.load.targets.hear(&sample);
         }
