@@ -1,0 +1,135 @@
+"""What the playbooks decide, without a server: plays on this machine that change nothing but a folder of the test's.
+
+    PATH=<ansible's>:$PATH python3 -m unittest discover -s tests/playbooks
+
+How hosts become a cluster is `tests/bare_metal/prove`'s business.
+"""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import tempfile
+import unittest
+
+ANSIBLE = pathlib.Path(__file__).resolve().parents[2] / "ansible"
+LOCAL = {"ansible_connection": "local", "ansible_python_interpreter": "/usr/bin/python3"}
+# Nobody listens there.
+DOWN = {"ansible_connection": "ssh", "ansible_host": "127.0.0.1", "ansible_port": 1}
+
+
+def inventory(controllers, agents, **variables):
+    """An inventory as JSON, which is YAML; all of it is this machine, unless a host says otherwise."""
+    whole = {"cluster_id": "test", "cluster_site": "here", **LOCAL, **variables}
+    groups = {"controllers": {"hosts": controllers}, "agents": {"hosts": agents}}
+    return {"all": {"vars": whole, "children": groups}}
+
+
+class Playbooks(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = pathlib.Path(folder.name)
+
+    def play(self, hosts, *words):
+        """Runs ansible-playbook; gives its status and what it said, on one line."""
+        (self.folder / "hosts.json").write_text(json.dumps(hosts))
+        environment = {**os.environ, "LC_ALL": "C.UTF-8", "PATH": f"{self.folder}:{os.environ['PATH']}"}
+        command = ["ansible-playbook", "-i", self.folder / "hosts.json", *words]
+        done = subprocess.run(command, cwd=ANSIBLE, env=environment, capture_output=True, text=True, check=False)
+        return done.returncode, re.sub(r"\s+", " ", (done.stdout + done.stderr).replace("\\n", " "))
+
+    def role(self, hosts, pattern, *tasks, roles=()):
+        """Plays tasks on hosts of an inventory."""
+        play = {"hosts": pattern, "gather_facts": False, "any_errors_fatal": True, "roles": list(roles), "tasks": list(tasks)}
+        (self.folder / "play.json").write_text(json.dumps([play]))
+        return self.play(hosts, self.folder / "play.json")
+
+    def template(self, hosts, host, role, name):
+        """Writes a role's template for a host into the folder, by itself: the role's tasks would change the host."""
+        source = {"src": f"{ANSIBLE}/roles/{role}/templates/{name}.j2", "dest": f"{self.folder}/{name}", "mode": "0600"}
+        return self.role(hosts, host, {"ansible.builtin.template": source}, roles=["cluster"])
+
+    def rendered(self, hosts, host, role, name):
+        status, said = self.template(hosts, host, role, name)
+        self.assertEqual(status, 0, said)
+        return (self.folder / name).read_text()
+
+    def test_a_host_that_fails_stops_every_play_wherever_it_is_started(self):
+        for file in sorted((ANSIBLE / "playbooks").glob("*.yml")):
+            for play in re.split(r"(?m)^(?=- name: )", file.read_text())[1:]:
+                if "hosts: localhost" not in play:
+                    self.assertIn("\n  any_errors_fatal: true\n", play, file.name)
+
+    def test_an_agent_told_to_act_still_knows_how_many_gpus_it_has(self):
+        hosts = inventory({"c1": {}}, {"a1": {"gpu_expected": 8, "agent_settings": {"gpu": {"mode": "act"}}}})
+        hosts["all"]["vars"].update(agent_log_level="info", agent_labels={}, agent_certificate="node.pem")
+        said = self.rendered(hosts, "a1", "agent", "agent.toml")
+        self.assertIn('[gpu]\nexpected = 8\nmode = "act"\n', said)
+        self.assertEqual(said.count("[gpu]"), 1)
+
+    def test_prometheus_asks_controllers_where_clients_reach_them(self):
+        reached = {"c1": ["198.51.100.1", "vip.example.org"], "c2": ["{{ ansible_host }}", "vip.example.org"]}
+        controllers = {name: {"pki_api_hosts": names, "controller_api_address": "0.0.0.0"} for name, names in reached.items()}
+        controllers["c2"]["ansible_host"] = "198.51.100.2"
+        controllers["c3"] = {"ansible_host": "2001:db8::3"}
+        targets = json.loads(self.rendered(inventory(controllers, {}), "c1", "monitoring", "targets.json"))
+        asked = [target for group in targets for target in group["targets"]]
+        self.assertEqual(asked, ["198.51.100.1:8443", "198.51.100.2:8443", "[2001:db8::3]:8443"])
+
+    def test_an_address_that_prometheus_could_not_know_is_named(self):
+        hosts = inventory({"c1": {"pki_api_hosts": ["{{ cluster_address }}"]}}, {})
+        status, said = self.template(hosts, "c1", "monitoring", "targets.json")
+        self.assertNotEqual(status, 0, said)
+        self.assertIn("c1: pki_api_hosts must refer to what the inventory says", said)
+
+    def test_controllers_that_are_reached_at_one_address_are_named(self):
+        vip = ["vip.example.org", "{{ ansible_host }}"]
+        controllers = {
+            f"c{n}": {"ansible_host": f"192.0.2.{n}", "cluster_address": f"192.0.2.{n}", "controller_member": n, "pki_api_hosts": vip}
+            for n in (1, 2, 3)
+        }
+        status, said = self.play(inventory(controllers, {}), "--check", "playbooks/site.yml")
+        self.assertNotEqual(status, 0, said)
+        self.assertIn("c1 and c2, c3 are reached at one address (vip.example.org)", said)
+
+    def speaker(self, controllers, leader):
+        izar = self.folder / "izar"
+        izar.write_text(f"#!/bin/sh\necho '{json.dumps({'leader': leader})}'\n")
+        izar.chmod(0o755)
+        find = {"ansible.builtin.include_role": {"name": "agent", "tasks_from": "speaker"}}
+        say = {"ansible.builtin.debug": {"msg": "asks {{ agent_speaker }}"}}
+        return self.role(inventory(controllers, {"a1": {}}), "a1", find, say)
+
+    def test_agents_are_spoken_of_with_the_first_controller_that_answers(self):
+        status, said = self.speaker({"c1": DOWN, "c2": {}, "c3": {}}, "c3")
+        self.assertEqual(status, 0, said)
+        self.assertIn("asks c2", said)
+
+    def test_a_site_in_which_nobody_answers_is_named(self):
+        for controllers, leader in (({"c1": DOWN}, "c1"), ({"c1": {}, "c2": {}}, None)):
+            status, said = self.speaker(controllers, leader)
+            self.assertNotEqual(status, 0, said)
+            self.assertIn("a1: no controller of site here answers and knows a leader", said)
+
+    def test_a_new_server_without_its_gpus_is_refused_with_all_that_is_wrong(self):
+        hosts = inventory({"c1": {}}, {"a1": {"gpu_expected": 99}})
+        status, said = self.role(hosts, "a1", {"ansible.builtin.include_role": {"name": "gpu"}})
+        self.assertNotEqual(status, 0, said)
+        self.assertIn("99 GPUs are expected; the driver and /dev have cards", said)
+
+    def test_sites_are_upgraded_one_after_the_other(self):
+        hosts = inventory({"b1": {}, "m1": {"cluster_site": "munich"}}, {})
+        status, said = self.play(hosts, "--check", "playbooks/upgrade.yml")
+        self.assertNotEqual(status, 0, said)
+        self.assertIn("sites here and munich would be upgraded together", said)
+        # Of one, it goes on to what it looks at next.
+        status, said = self.play(hosts, "--check", "--limit=m1", "playbooks/upgrade.yml")
+        self.assertNotEqual(status, 0, said)
+        self.assertNotIn("would be upgraded together", said)
+        self.assertIn("is no address", said)
+
+
+if __name__ == "__main__":
+    unittest.main()
