@@ -119,6 +119,14 @@ class Playbooks(unittest.TestCase):
         self.assertNotEqual(status, 0, said)
         self.assertIn("99 GPUs are expected; the driver and /dev have cards", said)
 
+    def test_what_another_authority_has_not_made_is_named(self):
+        look = {"ansible.builtin.include_role": {"name": "pki", "tasks_from": "preflight"}}
+        (self.folder / "ca.pem").write_text("")
+        status, said = self.role(inventory({"c1": {}}, {}, pki_external=True, cluster_pki_dir=str(self.folder)), "c1", look)
+        self.assertNotEqual(status, 0, said)
+        files = ("controller/c1.pem", "controller/c1.key", "api/c1.pem", "api/c1.key")
+        self.assertIn(f"set, and {', '.join(f'{self.folder}/{file}' for file in files)} is not on the control node", said)
+
     def test_sites_are_upgraded_one_after_the_other(self):
         hosts = inventory({"b1": {}, "m1": {"cluster_site": "munich"}}, {})
         status, said = self.play(hosts, "--check", "playbooks/upgrade.yml")
