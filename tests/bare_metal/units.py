@@ -27,7 +27,7 @@ def a_unit_that_misses_a_credential_says_what_to_do(proof):
     until("it says what it misses", lambda: words in proof.servers.sh(node, JOURNAL))
     # It is tried again by itself meanwhile.
     proof.servers.sh(node, f"systemctl stop {BOTH}; mv {away} {sealed} && systemctl reset-failed && systemctl start {BOTH}")
-    until("it is back", lambda: proof.status(node)["leader"])
+    until("it is back", lambda: proof.at(node, connected=3))
 
 
 def operators_use_the_socket_and_nobody_else(proof):
