@@ -6,7 +6,7 @@
 //! ```text
 //! reset GPU-<uuid>      nvidia-smi --gpu-reset -i GPU-<uuid>
 //! release GPU-<uuid>    ends the processes that compute on the GPU, which a reset needs
-//! reboot                systemctl reboot
+//! reboot                systemctl reboot, but where a controller works: whoever ordered it has counted agents alone
 //! ```
 //! `ok`, `ok ended=N`, `refused: why` (nothing was done) or `failed: why`. Who calls is what the kernel says; which
 //! programs run stands in the unit. The agent itself has no capability, and decides when to ask; this never does.
@@ -41,6 +41,9 @@ const PROGRAM_LIMIT: Duration = Duration::from_secs(90);
 /// How long processes may take to end when asked, before they are killed.
 const END_LIMIT: Duration = Duration::from_secs(5);
 
+/// What else a restart of the server would take down.
+const CONTROLLER: &str = "izar-controller.service";
+
 /// Between two looks at something that ends.
 const LOOK: Duration = Duration::from_millis(50);
 
@@ -73,7 +76,8 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     izar_common::logging::init(None);
     let stdin = std::io::stdin().as_fd().try_clone_to_owned().context("take standard input")?;
     let mut caller = UnixStream::from(stdin);
-    let said = match asked(&mut caller, &arguments.user) {
+    let admitted = asked(&mut caller, &arguments.user).and_then(|request| admit(request, &arguments.systemctl));
+    let said = match admitted {
         Ok(request) => {
             log::info!(request:?; "a remediation is asked for");
             match carry_out(&request, arguments) {
@@ -137,6 +141,24 @@ fn gpu_of(text: &str) -> anyhow::Result<Gpu> {
     let lengths: Vec<usize> = groups.iter().map(|group| group.len()).collect();
     ensure!(lengths == [8, 4, 4, 4, 12] && groups.iter().all(|group| hex(group)), "not the UUID of a GPU");
     Ok(Gpu(text.to_owned()))
+}
+
+/// Refuses a restart of a server on which a controller works: it may be the one that its majority needs.
+fn admit(request: Request, systemctl: &Path) -> anyhow::Result<Request> {
+    if request == Request::Reboot {
+        let state = output(systemctl, &["show", "--property=ActiveState", "--value", CONTROLLER])?;
+        may_end(state.trim())?;
+    }
+    Ok(request)
+}
+
+/// Whether nothing is lost with a unit in this state.
+fn may_end(state: &str) -> anyhow::Result<()> {
+    ensure!(
+        matches!(state, "inactive" | "failed"),
+        "a controller works on this server ({CONTROLLER} is `{state}`): an operator must drain and restart it"
+    );
+    Ok(())
 }
 
 fn carry_out(request: &Request, arguments: &Arguments) -> anyhow::Result<String> {
@@ -262,6 +284,22 @@ mod tests {
             assert!(parse(line).is_err(), "{line}");
         }
         assert!(parse(&format!("reset {GPU} {GPU}")).is_err());
+    }
+
+    #[test]
+    fn a_server_on_which_a_controller_works_is_not_restarted() {
+        for state in ["inactive", "failed"] {
+            may_end(state).unwrap();
+        }
+        for state in ["active", "activating", "deactivating", "reloading", ""] {
+            let why = may_end(state).unwrap_err().to_string();
+            assert!(why.starts_with("a controller works on this server"), "{why}");
+        }
+        // One that says something else, and one that fails.
+        for systemctl in ["/bin/echo", "/bin/false"] {
+            admit(Request::Reboot, Path::new(systemctl)).unwrap_err();
+            admit(Request::Reset(Gpu(GPU.into())), Path::new(systemctl)).unwrap();
+        }
     }
 
     #[test]

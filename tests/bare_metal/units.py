@@ -70,6 +70,11 @@ def the_helper_takes_three_verbs_from_agents_alone(proof):
     proof.need("refused: " in said, said)
     said = asked("bob", "reboot")
     proof.need("PermissionError" in said, said)
+    # A controller's server is not restarted; any unit of its name will do.
+    proof.servers.sh("a3", "systemd-run --quiet --unit=izar-controller sleep 600")
+    said = asked("izar-agent", "reboot")
+    proof.need("refused: a controller works on this server" in said, said)
+    proof.servers.sh("a3", "systemctl stop izar-controller")
     proof.servers.sh("a3", "systemctl stop izar-gpu.socket && userdel bob")
 
 

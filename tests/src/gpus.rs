@@ -104,7 +104,8 @@ impl Hand {
             scenario = scenario.display(),
         );
         let nvidia_smi = program(&site.path(&format!("{agent}.nvidia-smi")), &smi);
-        let systemctl = program(&site.path(&format!("{agent}.systemctl")), &deed("restart"));
+        let restart = format!("if [ \"$1\" = show ]; then echo inactive; exit 0; fi\n{}", deed("restart"));
+        let systemctl = program(&site.path(&format!("{agent}.systemctl")), &restart);
         let user = User::from_uid(getuid()).expect("users can be asked for").expect("this user has a name").name;
         let listener = UnixListener::bind(&socket).expect("the folder is ours");
         let stop = Arc::new(AtomicBool::new(false));
