@@ -4,6 +4,8 @@
 //! it provokes; any other warning or error in a log fails it.
 #![forbid(unsafe_code)]
 
+#[path = "stories/alerts.rs"]
+mod alerts;
 #[path = "stories/answers.rs"]
 mod answers;
 #[path = "stories/asked_twice.rs"]
