@@ -24,6 +24,8 @@ mod controllers_replaced;
 mod conventions;
 #[path = "stories/doctor.rs"]
 mod doctor;
+#[path = "stories/events.rs"]
+mod events;
 #[path = "stories/golden_bytes.rs"]
 mod golden_bytes;
 #[path = "stories/golden_rows.rs"]
