@@ -4,6 +4,8 @@
 //! it provokes; any other warning or error in a log fails it.
 #![forbid(unsafe_code)]
 
+#[path = "stories/alerts.rs"]
+mod alerts;
 #[path = "stories/answers.rs"]
 mod answers;
 #[path = "stories/asked_twice.rs"]
@@ -22,6 +24,8 @@ mod controllers_replaced;
 mod conventions;
 #[path = "stories/doctor.rs"]
 mod doctor;
+#[path = "stories/events.rs"]
+mod events;
 #[path = "stories/golden_bytes.rs"]
 mod golden_bytes;
 #[path = "stories/golden_rows.rs"]

@@ -69,7 +69,7 @@ impl Daemon {
         let (certificates, data_dir) = (Arc::new(tls::Certificates::new(node_tls, None)), config.data_dir.clone());
         let (mut watches, dates) = (JoinSet::new(), certificates.clone());
         watches.spawn(async move { dates.watch_dates().await });
-        watches.spawn(async move { disk::watch(&data_dir).await });
+        watches.spawn(async move { disk::watch(&data_dir, &disk::Seen::default()).await });
         let mut mending = JoinSet::new();
         mending.spawn(remedies.run());
         if config.gpu.mode != Mode::Observe {
@@ -122,13 +122,18 @@ fn node_tls(config: &Config) -> anyhow::Result<tls::NodeTls> {
     Ok(tls)
 }
 
-fn check_identity(config: &Config, identity: &Identity) -> anyhow::Result<()> {
-    let expected = Identity {
+/// Who this agent is, as its configuration says.
+pub fn expected(config: &Config) -> Identity {
+    Identity {
         cluster: config.cluster.clone(),
         site: config.site.clone(),
         role: Role::Agent,
         node: config.node.clone(),
-    };
+    }
+}
+
+fn check_identity(config: &Config, identity: &Identity) -> anyhow::Result<()> {
+    let expected = expected(config);
     ensure!(
         *identity == expected,
         "tls.cert: {} is {identity}, but this configuration is of {expected}",

@@ -14,6 +14,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use izar_common::clock::wall_ms;
+use izar_common::events;
 use izar_common::health::Generation;
 use izar_common::health::gpu::{Health, Hold, Mode, State};
 use nix::errno::Errno;
@@ -81,6 +82,15 @@ pub struct Settings {
     pub guards: Guards,
     /// Where the kernel's messages are read. Default: the journal, through `journalctl`; `/dev/kmsg` where there is none.
     pub kernel_log: Option<PathBuf>,
+}
+
+/// How many GPUs the library counts; 0 where there is none. May hang for ever on a sick one.
+pub fn count(settings: &Settings) -> Result<u32, String> {
+    match nvml::open(settings.nvml.as_deref()) {
+        Ok(nvml) => nvml.device_count().map_err(|error| format!("count the GPUs: {error}")),
+        Err(nvml::Error::Absent) => Ok(0),
+        Err(nvml::Error::Broken(reason)) => Err(reason),
+    }
 }
 
 /// The handle. Cheap to clone.
@@ -174,7 +184,7 @@ impl Inner {
         if health.fault != self.health.borrow().fault {
             match health.fault.as_str() {
                 "" => log::info!(gpus = health.gpus.len(); "the server's GPUs are in order"),
-                fault => log::warn!(fault; "the server's GPUs are not in order"),
+                fault => log::warn!(message_id = events::GPU_SERVER_FAULT, fault; "the server's GPUs are not in order"),
             }
         }
         self.health.send_if_modified(|current| {
@@ -190,8 +200,11 @@ impl Inner {
                 Some((from, to @ (State::Healthy | State::Probation | State::Resetting | State::Rebooting))) => {
                     log::info!(gpu:%, index, from:%, to:%, reason; "a GPU's state changed");
                 }
-                Some((from, to)) => {
+                Some((from, to @ (State::Degraded | State::Unknown))) => {
                     log::warn!(gpu:%, index, from:%, to:%, reason; "a GPU's state changed for the worse")
+                }
+                Some((from, to)) => {
+                    log::warn!(message_id = events::GPU_STOPPED, gpu:%, index, from:%, to:%, reason; "a GPU's state changed for the worse")
                 }
                 None => log::warn!(gpu:%, index, reason; "a GPU's driver told of something"),
             }

@@ -9,6 +9,7 @@
 
 pub mod backoff;
 pub mod bench;
+pub mod checked;
 pub mod config;
 pub mod daemon;
 pub mod engine;

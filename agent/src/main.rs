@@ -10,6 +10,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
+use izar_agent::checked::Checked;
 use izar_agent::config::Config;
 use izar_agent::daemon::Daemon;
 use izar_common::{logging, service};
@@ -31,6 +32,9 @@ struct Arguments {
     /// Check the configuration and exit; says which of the files that it names cannot be used yet.
     #[arg(long)]
     check_config: bool,
+    /// With --check-config: what was read, as JSON (for izar doctor).
+    #[arg(long, requires = "check_config", hide = true)]
+    json: bool,
     /// Check the configuration and certificates, and exit: 1 if a start or a reload would be refused.
     #[arg(long)]
     check_files: bool,
@@ -102,6 +106,10 @@ fn worker(log_level: Option<&str>) -> anyhow::Result<()> {
 fn daemon(config: &Path, arguments: &Arguments) -> anyhow::Result<()> {
     let path = config;
     let config = Config::load(path)?;
+    if arguments.json {
+        println!("{}", serde_json::to_string(&Checked::new(config)).context("write what was read")?);
+        return Ok(());
+    }
     if arguments.check_config || arguments.check_files {
         let unusable = izar_agent::daemon::unusable(&config);
         if let Some(reason) = unusable.as_ref().filter(|_| arguments.check_files) {

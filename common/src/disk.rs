@@ -3,6 +3,7 @@
 //! A log that cannot grow ends its controller, so an operator must hear of it while there is time. It never deletes.
 
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use nix::sys::statvfs::statvfs;
@@ -17,14 +18,31 @@ const LEAST_MIB: u64 = 1 << 10;
 const PART: u64 = 50;
 const PLENTY_MIB: u64 = 20 << 10;
 
-/// Tells whenever the disk of `folder` becomes nearly full, and when it no longer is. Runs until it is dropped.
-pub async fn watch(folder: &Path) {
+/// Free and all bytes of a disk, as last seen; both 0 before the first look.
+#[derive(Debug, Default)]
+pub struct Seen {
+    free: AtomicU64,
+    total: AtomicU64,
+}
+
+impl Seen {
+    /// Free bytes, and all.
+    pub fn bytes(&self) -> (u64, u64) {
+        (self.free.load(Relaxed) << 20, self.total.load(Relaxed) << 20)
+    }
+}
+
+/// Tells whenever the disk of `folder` becomes nearly full, and when it no longer is; notes what it sees. Runs until it is
+/// dropped.
+pub async fn watch(folder: &Path, seen: &Seen) {
     let mut told = false;
     loop {
         // A disk that hangs must not take a thread of the runtime with it.
         let asked = folder.to_owned();
         let room = tokio::task::spawn_blocking(move || room(&asked)).await;
         if let Ok(Some((free_mib, total_mib))) = room {
+            seen.free.store(free_mib, Relaxed);
+            seen.total.store(total_mib, Relaxed);
             let full = is_nearly_full(free_mib, total_mib);
             if full && !told {
                 log::error!(message_id = events::DISK_NEARLY_FULL, path:% = folder.display(), free_mib, total_mib; "the disk is nearly full");

@@ -24,9 +24,17 @@ pub const WATCHDOG_STARVES: &str = "07368aee315944e4a5e6279e9779dbc7";
 pub const MEMORY_REFUSED: &str = "e2a07aa0d8b04c18b6b0647e446677f6";
 /// Somebody knocks who is not of this cluster.
 pub const FOREIGN_PEER: &str = "d9fa75354dff40dca0e8063adc08b0b4";
+/// A GPU is cordoned or quarantined: it gets no work.
+pub const GPU_STOPPED: &str = "c0b8a2f4d0e34f6a8a5be6f0d3f7c915";
+/// The GPUs of a server are not in order, and it gets no work.
+pub const GPU_SERVER_FAULT: &str = "5d2f7d0b93c14b7f9b0fd0a51c8e6e37";
+/// What was ordered to mend GPUs has not helped.
+pub const REMEDY_IN_VAIN: &str = "6fe50d1c2db24f5d9f7f3c6ed1fd9aa2";
+/// A controller that lost its memory waits for the others before it begins.
+pub const JOIN_WAITS: &str = "a4c91f6e27d84d0c9c3f5b8e1d607a28";
 
 /// All of them, by name.
-pub const ALL: [(&str, &str); 10] = [
+pub const ALL: [(&str, &str); 14] = [
     ("NO_QUORUM", NO_QUORUM),
     ("LEADER_CHANGED", LEADER_CHANGED),
     ("AGENT_LOST", AGENT_LOST),
@@ -37,6 +45,10 @@ pub const ALL: [(&str, &str); 10] = [
     ("WATCHDOG_STARVES", WATCHDOG_STARVES),
     ("MEMORY_REFUSED", MEMORY_REFUSED),
     ("FOREIGN_PEER", FOREIGN_PEER),
+    ("GPU_STOPPED", GPU_STOPPED),
+    ("GPU_SERVER_FAULT", GPU_SERVER_FAULT),
+    ("REMEDY_IN_VAIN", REMEDY_IN_VAIN),
+    ("JOIN_WAITS", JOIN_WAITS),
 ];
 
 #[cfg(test)]

@@ -86,6 +86,28 @@ pub(crate) fn identity_of_peer(chain: Option<Box<dyn std::any::Any>>) -> Result<
     identity_of(own)
 }
 
+/// Reads a node's certificate and CA, whose key somebody else has, and checks that they belong together.
+pub fn without_key(files: &Files) -> anyhow::Result<Identity> {
+    let (chain, roots) = (files::read_certs(&files.cert)?, files::read_roots(&files.ca)?);
+    check_chain_of(&files.cert, &chain, &files.ca, &roots)?;
+    identity_of(&chain[0]).with_context(|| format!("use {}", files.cert.display()))
+}
+
+fn check_chain_of(cert: &Path, chain: &[CertificateDer<'_>], ca: &Path, roots: &RootCertStore) -> anyhow::Result<()> {
+    use rustls::{CertificateError, Error};
+    check_own(chain, roots).map_err(|error| match error {
+        // Said first, and by its name: whoever reads it at night shall renew it, and not look for another CA.
+        Error::InvalidCertificate(CertificateError::Expired | CertificateError::ExpiredContext { .. }) => {
+            let ended = files::first_expiry(chain);
+            anyhow::anyhow!("the certificate {} has expired (on {})", cert.display(), dates::day(ended))
+        }
+        error => {
+            let what = format!("the certificate {} is not one of the CA {}", cert.display(), ca.display());
+            anyhow::Error::from(error).context(what)
+        }
+    })
+}
+
 /// What a dialling node expects of the node that answers.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Expected {
@@ -136,13 +158,7 @@ impl NodeTls {
     }
 
     fn check(&self, own: &Held, trust: &Trust) -> anyhow::Result<()> {
-        check_own(&own.key.cert, &trust.roots).with_context(|| {
-            format!(
-                "the certificate {} is not one of the CA {}",
-                self.own.path().display(),
-                self.trust.path().display()
-            )
-        })
+        check_chain_of(self.own.path(), &own.key.cert, self.trust.path(), &trust.roots)
     }
 
     fn verifier(&self, role: Option<Role>, node: Option<&NodeId>) -> PeerVerifier {

@@ -31,6 +31,7 @@ use crate::raft::{self, HAND_OVER, Raft};
 use crate::rejoin::{self, Giver};
 use crate::state::command::Command;
 
+mod measured;
 mod told;
 
 /// How long running requests may take to finish at a stop.
@@ -142,14 +143,15 @@ impl Daemon {
         links.spawn(close_orphans(raft.clone(), links_end.clone()));
         links.spawn(leave_leading(raft.clone(), gateway.clone(), links_end.clone()));
         let certificates = Arc::new(tls::Certificates::new(node_tls, Some(api_tls)));
-        let (dates, disk_of) = (certificates.clone(), config.data_dir.clone());
+        let (dates, disk_of, seen) = (certificates.clone(), config.data_dir.clone(), Arc::new(disk::Seen::default()));
+        measured::machine(gateway.metrics(), certificates.clone(), seen.clone());
         let until = |end: &CancellationToken| end.clone().cancelled_owned();
         let (dates_end, disk_end, told_end) = (until(&links_end), until(&links_end), until(&links_end));
         links.spawn(async move {
             tokio::select! { () = dates.watch_dates() => {}, () = dates_end => {} }
         });
         links.spawn(async move {
-            tokio::select! { () = disk::watch(&disk_of) => {}, () = disk_end => {} }
+            tokio::select! { () = disk::watch(&disk_of, &seen) => {}, () = disk_end => {} }
         });
         let leadership = raft.leadership();
         links.spawn(async move {

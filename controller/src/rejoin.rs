@@ -24,12 +24,12 @@ use std::time::Duration;
 use anyhow::{Context, ensure};
 use bytes::Bytes;
 use futures_util::future;
-use izar_common::blob;
 use izar_common::id::{ClusterId, Identity, NodeId, Role};
 use izar_common::quic::{self, Connection, Endpoint, Profile, Receiver, Sender};
 use izar_common::seal::MasterKey;
 use izar_common::wire::handshake::Open;
 use izar_common::wire::peer::{RejoinAnswer, RejoinRequest};
+use izar_common::{blob, events};
 use tokio::io::AsyncReadExt;
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
@@ -165,7 +165,7 @@ async fn join(
         memory = raft::memory(options)?;
         // What a group is like that is just beginning is not worth a word.
         if reason == last && reason != told {
-            log::warn!(reason; "this member has no memory and does not begin without the group's");
+            log::warn!(message_id = events::JOIN_WAITS, reason; "this member has no memory and does not begin without the group's");
             told.clone_from(&reason);
         }
         last = reason;

@@ -51,6 +51,17 @@ impl Server {
     }
 
     fn start_with(site: &mut Site, agent: &str, scenario: &str, gpu: &str, library: PathBuf) -> Self {
+        let server = Self::write(site, agent, scenario, gpu, library);
+        site.start("izar-agent", agent);
+        server
+    }
+
+    /// Like [`Server::start`], but the agent is the story's to start.
+    pub fn prepare(site: &Site, agent: &str, scenario: &str, gpu: &str) -> Self {
+        Self::write(site, agent, scenario, gpu, crate::binaries::path(LIBRARY))
+    }
+
+    fn write(site: &Site, agent: &str, scenario: &str, gpu: &str, library: PathBuf) -> Self {
         let scenario_file = site.path(&format!("{agent}.gpus"));
         std::fs::write(&scenario_file, format!("host {agent}\n{scenario}\n")).expect("the folder is ours");
         let kernel = site.path(&format!("{agent}.kernel"));
@@ -60,7 +71,6 @@ impl Server {
         text += &format!("\n[gpu]\nnvml = {library:?}\nkernel_log = {kernel:?}\n{gpu}\n");
         std::fs::write(site.config(agent), text).expect("the folder is ours");
         let kernel = File::options().read(true).write(true).open(&kernel).expect("a pipe can be opened at both ends");
-        site.start("izar-agent", agent);
         Self { scenario: scenario_file, kernel }
     }
 

@@ -13,6 +13,7 @@ pub mod client;
 pub mod cluster;
 pub mod far;
 pub mod gpus;
+pub mod journal;
 pub mod logs;
 pub mod manager;
 pub mod nodes;

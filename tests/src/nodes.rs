@@ -12,6 +12,7 @@ use nix::sys::signal::Signal;
 
 use crate::cli::{self, Admin};
 use crate::client::Client;
+use crate::journal::Journal;
 use crate::manager::Manager;
 use crate::relay::Relay;
 use crate::{logs, process, waiting};
@@ -209,6 +210,12 @@ level = "{level}"
     /// Like [`Site::start`], as a service manager's child.
     pub fn start_under(&mut self, manager: &Manager, program: &str, node: &str) {
         self.spawn(manager.command(&crate::binaries::path(program)), node);
+    }
+
+    /// Like [`Site::start`], with its records sent to a journal; an agent's data may lie on a nearly full disk.
+    pub fn start_with_journal(&mut self, journal: &Journal, program: &str, node: &str, full: bool) {
+        let disk = full.then(|| self.path(&format!("{node}-data")));
+        self.spawn(journal.command(&crate::binaries::path(program), disk.as_deref()), node);
     }
 
     fn spawn(&mut self, mut command: Command, node: &str) {

@@ -7,6 +7,8 @@ use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject as _;
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 
+use crate::clock;
+
 /// Between which Unix times, in milliseconds, a certificate is valid.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Validity {
@@ -30,6 +32,12 @@ pub fn validities(path: &Path) -> anyhow::Result<Vec<Validity>> {
         Ok(all)
     };
     read().with_context(|| format!("read the certificates in {}", path.display()))
+}
+
+/// The day of a Unix time in seconds, as in `2026-11-28`.
+pub fn day(seconds: i64) -> String {
+    let (year, month, day) = clock::civil(seconds.div_euclid(86_400));
+    format!("{year:04}-{month:02}-{day:02}")
 }
 
 #[cfg(test)]

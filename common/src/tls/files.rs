@@ -190,7 +190,7 @@ pub(super) fn read_roots(path: &Path) -> anyhow::Result<RootCertStore> {
 }
 
 /// Reads the certificates of a PEM file, at least one.
-fn read_certs(path: &Path) -> anyhow::Result<Vec<CertificateDer<'static>>> {
+pub(super) fn read_certs(path: &Path) -> anyhow::Result<Vec<CertificateDer<'static>>> {
     let pem = std::fs::read(path).with_context(|| format!("read the certificate {}", path.display()))?;
     let certs: Vec<_> = CertificateDer::pem_slice_iter(&pem)
         .collect::<Result<_, _>>()
@@ -200,7 +200,7 @@ fn read_certs(path: &Path) -> anyhow::Result<Vec<CertificateDer<'static>>> {
 }
 
 /// When the first of these certificates expires, in Unix seconds. One that does not parse is refused elsewhere.
-fn first_expiry(certs: &[CertificateDer<'_>]) -> i64 {
+pub(super) fn first_expiry(certs: &[CertificateDer<'_>]) -> i64 {
     use x509_parser::prelude::{FromDer as _, X509Certificate};
     let parsed = certs.iter().filter_map(|cert| X509Certificate::from_der(cert).ok());
     parsed.map(|(_, cert)| cert.validity().not_after.timestamp()).min().unwrap_or(i64::MAX)

@@ -42,7 +42,12 @@ pub fn init(dir: &Path, cluster: &ClusterId) -> anyhow::Result<()> {
 /// Issues a node's certificate: `<out>/<node>.pem` and `<node>.key`, with the identity as URI and `hosts` as names.
 /// Replaces an earlier one of the same node.
 pub fn issue(dir: &Path, identity: &Identity, hosts: &[String], out: &Path) -> anyhow::Result<()> {
-    let mut params = params(identity.node.as_str(), LEAF_DAYS);
+    issue_until(dir, identity, hosts, out, LEAF_DAYS)
+}
+
+/// Like [`issue`], until the beginning of the day in so many days; 0: it has expired.
+pub fn issue_until(dir: &Path, identity: &Identity, hosts: &[String], out: &Path, days: i64) -> anyhow::Result<()> {
+    let mut params = params(identity.node.as_str(), days);
     params.subject_alt_names = sans(hosts)?;
     params.subject_alt_names.push(SanType::URI(identity.to_string().try_into()?));
     // Nodes dial and answer with one certificate.

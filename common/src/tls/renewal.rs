@@ -71,7 +71,7 @@ impl Certificates {
     }
 
     /// Each file of certificates, and when the first of those in use expires, in Unix seconds.
-    fn expiries(&self) -> Vec<(PathBuf, i64)> {
+    pub fn expiries(&self) -> Vec<(PathBuf, i64)> {
         let (own, trust) = (&self.node.own, &self.node.trust);
         let mut expiries =
             vec![(own.path().to_owned(), own.get().expires), (trust.path().to_owned(), trust.get().expires)];

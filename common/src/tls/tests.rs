@@ -97,6 +97,7 @@ fn certificates_of_another_ca_are_refused_by_both_sides() {
     // A stranger that trusts our CA, but whose certificate is of its own.
     let mixed = Files { ca: ours.files("ca").ca, ..theirs.files("a1") };
     assert!(format!("{:#}", NodeTls::load(&mixed).unwrap_err()).contains("is not one of the CA"));
+    assert!(format!("{:#}", without_key(&mixed).unwrap_err()).contains("is not one of the CA"));
     let mut client = controller.quic_client().unwrap();
     client.client_auth_cert_resolver = stranger.quic_client().unwrap().client_auth_cert_resolver;
     let error = shake(client, controller.quic_server().unwrap()).unwrap_err();
@@ -203,4 +204,19 @@ fn a_key_of_another_certificate_is_refused() {
     let mixed = Files { key: a2.key, ..a1 };
     let error = format!("{:#}", NodeTls::load(&mixed).unwrap_err());
     assert!(error.contains("a1.pem") && error.contains("a2.key"), "{error}");
+}
+
+#[test]
+fn a_certificate_that_has_expired_is_called_so_with_and_without_its_key() {
+    let pki = Pki::new("dev");
+    let files = pki.issue("izar://dev/local/agent/a1");
+    assert_eq!(without_key(&files).unwrap().to_string(), "izar://dev/local/agent/a1");
+    let identity = "izar://dev/local/agent/a1".parse().unwrap();
+    pki::issue_until(pki.0.path(), &identity, &[], pki.0.path(), 0).unwrap();
+    let today = dates::day((crate::clock::wall_ms() / 1000) as i64);
+    let said = [NodeTls::load(&files).map(drop).unwrap_err(), without_key(&files).map(drop).unwrap_err()];
+    for error in said {
+        let expected = format!("a1.pem has expired (on {today})");
+        assert!(format!("{error:#}").ends_with(&expected), "{error:#}");
+    }
 }

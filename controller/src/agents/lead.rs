@@ -5,6 +5,7 @@
 use std::time::Duration;
 
 use izar_common::clock::wall_ms;
+use izar_common::events;
 use izar_common::health::gpu::Outcome;
 use izar_common::id::NodeId;
 
@@ -104,11 +105,13 @@ async fn mend_gpus(inner: &Inner) {
                 }
                 match outcome {
                     Outcome::Done => log::info!(id, reason; "a remedy of GPUs is done"),
-                    _ => log::warn!(id, outcome:%, reason; "a remedy of GPUs has not helped"),
+                    _ => {
+                        log::warn!(message_id = events::REMEDY_IN_VAIN, id, outcome:%, reason; "a remedy of GPUs has not helped")
+                    }
                 }
             }
             Command::HoldGpu { hold, .. } => {
-                log::warn!(gpu:% = hold.gpu, reason = hold.reason; "a GPU is given up and quarantined");
+                log::warn!(message_id = events::GPU_STOPPED, gpu:% = hold.gpu, reason = hold.reason; "a GPU is given up and quarantined");
             }
             other => unreachable!("no remedy of GPUs: {other:?}"),
         }

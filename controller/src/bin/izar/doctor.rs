@@ -2,9 +2,11 @@
 //! from here? Every check says what it found and, where that is not well, what to do.
 //!
 //! It works whether the daemon runs or not, and changes nothing (a small file in the data directory apart, whose fsync
-//! is timed and which is removed). `machine` looks at the machine, `cluster` at what a running controller says. It exits
+//! is timed and which is removed). `machine` looks at the machine, `agent` at what
+//! an agent needs of it, `cluster` at what a running controller says. It exits
 //! with 1 if a check failed; warnings alone are exit 0.
 
+mod agent;
 mod cluster;
 mod machine;
 mod unit;
@@ -16,7 +18,7 @@ use clap::Args;
 use izar_controller::config::Config;
 use serde::Serialize;
 
-use crate::{Common, programs, show};
+use crate::{Common, show};
 
 /// Check this machine and, if a controller runs here, the cluster; say what to do
 #[derive(Debug, Args)]
@@ -62,6 +64,9 @@ impl Finding {
     pub fn failure(check: &str, found: impl Into<String>, mend: impl Into<String>) -> Self {
         Self { verdict: Verdict::Failure, ..Self::warning(check, found, mend) }
     }
+    pub fn is_failure(&self) -> bool {
+        self.verdict == Verdict::Failure
+    }
 }
 
 pub async fn run(doctor: Doctor, common: &Common) -> anyhow::Result<ExitCode> {
@@ -99,12 +104,7 @@ pub async fn examine(doctor: &Doctor, common: &Common) -> Vec<Finding> {
         }
     }
     if agent {
-        let checked = programs::beside("izar-agent").and_then(|agent| {
-            let check = ["--check-config".as_ref(), "--config".as_ref(), doctor.agent_config.as_os_str()];
-            Ok(std::process::Command::new(agent).args(check).output()?)
-        });
-        findings.push(machine::agent_config(&doctor.agent_config, checked));
-        findings.extend(machine::gpus(std::path::Path::new("/dev")));
+        findings.extend(agent::examine(&doctor.agent_config).await);
     }
     findings
 }

@@ -4,7 +4,10 @@
 use std::path::Path;
 
 use izar_common::clock::wall_ms;
+use izar_common::health::gpu::State;
+use izar_common::id::NodeId;
 use izar_controller::config::Config;
+use izar_controller::control::gpus::{Gpu, Gpus};
 use izar_controller::control::view::{AgentDetail, Agents, Peer, Peers, Status};
 use tokio::net::UnixStream;
 
@@ -46,8 +49,15 @@ pub async fn examine(common: &Common, config: &Config) -> (Vec<Finding>, Option<
         }
     }
     // What this node knows; the quorum is judged above.
+    let gpus = match admin.get::<Gpus>("/v1/gpus").await {
+        Ok(gpus) => gpus,
+        Err(error) => {
+            findings.push(Finding::warning("gpu", format!("{error:#}"), "ask again: izar gpus"));
+            Gpus { gpus: vec![], agents: vec![], remembered: vec![], remedies: vec![] }
+        }
+    };
     match admin.get::<Agents>("/v1/agents?stale=true").await {
-        Ok(agents) => findings.extend(judge_agents(&agents.agents)),
+        Ok(agents) => findings.extend(judge_agents(&agents.agents, &gpus)),
         Err(error) => findings.push(Finding::warning("agents", format!("{error:#}"), "ask again: izar agents list")),
     }
     (findings, pid)
@@ -133,7 +143,22 @@ fn judge_peer(peer: &Peer, own: &str) -> Finding {
     Finding::ok(CHECK, format!("{node} runs version {version}, its clock is {clock}"))
 }
 
-fn judge_agents(agents: &[AgentDetail]) -> Vec<Finding> {
+/// GPUs that get no work, or less; the worst is the one that only an operator's word brings back.
+fn judge_gpus(agent: &NodeId, gpus: &Gpus) -> Vec<Finding> {
+    const MEND: &str = "izar gpus says what would mend it (docs/gpus.md)";
+    let mut findings = Vec::new();
+    for Gpu { view, .. } in gpus.gpus.iter().filter(|gpu| gpu.agent == *agent) {
+        let found = format!("GPU {} of {agent} is {}: {}", view.index, view.state, view.reason);
+        match view.state {
+            State::Quarantined => findings.push(Finding::failure("gpu", found, MEND)),
+            State::Unknown | State::Healthy | State::Probation => {}
+            _ => findings.push(Finding::warning("gpu", found, MEND)),
+        }
+    }
+    findings
+}
+
+fn judge_agents(agents: &[AgentDetail], gpus: &Gpus) -> Vec<Finding> {
     if agents.is_empty() {
         return vec![Finding::warning("agents", "none was ever here", "start one: izar-agent --config agent.toml")];
     }
@@ -147,10 +172,17 @@ fn judge_agents(agents: &[AgentDetail]) -> Vec<Finding> {
             Some(version) if version != own => {
                 Finding::warning("agent", format!("{name} runs version {version}, not {own}"), "upgrade it")
             }
-            _ => Finding::ok("agent", format!("{name} is connected")),
+            _ => match gpus.agents.iter().find(|server| server.agent == *name && !server.fault.is_empty()) {
+                Some(server) => {
+                    let mend =
+                        "izar gpus says what would mend it (docs/gpus.md); izar doctor on that server looks closer";
+                    Finding::failure("agent", format!("{name} gets no work: {}", server.fault), mend)
+                }
+                None => Finding::ok("agent", format!("{name} is connected")),
+            },
         }
     };
-    agents.iter().map(judge).collect()
+    agents.iter().flat_map(|agent| [vec![judge(agent)], judge_gpus(&agent.agent, gpus)].concat()).collect()
 }
 
 #[cfg(test)]
@@ -211,6 +243,7 @@ mod tests {
 
     #[test]
     fn no_agent_at_all_is_said() {
-        assert_eq!(bad(&judge_agents(&[])), [("agents", Verdict::Warning)]);
+        let none = Gpus { gpus: vec![], agents: vec![], remembered: vec![], remedies: vec![] };
+        assert_eq!(bad(&judge_agents(&[], &none)), [("agents", Verdict::Warning)]);
     }
 }

@@ -4,8 +4,8 @@
 use std::fs::File;
 use std::io::Write;
 use std::net::{TcpListener, UdpSocket};
-use std::path::Path;
-use std::process::{Command, Output};
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use izar_common::clock::wall_ms;
@@ -28,9 +28,11 @@ const FSYNCS: usize = 20;
 /// A certificate with less than this left should be renewed now.
 const DAYS_WARNING: i64 = 30;
 /// What to do about a certificate.
-const MEND: &str = "issue it anew (izar pki issue, or your own CA). With a new key, as izar pki issue makes one, where keys \
+pub const CERTIFICATE_MEND: &str = "issue it anew (izar pki issue, or your own CA). With a new key, as izar pki issue makes one, where keys \
                     are credentials: encrypt the key anew and restart, one node at a time (playbooks/rotate_certs.yml \
                     does it); a reload is enough where the key is a file, or unchanged";
+/// What to do about a controller's disk.
+const DISK_MEND: &str = "make room, or move data_dir to a larger disk; a controller whose disk is full ends itself";
 /// A controller with fewer runs out under load: each client, peer and file is one.
 const OPEN_FILES: u64 = 65_536;
 
@@ -40,7 +42,7 @@ pub fn controller(config: &Config, pid: Option<u32>) -> Vec<Finding> {
     findings.push(secret("pepper", &config.secrets.pepper, |path| Pepper::load(path).map(drop)));
     findings.push(node_certificate(config));
     findings.push(api_certificate(config));
-    findings.push(space(&config.data_dir));
+    findings.push(space(&config.data_dir, DISK_MEND));
     findings.push(fsync(&config.data_dir));
     match pid {
         Some(pid) => findings.push(open_files(pid)),
@@ -64,32 +66,38 @@ fn secret(check: &str, path: &Path, load: impl Fn(&Path) -> Result<(), izar_comm
 
 fn node_certificate(config: &Config) -> Finding {
     const CHECK: &str = "node certificate";
-    let dates_alone = || {
-        let dates = [&config.tls.cert, &config.tls.ca].map(|path| lasts(CHECK, path, MEND));
-        dates.into_iter().max_by_key(|f| f.verdict).expect("two")
-    };
-    if credential_name(&config.tls.key).is_some() {
-        return dates_alone();
+    let dates = dates(CHECK, [&config.tls.cert, &config.tls.ca]);
+    if dates.is_failure() {
+        return dates;
     }
-    let node = match tls::NodeTls::load(&config.tls) {
-        Ok(node) => node,
-        Err(error) => return Finding::failure(CHECK, format!("{error:#}"), MEND),
+    let read = match credential_name(&config.tls.key) {
+        Some(_) => tls::without_key(&config.tls),
+        None => tls::NodeTls::load(&config.tls).map(|node| node.identity().clone()),
     };
-    let who = node.identity();
+    let who = match read {
+        Ok(who) => who,
+        Err(error) => return Finding::failure(CHECK, format!("{error:#}"), CERTIFICATE_MEND),
+    };
     if (&who.cluster, &who.site, &who.node) != (&config.cluster, &config.site, &config.node) {
-        return Finding::failure(CHECK, format!("it is {who}, but this is {}", config.node), MEND);
+        return Finding::failure(CHECK, format!("it is {who}, but this is {}", config.node), CERTIFICATE_MEND);
     }
-    dates_alone()
+    dates
+}
+
+/// The worst of what the dates of certificates say.
+pub fn dates(check: &str, files: [&PathBuf; 2]) -> Finding {
+    let dates = files.map(|path| lasts(check, path, CERTIFICATE_MEND));
+    dates.into_iter().max_by_key(|finding| finding.verdict).expect("two")
 }
 
 fn api_certificate(config: &Config) -> Finding {
     const CHECK: &str = "api certificate";
     if credential_name(&config.api.key).is_some() {
-        return lasts(CHECK, &config.api.cert, MEND);
+        return lasts(CHECK, &config.api.cert, CERTIFICATE_MEND);
     }
     match tls::https_server(&config.api.cert, &config.api.key) {
-        Ok(_) => lasts(CHECK, &config.api.cert, MEND),
-        Err(error) => Finding::failure(CHECK, format!("{error:#}"), MEND),
+        Ok(_) => lasts(CHECK, &config.api.cert, CERTIFICATE_MEND),
+        Err(error) => Finding::failure(CHECK, format!("{error:#}"), CERTIFICATE_MEND),
     }
 }
 
@@ -112,29 +120,31 @@ fn validity(check: &str, path: &Path, mend: &str, from_ms: i64, until_ms: i64, n
             format!("{} begins only at {}", path.display(), show::time(from_ms.max(0) as u64)),
             "look at this machine's clock, then at the certificate",
         ),
-        () if now_ms >= until_ms => Finding::failure(check, format!("{} has expired", path.display()), mend),
+        () if now_ms >= until_ms => {
+            let found = format!("{} has expired (on {})", path.display(), dates::day(until_ms / 1000));
+            Finding::failure(check, found, mend)
+        }
         () if days < DAYS_WARNING => Finding::warning(check, format!("{found}, {days} days"), mend),
         () => Finding::ok(check, format!("{found}, {days} days")),
     }
 }
 
-fn space(dir: &Path) -> Finding {
+pub fn space(dir: &Path, mend: &str) -> Finding {
     const CHECK: &str = "disk space";
-    const MEND: &str = "make room, or move data_dir to a larger disk; a controller whose disk is full ends itself";
     let Some(dir) = dir.ancestors().find(|dir| dir.is_dir()) else {
-        return Finding::failure(CHECK, format!("{} is nowhere", dir.display()), MEND);
+        return Finding::failure(CHECK, format!("{} is nowhere", dir.display()), mend);
     };
     match nix::sys::statvfs::statvfs(dir) {
         Ok(stat) => {
             let free = stat.blocks_available() * stat.fragment_size();
             let found = format!("{} has {} free", dir.display(), show::bytes(free));
             match free {
-                0..SPACE_FAILURE => Finding::failure(CHECK, found, MEND),
-                SPACE_FAILURE..SPACE_WARNING => Finding::warning(CHECK, found, MEND),
+                0..SPACE_FAILURE => Finding::failure(CHECK, found, mend),
+                SPACE_FAILURE..SPACE_WARNING => Finding::warning(CHECK, found, mend),
                 _ => Finding::ok(CHECK, found),
             }
         }
-        Err(error) => Finding::failure(CHECK, format!("{}: {error}", dir.display()), MEND),
+        Err(error) => Finding::failure(CHECK, format!("{}: {error}", dir.display()), mend),
     }
 }
 
@@ -228,19 +238,6 @@ fn synchronised(said: Option<&str>) -> Finding {
         Some("yes") => Finding::ok("clock", "synchronised by NTP"),
         Some(_) => Finding::warning("clock", "not synchronised", MEND),
         None => Finding::warning("clock", "timedatectl does not say whether it is synchronised", MEND),
-    }
-}
-
-/// What the agent itself says of its configuration.
-pub fn agent_config(path: &Path, checked: anyhow::Result<Output>) -> Finding {
-    const CHECK: &str = "agent configuration";
-    match checked {
-        Ok(output) if output.status.success() => Finding::ok(CHECK, format!("{} is sound", path.display())),
-        Ok(output) => {
-            let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
-            Finding::failure(CHECK, said, "correct the line; izar-agent --check-config says the same")
-        }
-        Err(error) => Finding::failure(CHECK, format!("izar-agent does not run: {error:#}"), "install it beside izar"),
     }
 }
 
