@@ -34,7 +34,7 @@ def operators_use_the_socket_and_nobody_else(proof):
     node, sh = follower(proof), proof.servers.sh
     sh(node, "useradd alice && useradd bob && usermod -aG izar-admin alice")
     said = sh(node, "runuser -u alice -- izar status")
-    proof.need("leads" in said, said)
+    proof.need("members c1 c2 c3" in said, said)
     said = sh(node, "runuser -u bob -- izar status 2>&1 || true")
     proof.need("Permission denied" in said, said)
     sh(node, "userdel alice && userdel bob")
