@@ -12,7 +12,7 @@ use izar_common::id::GpuId;
 
 use super::life::{Event, next};
 use super::limits::{MENDED, STUCK_MS};
-use super::verdict::{Finding, History, Reading, Source};
+use super::verdict::{Finding, History, Reading};
 use super::{Guards, kernel};
 
 /// Who a GPU is.
@@ -68,6 +68,9 @@ struct Gpu {
     state: State,
     reason: String,
     remedy: Remedy,
+    /// It needed a restart of the server since it was put away, whatever else was found then: the bus is not trusted
+    /// before.
+    restart: bool,
     since_ms: u64,
     /// When something was wrong last.
     wrong_ms: u64,
@@ -245,10 +248,10 @@ impl Judge {
     }
 
     /// Takes an Xid.
-    pub fn xid(&mut self, id: &GpuId, code: u32, source: Source, now_ms: u64, wall_ms: u64) -> Vec<Told> {
+    pub fn xid(&mut self, id: &GpuId, code: u32, now_ms: u64, wall_ms: u64) -> Vec<Told> {
         let mut told = Vec::new();
         if let Some(gpu) = self.gpus.get_mut(id) {
-            gpu.xid(code, source, now_ms, wall_ms, &mut told);
+            gpu.xid(code, now_ms, wall_ms, &mut told);
         }
         told
     }
@@ -307,13 +310,13 @@ impl Judge {
             (_, None) => {}
         }
         let stopped = |gpu: &&Gpu| gpu.state.share() == 0;
-        let whole = |gpu: &&Gpu| self.terms.guards == Guards::All || gpu.remedy == Remedy::Restart;
+        let whole = |gpu: &&Gpu| self.terms.guards == Guards::All || gpu.restart;
         if let Some(gpu) = self.gpus.values().find(|gpu| stopped(gpu) && whole(gpu)) {
             return Some(format!("GPU {} is {}: {}", gpu.identity.index, gpu.state, gpu.reason));
         }
         // An agent that began after a GPU was lost never sees it.
         let missing = |hold: &&Hold| {
-            let needs_restart = !hold.quarantined && hold.remedy == Remedy::Restart && hold.boot == self.terms.boot;
+            let needs_restart = hold.remedy == Remedy::Restart && hold.boot == self.terms.boot;
             needs_restart && !self.gpus.contains_key(&hold.gpu)
         };
         let hold = self.holds.values().find(missing)?;
@@ -344,6 +347,7 @@ impl Gpu {
             state: State::Unknown,
             reason: String::new(),
             remedy: Remedy::None,
+            restart: false,
             since_ms: wall_ms,
             wrong_ms: 0,
             standing: false,
@@ -372,8 +376,8 @@ impl Gpu {
         }
     }
 
-    fn xid(&mut self, code: u32, source: Source, now_ms: u64, wall_ms: u64, told: &mut Vec<Told>) {
-        let Some(findings) = self.history.xid(code, source, now_ms) else { return };
+    fn xid(&mut self, code: u32, now_ms: u64, wall_ms: u64, told: &mut Vec<Told>) {
+        let Some(findings) = self.history.xid(code, now_ms) else { return };
         (self.last_xid, self.xids) = (Some(code), self.xids + 1);
         if code == super::xid::FELL_OFF {
             self.fell(wall_ms);
@@ -402,6 +406,7 @@ impl Gpu {
                     self.standing = standing && (first || self.standing);
                     self.clean = 0;
                     self.remedy = if first { remedy } else { self.remedy.max(remedy) };
+                    self.restart = remedy == Remedy::Restart || (self.restart && !first);
                     self.step(Event::Hard, &reason, now_ms, wall_ms, told);
                 }
                 Finding::Broken(why) => {
@@ -415,6 +420,7 @@ impl Gpu {
     }
 
     fn hold(&mut self, hold: &Hold, boot: &str, now_ms: u64, wall_ms: u64, told: &mut Vec<Told>) {
+        self.restart |= hold.remedy == Remedy::Restart && hold.boot == boot;
         if hold.quarantined {
             self.remedy = self.remedy.max(Remedy::Replace);
             self.wrong_ms = now_ms;
@@ -447,9 +453,10 @@ impl Gpu {
             // Its half hour begins now.
             self.wrong_ms = now_ms;
             self.unproven = true;
+            self.history.mended();
         }
         if after.share() > 0 {
-            self.remedy = Remedy::None;
+            (self.remedy, self.restart) = (Remedy::None, false);
         }
         self.reason = match after {
             State::Healthy => String::new(),

@@ -47,7 +47,7 @@ impl Server {
         }
     }
     fn xid(&mut self, code: u32) {
-        self.judge.xid(&"gpu-1".parse().unwrap(), code, Source::Library, self.now_ms, self.now_ms);
+        self.judge.xid(&"gpu-1".parse().unwrap(), code, self.now_ms, self.now_ms);
     }
     /// An assignment with a hold, or with none.
     fn assign(&mut self, hold: Option<(bool, &str)>) {
@@ -180,6 +180,43 @@ fn a_gpu_that_falls_off_the_bus_takes_its_server_along_and_falls_once() {
 }
 
 #[test]
+fn a_gpu_that_falls_off_the_bus_too_often_leaves_its_server_away() {
+    let mut server = Server::new(terms());
+    server.read(2, &well());
+    server.xid(79);
+    // Controllers count falls: the second is a quarantine, and what it needs is told with it.
+    server.assign_what(Some((true, BOOT, Remedy::Restart, false)));
+    assert_eq!((server.state(), server.second().remedy), (State::Quarantined, Remedy::Replace));
+    assert_eq!(server.fault(), "GPU 1 is quarantined: Xid 95");
+    // An agent that began since heeds it as well; another start of the server has it behind.
+    for (boot, fault) in [(BOOT, "GPU 1 is quarantined: Xid 95"), ("first", "")] {
+        let mut next = Server::new(terms());
+        next.assign_what(Some((true, boot, Remedy::Restart, false)));
+        next.read(2, &well());
+        assert_eq!((next.state(), next.fault().as_str()), (State::Quarantined, fault));
+    }
+    server.assign(None);
+    assert_eq!((server.state(), server.fault().as_str()), (State::Probation, ""), "it was released");
+    server.xid(54);
+    assert_eq!((server.state(), server.fault().as_str()), (State::Quarantined, ""), "that is behind it");
+}
+
+#[test]
+fn a_link_that_fails_again_after_a_reset_is_the_hardware() {
+    let mut server = Server::new(terms());
+    server.read(4, &well());
+    server.xid(74);
+    server.xid(74);
+    assert_eq!((server.state(), server.second().xids), (State::Cordoned, 1), "one incident");
+    let order = Order { id: 7, action: Action::Reset, gpus: vec![second()], begin_by_ms: 0 };
+    server.judge.mend(&order, server.now_ms, server.now_ms);
+    server.judge.mended(&second(), Mended::Yes, server.now_ms, server.now_ms);
+    assert_eq!(server.state(), State::Probation);
+    server.xid(74);
+    assert_eq!(server.state(), State::Quarantined);
+}
+
+#[test]
 fn where_every_gpu_guards_every_worker_one_is_enough() {
     let mut server = Server::new(Terms { guards: Guards::All, ..terms() });
     server.read(2, &well());
@@ -254,7 +291,8 @@ fn a_lost_gpu_that_a_new_agent_never_saw_is_a_fault_until_the_server_is_restarte
         ((false, BOOT, Remedy::Restart, false), "GPU gpu-1 is missing: Xid 95"),
         ((false, "first", Remedy::Restart, false), ""),
         ((false, BOOT, Remedy::Reset, false), ""),
-        ((true, BOOT, Remedy::Restart, false), ""),
+        ((true, BOOT, Remedy::Restart, false), "GPU gpu-1 is missing: Xid 95"),
+        ((true, BOOT, Remedy::Reset, false), ""),
     ] {
         let mut server = Server::new(terms());
         server.judge.read(vec![(identity(0), well())], 2_000, 2_000);
