@@ -79,6 +79,8 @@ pub struct Settings {
     pub helper: Option<PathBuf>,
     /// `own` (default): a GPU's health speaks for the workers on it. `all`: for every worker of the server.
     pub guards: Guards,
+    /// What degrades a GPU and how long it is watched, where it is not as usual.
+    pub limits: limits::Limits,
     /// Where the kernel's messages are read. Default: the journal, through `journalctl`; `/dev/kmsg` where there is none.
     pub kernel_log: Option<PathBuf>,
 }
@@ -107,7 +109,13 @@ impl Gpus {
     /// Begins to read, on threads of its own.
     pub fn start(settings: Settings) -> Self {
         let boot = std::fs::read_to_string(BOOT_ID).map(|id| id.trim().to_owned()).unwrap_or_default();
-        let terms = Terms { mode: settings.mode, guards: settings.guards, expected: settings.expected, boot };
+        let terms = Terms {
+            mode: settings.mode,
+            guards: settings.guards,
+            expected: settings.expected,
+            boot,
+            limits: settings.limits.clone(),
+        };
         let judge = Judge::new(terms);
         let health = watch::Sender::new(Arc::new(judge.health(0)));
         let (begun, follower, stop) = (Instant::now(), Mutex::default(), CancellationToken::new());

@@ -11,7 +11,7 @@ use izar_common::health::gpu::{Action, Ended, GPUS, Health, Hold, Mode, Order, R
 use izar_common::id::GpuId;
 
 use super::life::{Event, next};
-use super::limits::{MENDED, STUCK_MS};
+use super::limits::{Limits, MENDED, STUCK_MS};
 use super::verdict::{Finding, History, Reading};
 use super::{Guards, kernel};
 
@@ -48,6 +48,7 @@ pub struct Terms {
     pub expected: Option<u32>,
     /// Which start of the server this is.
     pub boot: String,
+    pub limits: Limits,
 }
 
 /// Something that the log should say.
@@ -232,7 +233,8 @@ impl Judge {
         let (mut told, mut seen) = (Vec::new(), Vec::new());
         for (identity, reading) in readings.into_iter().take(GPUS) {
             let id = identity.id.clone();
-            let gpu = self.gpus.entry(id.clone()).or_insert_with(|| Gpu::new(identity.clone(), wall_ms));
+            let gpu =
+                self.gpus.entry(id.clone()).or_insert_with(|| Gpu::new(identity.clone(), &self.terms.limits, wall_ms));
             gpu.identity = identity;
             // The assignment that speaks of it may have come before its first reading.
             if let Some(hold) = self.holds.get(&id).filter(|_| gpu.state == State::Unknown) {
@@ -339,11 +341,11 @@ impl Judge {
 }
 
 impl Gpu {
-    fn new(identity: Identity, wall_ms: u64) -> Self {
+    fn new(identity: Identity, limits: &Limits, wall_ms: u64) -> Self {
         Self {
             identity,
             reading: Reading::default(),
-            history: History::default(),
+            history: History::new(limits.clone()),
             state: State::Unknown,
             reason: String::new(),
             remedy: Remedy::None,
@@ -443,14 +445,14 @@ impl Gpu {
     }
 
     fn step(&mut self, event: Event, why: &str, now_ms: u64, wall_ms: u64, told: &mut Vec<Told>) {
-        let after = next(self.state, event, now_ms.saturating_sub(self.wrong_ms));
+        let after = next(self.state, event, now_ms.saturating_sub(self.wrong_ms), self.history.limits());
         if after == self.state {
             return;
         }
         let before = std::mem::replace(&mut self.state, after);
         self.since_ms = wall_ms;
         if matches!(after, State::Probation) {
-            // Its half hour begins now.
+            // Its time begins now.
             self.wrong_ms = now_ms;
             self.unproven = true;
             self.history.mended();

@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use izar_common::health::gpu::Remedy;
 
 use super::counters::{Counter, Window};
-use super::limits;
+use super::limits::{self, Limits};
 use super::xid::{self, Class};
 
 /// What one poll gave of one GPU. What the driver does not know is absent.
@@ -64,6 +64,7 @@ fn standing(reason: impl Into<String>, remedy: Remedy) -> Finding {
 /// What is remembered of a GPU's readings.
 #[derive(Debug)]
 pub struct History {
+    limits: Limits,
     corrected: Counter,
     uncorrected: Counter,
     replays: Counter,
@@ -97,20 +98,20 @@ struct Incident {
     last_ms: u64,
 }
 
-impl Default for History {
-    fn default() -> Self {
+impl History {
+    pub fn new(limits: Limits) -> Self {
         Self {
             corrected: Counter::default(),
             uncorrected: Counter::default(),
             replays: Counter::default(),
             crc: Counter::default(),
-            corrected_lately: Window::new(limits::CORRECTED),
-            replays_lately: Window::new(limits::PCIE_REPLAYS),
-            crc_lately: Window::new(limits::NVLINK_CRC),
-            slowdowns_lately: Window::new(limits::SLOWDOWNS),
-            application_lately: Window::new(limits::APPLICATION),
-            many_corrected_lately: Window::new(limits::MANY_CORRECTED),
-            slow_lately: Window::new(limits::SLOW_MS),
+            corrected_lately: Window::new(limits.corrected()),
+            replays_lately: Window::new(limits.pcie_replays()),
+            crc_lately: Window::new(limits.nvlink_errors()),
+            slowdowns_lately: Window::new(limits.slowdowns()),
+            application_lately: Window::new(limits.program_errors()),
+            many_corrected_lately: Window::new(limits.many_corrected()),
+            slow_lately: Window::new(limits.slow()),
             slow: false,
             read_ms: None,
             hot_since_ms: None,
@@ -118,11 +119,15 @@ impl Default for History {
             nvlink_ms: None,
             mended: false,
             cleanup_ms: None,
+            limits,
         }
     }
-}
 
-impl History {
+    /// The limits by which it judges.
+    pub fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
     /// Judges a reading, in the light of those before it.
     pub fn read(&mut self, reading: &Reading, now_ms: u64) -> Vec<Finding> {
         let mut findings = Vec::new();
@@ -200,13 +205,13 @@ impl History {
             soft(format!("its hardware slowed itself down for {} of 10 minutes", slow_ms / 60_000));
         }
         self.hot_since_ms = match reading.temperature_c {
-            Some(celsius) if celsius >= limits::HOT_C => self.hot_since_ms.or(Some(now_ms)),
+            Some(celsius) if celsius >= self.limits.hot_celsius => self.hot_since_ms.or(Some(now_ms)),
             // One poll without a temperature is no cooler one.
             None => self.hot_since_ms,
             Some(_) => None,
         };
-        if self.hot_since_ms.is_some_and(|since| now_ms.saturating_sub(since) >= limits::HOT_MS) {
-            soft(format!("at least {} °C for 5 minutes", limits::HOT_C));
+        if self.hot_since_ms.is_some_and(|since| now_ms.saturating_sub(since) >= self.limits.hot_ms()) {
+            soft(format!("at least {} °C for {} minutes", self.limits.hot_celsius, self.limits.hot_minutes));
         }
         if let Some(pid) = reading.foreign {
             soft(format!("process {pid} computes on it and is none of ours"));
@@ -305,6 +310,12 @@ impl History {
 mod tests {
     use super::*;
 
+    impl Default for History {
+        fn default() -> Self {
+            Self::new(Limits::default())
+        }
+    }
+
     /// Reads once a second, for so many seconds from `from`; returns what the last one found.
     fn readings(history: &mut History, from: u64, seconds: u64, at: impl Fn(u64) -> Reading) -> Vec<Finding> {
         (0..seconds).map(|s| history.read(&at(s), (from + s) * 1000)).last().unwrap_or_default()
@@ -378,6 +389,16 @@ mod tests {
         assert_eq!(readings(&mut history, 299, 1, |_| Reading { temperature_c: Some(84), ..Reading::default() }), []);
         assert_eq!(readings(&mut history, 300, 300, hot), []);
         assert_eq!(soft(&readings(&mut history, 600, 1, hot)), ["at least 85 °C for 5 minutes"]);
+    }
+
+    #[test]
+    fn limits_of_the_agents_file_are_heeded() {
+        let mut history =
+            History::new(Limits { hot_celsius: 70, hot_minutes: 1, program_errors_per_hour: 1, ..Limits::default() });
+        assert_eq!(soft(&history.xid(13, 0).unwrap()), ["1 errors of programs within an hour"]);
+        let hot = |_| Reading { temperature_c: Some(70), ..Reading::default() };
+        let found = readings(&mut history, 4_000, 61, hot);
+        assert_eq!(soft(&found), ["at least 70 °C for 1 minutes"]);
     }
 
     #[test]

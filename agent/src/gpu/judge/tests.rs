@@ -4,13 +4,14 @@ use izar_common::health::Generation;
 use izar_common::health::gpu::{Action, Hold, Mode, Order, Remedy, State};
 use proptest::prelude::*;
 
-use super::super::limits::{PROBATION_MS, SOFT_MS};
 use super::*;
 
 const BOOT: &str = "second";
+const SOFT_MS: u64 = 15 * 60_000;
+const PROBATION_MS: u64 = 30 * 60_000;
 
 fn terms() -> Terms {
-    Terms { mode: Mode::Advise, guards: Guards::Own, expected: None, boot: BOOT.into() }
+    Terms { mode: Mode::Advise, guards: Guards::Own, expected: None, boot: BOOT.into(), limits: Limits::default() }
 }
 
 fn identity(index: u32) -> Identity {
@@ -154,6 +155,19 @@ fn what_readings_show_is_mended_when_they_do_not_show_it_any_more() {
     assert_eq!(server.state(), State::Probation);
     server.read(2, &well());
     assert_eq!((server.state(), server.second().reason.as_str()), (State::Healthy, ""));
+}
+
+#[test]
+fn a_probation_ends_when_the_agents_file_says() {
+    let limits = Limits { probation_minutes: 1, ..Limits::default() };
+    let mut server = Server::new(Terms { limits, ..terms() });
+    server.read(1, &Reading { recovery_action: Some(1), ..well() });
+    server.read(3, &well());
+    assert_eq!(server.state(), State::Probation);
+    server.read(59, &well());
+    assert_eq!(server.state(), State::Probation);
+    server.read(2, &well());
+    assert_eq!(server.state(), State::Healthy);
 }
 
 #[test]
