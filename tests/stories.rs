@@ -54,6 +54,8 @@ mod sampling;
 mod secrets;
 #[path = "stories/shared_prefixes.rs"]
 mod shared_prefixes;
+#[path = "stories/slow_workers.rs"]
+mod slow_workers;
 #[path = "stories/strangers.rs"]
 mod strangers;
 #[path = "stories/streams_resumed.rs"]

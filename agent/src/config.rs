@@ -150,6 +150,7 @@ impl Config {
         ensure!(self.engine.threads <= 1024, "engine.threads: {} is more than 1024", self.engine.threads);
         let expected = self.gpu.expected.unwrap_or(0);
         ensure!(expected as usize <= GPUS, "gpu.expected: {expected} is more than {GPUS}");
+        self.gpu.limits.check().map_err(|error| anyhow::anyhow!("gpu.limits.{error}"))?;
         Ok(())
     }
 
@@ -220,5 +221,10 @@ mod tests {
         check("[tls]", "[gpu]\nexpected = 65\n[tls]", "gpu.expected: 65 is more than 64");
         check("[tls]", "[gpu]\nmode = \"acts\"\n[tls]", "acts");
         check("[tls]", "[gpu]\nnmvl = \"/x\"\n[tls]", "nmvl");
+        check("[tls]", "[gpu.limits]\nhot_celcius = 80\n[tls]", "hot_celcius");
+        check("[tls]", "[gpu.limits]\nhot_celcius = 80\n[tls]", "agent.toml:8:1: ");
+        let hot = "gpu.limits.hot_celsius: 850 is not between 40 and 120";
+        check("[tls]", "[gpu.limits]\nhot_celsius = 850\n[tls]", hot);
+        check("[tls]", "[gpu.limits]\nprobation_minutes = 0\n[tls]", "gpu.limits.probation_minutes: 0 is not");
     }
 }

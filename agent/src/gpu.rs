@@ -7,9 +7,10 @@
 //! is one without GPUs. Nothing here resets a GPU or restarts a server; `mend` is how the threads let go of the library
 //! for whoever does.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::process::Child;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -37,7 +38,6 @@ pub mod xid;
 
 pub use fitness::{Fit, Fitness};
 use judge::{Identity, Judge, Terms, Told};
-use verdict::Source;
 
 /// How long the library waits for an event before it is asked again.
 const EVENT_WAIT_MS: u32 = 1_000;
@@ -80,6 +80,8 @@ pub struct Settings {
     pub helper: Option<PathBuf>,
     /// `own` (default): a GPU's health speaks for the workers on it. `all`: for every worker of the server.
     pub guards: Guards,
+    /// What degrades a GPU and how long it is watched, where it is not as usual.
+    pub limits: limits::Limits,
     /// Where the kernel's messages are read. Default: the journal, through `journalctl`; `/dev/kmsg` where there is none.
     pub kernel_log: Option<PathBuf>,
 }
@@ -107,6 +109,9 @@ struct Inner {
     /// The child that follows the kernel's log, while it runs.
     follower: Mutex<Option<Child>>,
     doors: mend::Doors,
+    /// Wakes the reader: something happened, and what exactly (rows remapped, the driver's recovery action, memory errors) a
+    /// reading shows.
+    bell: Bell,
     stop: CancellationToken,
 }
 
@@ -114,12 +119,19 @@ impl Gpus {
     /// Begins to read, on threads of its own.
     pub fn start(settings: Settings) -> Self {
         let boot = std::fs::read_to_string(BOOT_ID).map(|id| id.trim().to_owned()).unwrap_or_default();
-        let terms = Terms { mode: settings.mode, guards: settings.guards, expected: settings.expected, boot };
+        let terms = Terms {
+            mode: settings.mode,
+            guards: settings.guards,
+            expected: settings.expected,
+            boot,
+            limits: settings.limits.clone(),
+        };
         let judge = Judge::new(terms);
         let health = watch::Sender::new(Arc::new(judge.health(0)));
         let (begun, follower, stop) = (Instant::now(), Mutex::default(), CancellationToken::new());
-        let (judge, guards, doors) = (Mutex::new(judge), settings.guards, mend::Doors::default());
-        let inner = Arc::new(Inner { judge, guards, begun, health, follower, doors, stop });
+        let (judge, guards) = (Mutex::new(judge), settings.guards);
+        let (doors, bell) = (mend::Doors::default(), Bell::default());
+        let inner = Arc::new(Inner { judge, guards, begun, health, follower, doors, bell, stop });
         let reader = inner.clone();
         thread::Builder::new()
             .name("gpu-reader".into())
@@ -152,7 +164,29 @@ impl Gpus {
     /// Lets the threads end, when they next look; one that hangs in the library does not, and ends with the process.
     pub fn stop(&self) {
         self.inner.stop.cancel();
+        self.inner.bell.ring();
         self.inner.unfollow();
+    }
+}
+
+/// Wakes whoever waits, or will wait next.
+#[derive(Debug, Default)]
+struct Bell {
+    rung: Mutex<bool>,
+    heard: Condvar,
+}
+
+impl Bell {
+    fn ring(&self) {
+        *self.rung.lock().expect("no panic while the bell is held") = true;
+        self.heard.notify_all();
+    }
+
+    /// Waits until it rings, so long at most.
+    fn wait(&self, time: Duration) {
+        let rung = self.rung.lock().expect("no panic while the bell is held");
+        let waited = self.heard.wait_timeout_while(rung, time, |rung| !*rung);
+        *waited.expect("no panic while the bell is held").0 = false;
     }
 }
 
@@ -251,17 +285,20 @@ fn read(inner: &Arc<Inner>, settings: Settings) {
                 if !std::mem::replace(&mut begun, true) {
                     start_others(inner, &settings);
                 }
-                let mut library = nvml::Library::new(nvml);
+                let mut library = nvml::Library::new(nvml, settings.nvml.as_deref());
                 while !inner.doors.are_closed() {
                     read_once(inner, &mut library, visible.as_deref());
-                    if !pause(inner, Duration::from_millis(limits::READ_EVERY_MS)) {
+                    thread::sleep(Duration::from_millis(limits::READ_AGAIN_MS));
+                    inner.bell.wait(Duration::from_millis(limits::READ_EVERY_MS - limits::READ_AGAIN_MS));
+                    if inner.stop.is_cancelled() {
                         return;
                     }
                 }
             }
             Err(error) => {
                 drop(inside);
-                let absent = matches!(error, nvml::Error::Absent);
+                // One that has worked is not absent: its driver is being loaded anew, or was removed below us.
+                let absent = matches!(error, nvml::Error::Absent(_)) && !begun;
                 inner.judge(|judge, now, _| {
                     judge.answered(now);
                     if absent {
@@ -344,7 +381,7 @@ fn belongs(pid: u32, stat: Option<&str>, denied: impl FnOnce() -> bool, agent: u
 
 /// The thread that waits for Xids. It has the library to itself: the reader's may hang.
 fn events(inner: &Inner, path: Option<PathBuf>) {
-    let mut told = false;
+    let (mut told, mut silent) = (false, BTreeSet::new());
     while !inner.stop.is_cancelled() {
         let Some(inside) = inner.doors.enter() else {
             pause(inner, LOOK_EVERY);
@@ -352,14 +389,22 @@ fn events(inner: &Inner, path: Option<PathBuf>) {
         };
         let ended = nvml::open(path.as_deref()).map_err(|error| error.to_string()).and_then(|nvml| {
             let events = nvml::Events::of(&nvml)?;
+            for (index, reason) in events.silent.iter().filter(|(index, _)| silent.insert(*index)) {
+                log::warn!(index, reason; "a GPU tells of no events; its readings and the kernel's log have to do");
+            }
             while !inner.stop.is_cancelled() && !inner.doors.are_closed() {
                 match events.wait(EVENT_WAIT_MS)? {
                     nvml::Happened::Xid { id, code } => {
-                        inner.judge(|judge, now, wall| judge.xid(&id, code, Source::Library, now, wall));
+                        inner.judge(|judge, now, wall| judge.xid(&id, code, now, wall));
+                        inner.bell.ring();
                     }
-                    // Every wait would return at once.
-                    nvml::Happened::Lost => _ = pause(inner, Duration::from_millis(EVENT_WAIT_MS.into())),
-                    nvml::Happened::Look | nvml::Happened::Nothing => {}
+                    nvml::Happened::Lost => {
+                        inner.bell.ring();
+                        // Every wait would return at once.
+                        pause(inner, Duration::from_millis(EVENT_WAIT_MS.into()));
+                    }
+                    nvml::Happened::Look => inner.bell.ring(),
+                    nvml::Happened::Nothing => {}
                 }
             }
             Ok(())
@@ -389,9 +434,10 @@ fn follow(inner: &Inner, path: Option<PathBuf>) {
                 *inner.follower.lock().expect("no panic while the child is held") = child;
                 while let Some(line) = tail.next_xid() {
                     inner.judge(|judge, now, wall| match judge.in_slot(&line.bus) {
-                        Some(id) => judge.xid(&id, line.code, Source::Kernel, now, wall),
+                        Some(id) => judge.xid(&id, line.code, now, wall),
                         None => Vec::new(),
                     });
+                    inner.bell.ring();
                 }
                 inner.unfollow();
                 "it ended".to_owned()
@@ -410,6 +456,16 @@ fn follow(inner: &Inner, path: Option<PathBuf>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_bell_that_rang_before_anybody_waited_is_heard_once() {
+        let bell = Bell::default();
+        bell.ring();
+        // An hour, if it were not heard.
+        bell.wait(Duration::from_secs(3_600));
+        assert!(!*bell.rung.lock().unwrap());
+        bell.wait(Duration::from_millis(1));
+    }
 
     #[test]
     fn a_process_is_ours_if_it_is_the_agents_child_or_nobody_knows_of_it() {

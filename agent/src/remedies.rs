@@ -228,6 +228,7 @@ impl Remedies {
                 Mended::Yes
             }
             Answer::Wrong(why) => Mended::Wrong(why),
+            Answer::Silent(why) => Mended::No(why),
         }
     }
 
@@ -262,8 +263,15 @@ impl Remedies {
             }
         };
         let looked = join_all(order.gpus.iter().map(look)).await;
-        for (gpu, how) in order.gpus.iter().zip(&looked).filter(|(_, how)| matches!(how, Mended::Wrong(_))) {
-            self.gpus.mended(gpu, how.clone());
+        for (gpu, how) in order.gpus.iter().zip(&looked) {
+            match how {
+                Mended::Wrong(_) => self.gpus.mended(gpu, how.clone()),
+                // It works again since its readings were in order, and must not before it has answered.
+                Mended::No(why) if self.state(gpu).is_some_and(|state| state.share() > 0) => {
+                    self.gpus.disproven(gpu, why)
+                }
+                Mended::No(_) | Mended::Yes => {}
+            }
         }
         sum_up(order, looked)
     }

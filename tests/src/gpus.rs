@@ -35,16 +35,18 @@ impl Server {
         Self::start_with(site, agent, scenario, gpu, crate::binaries::path(LIBRARY))
     }
 
-    /// Like [`Server::start`], with a library that has no function of that name.
-    pub fn start_without(site: &mut Site, agent: &str, scenario: &str, gpu: &str, function: &str) -> Self {
+    /// Like [`Server::start`], with a library that has no functions of those names.
+    pub fn start_without(site: &mut Site, agent: &str, scenario: &str, gpu: &str, functions: &[&str]) -> Self {
         let mut bytes = std::fs::read(crate::binaries::path(LIBRARY)).expect("the library can be read");
-        let name: Vec<u8> = [&[0], function.as_bytes(), &[0]].concat();
-        let mut found = 0;
-        while let Some(at) = bytes.windows(name.len()).position(|window| window == name) {
-            bytes[at + 1] = b'x';
-            found += 1;
+        for function in functions {
+            let name: Vec<u8> = [&[0], function.as_bytes(), &[0]].concat();
+            let mut found = 0;
+            while let Some(at) = bytes.windows(name.len()).position(|window| window == name) {
+                bytes[at + 1] = b'x';
+                found += 1;
+            }
+            assert!(found > 0, "the library has no {function}");
         }
-        assert!(found > 0, "the library has no {function}");
         let library = site.path(&format!("{agent}-nvml.so"));
         std::fs::write(&library, bytes).expect("the folder is ours");
         Self::start_with(site, agent, scenario, gpu, library)

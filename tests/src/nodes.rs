@@ -207,6 +207,13 @@ level = "{level}"
         self.spawn(command, node);
     }
 
+    /// Like [`Site::start`], with something in its environment, and in that of its workers.
+    pub fn start_with(&mut self, program: &str, node: &str, name: &str, value: &str) {
+        let mut command = Command::new(crate::binaries::path(program));
+        command.stdin(Stdio::null()).env(name, value);
+        self.spawn(command, node);
+    }
+
     /// Like [`Site::start`], as a service manager's child.
     pub fn start_under(&mut self, manager: &Manager, program: &str, node: &str) {
         self.spawn(manager.command(&crate::binaries::path(program)), node);

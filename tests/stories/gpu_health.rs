@@ -2,7 +2,7 @@
 //! what is wrong and what would mend it, and a GPU that was put away comes back only by an operator's word or by having
 //! been mended. The agents are the real ones; the library below them plays.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::ensure;
@@ -23,6 +23,9 @@ pub const FENCED: &str = "worker is fenced";
 
 /// From an event to the moment when nothing is computed there any more and an operator sees why.
 const FENCE: Duration = Duration::from_secs(1);
+
+/// When an Xid 45 has been alone.
+const ALONE: Duration = Duration::from_secs(6);
 
 /// Every GPU speaks for every worker, so that the echo model is under their guard.
 pub const ALL: &str = "guards = \"all\"";
@@ -158,6 +161,7 @@ fn answers_on_a_server_whose_gpu_falls_off_the_bus_go_on_elsewhere() {
     // Twice in a week is once too often: that it came back does not help it.
     first.say("gpu1 xid 79");
     wait_state(&site, "a1", 1, "quarantined: it fell off the bus twice within 7 days");
+    wait_fault(&site, "a1", "GPU 1 is quarantined");
     admin.json(&["gpus", "release", "a1", "1", "--reason", "another card"]).unwrap();
     wait_state(&site, "a1", 1, "probation");
     let none = admin.run(&["gpus", "release", "a1", "0", "--reason", "no reason"]);
@@ -212,7 +216,10 @@ fn a_server_whose_library_does_not_load_says_so() {
     let text = std::fs::read_to_string(site.config("a1")).unwrap();
     std::fs::write(site.config("a1"), text + "\n[gpu]\nnvml = \"nowhere.so\"\nkernel_log = \"/dev/null\"\n").unwrap();
     site.start("izar-agent", "a1");
-    wait_fault(&site, "a1", "nowhere.so");
+    wait_fault(&site, "a1", "nowhere.so cannot be loaded");
+    // One that cannot say which GPUs there are is none of a server without GPUs.
+    let _other = Server::start_without(&mut site, "a2", "gpus 2", "", &["nvmlDeviceGetUUID"]);
+    wait_fault(&site, "a2", "is of another version");
     site.finish(&[FAULT]);
 }
 
@@ -221,8 +228,14 @@ fn errors_of_programs_fence_nothing_and_those_of_the_gpu_do() {
     let _machine = izar_tests::exclusive();
     let mut site = Site::new(1, false);
     site.start_controllers();
-    // A driver that has no function for fields is an old one, not a sick GPU.
-    let mut old = Server::start_without(&mut site, "a1", "gpus 2", ALL, "nvmlDeviceGetFieldValues");
+    // A driver that has no functions for fields, throttling and events is an old one, not a sick GPU.
+    let missing = [
+        "nvmlDeviceGetFieldValues",
+        "nvmlDeviceGetCurrentClocksThrottleReasons",
+        "nvmlDeviceGetSupportedEventTypes",
+        "nvmlEventSetWait_v2",
+    ];
+    let mut old = Server::start_without(&mut site, "a1", "gpus 2", ALL, &missing);
     let new = Server::start(&mut site, "a2", "gpus 1\ngpu0 field 145 none", ALL);
     wait_state(&site, "a1", 1, "healthy");
     wait_state(&site, "a2", 0, "healthy");
@@ -263,6 +276,149 @@ fn errors_of_programs_fence_nothing_and_those_of_the_gpu_do() {
     assert_eq!(refused.status, 503, "{}", refused.text());
     assert!(refused.error_message().contains("on a GPU or server that is not sound"), "{}", refused.text());
     site.finish(&[WORSE, FAULT, FENCED]);
+}
+
+/// An error of a GPU that must not be used any more: what happens, what is seen, and what makes its readings well again.
+const FENCING: [(&str, &str, &str); 9] = [
+    ("gpu1 xid 48", "cordoned: Xid 48", ""),
+    ("gpu1 uncorrected 1\ngpu1 double_bit", "cordoned: 1 memory errors", ""),
+    ("gpu1 field 145 1\ngpu1 xid 64", "cordoned", "gpu1 field 145 0"),
+    // A line for each link: one incident.
+    ("gpu1 xid 74\ngpu1 xid 74\ngpu1 xid 74", "cordoned: Xid 74", ""),
+    ("gpu1 xid 95", "cordoned: Xid 95", ""),
+    ("gpu1 xid 119", "cordoned: Xid 119", ""),
+    ("gpu1 field 230 1\ngpu1 xid 154", "cordoned: the driver asks for a reset", "gpu1 field 230 0"),
+    ("gpu1 lost\nwait lost", "cordoned: it cannot be reached", "gpu1 found\nwait well"),
+    ("gpu2 xid 62", "cordoned: Xid 62", ""),
+];
+
+#[test]
+fn every_fault_fences_within_a_second_while_streams_run_and_no_client_notices() {
+    let _machine = izar_tests::exclusive();
+    let mut site = Site::new(1, false);
+    site.start_controllers();
+    // Of the first server's GPUs one knows of no double-bit errors, one of no events at all, and one was lost before
+    // anybody asked: the others' events are none the worse for it.
+    let first = "gpus 5\ngpu2 events 8\ngpu3 events 0\ngpu4 lost";
+    let mut first = Server::start(&mut site, "a1", first, ALL);
+    let _second = Server::start(&mut site, "a2", "gpus 1", ALL);
+    wait_state(&site, "a1", 3, "healthy");
+    wait_state(&site, "a2", 0, "healthy");
+    let admin = site.admin(1);
+    admin.deploy_echo("slow", 2, 5, 20);
+    admin.wait_ready("slow", 2);
+    let client = client(&site);
+    let expected = client.post(CHAT, &body(TOKENS, false)).unwrap().content();
+    let (over, streams) = (AtomicBool::new(false), AtomicUsize::new(0));
+    std::thread::scope(|scope| {
+        for _ in 0..STREAMS {
+            scope.spawn(|| {
+                while !over.load(Ordering::Relaxed) {
+                    let transcript = client.stream(CHAT, &body(TOKENS, true)).unwrap().transcript().unwrap();
+                    assert!(transcript.done && transcript.error.is_none(), "{transcript:?}");
+                    assert_eq!(transcript.text, expected, "as if nothing had happened");
+                    streams.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+        }
+        // Dropped when a step below fails, so that the streams end then as well.
+        let _end = End(&over);
+        what_fences_nothing(&site, &first);
+        for (what, state, well) in FENCING {
+            fences(&site, &first, what, state);
+            if !well.is_empty() {
+                first.say(well);
+            }
+            let index = u64::from(what.starts_with("gpu2")) + 1;
+            let _ = admin.run(&["gpus", "release", "a1", &index.to_string(), "--reason", "looked at"]);
+            wait_state(&site, "a1", index, "probation");
+        }
+        // While the library hangs in its wait, the kernel's log tells.
+        first.say("hang wait 60s");
+        wait_streams(&site);
+        let told = Instant::now();
+        first.log("NVRM: Xid (PCI:0000:11:00): 46, pid=7, name=python, GPU stopped processing");
+        is_fenced(&site, 1, "cordoned: Xid 46", told);
+    });
+    println!("{} streams", streams.load(Ordering::Relaxed));
+    site.finish(&[WORSE, FAULT, FENCED, "an operator released a GPU", "a GPU tells of no events"]);
+}
+
+/// Ends the streams of a story.
+struct End<'a>(&'a AtomicBool);
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Waits until streams run on the first server.
+fn wait_streams(site: &Site) {
+    until("streams on the first server", SOON, || {
+        let requests = site.admin(1).json(&["requests", "list"])?;
+        let mut running = requests["requests"].as_array().into_iter().flatten();
+        ensure!(running.any(|r| r["agent"] == "a1" && r["tokens"] != 0), "{requests}");
+        Ok(())
+    });
+}
+
+fn fences(site: &Site, server: &Server, what: &str, state: &str) {
+    wait_streams(site);
+    let told = Instant::now();
+    server.say(what);
+    is_fenced(site, u64::from(what.starts_with("gpu2")) + 1, state, told);
+    until("it to be held", SOON, || {
+        let index = u64::from(what.starts_with("gpu2")) + 1;
+        ensure!(gpu(&site.admin(1), "a1", index)?["held"] == true, "not yet");
+        Ok(())
+    });
+}
+
+/// Waits until a GPU of the first server is in a state and nobody serves there, and says how long that took.
+fn is_fenced(site: &Site, index: u64, expected: &str, told: Instant) {
+    until(expected, SOON, || {
+        let state = state(site, "a1", index);
+        ensure!(state.starts_with(expected), "GPU {index} is {state}");
+        ensure!(serving(site).iter().all(|worker| worker.ends_with("on a2")), "{:?}", serving(site));
+        Ok(())
+    });
+    let took = told.elapsed();
+    println!("{expected}: fenced and seen after {} ms", took.as_millis());
+    assert!(took < FENCE, "{expected}: {took:?}");
+}
+
+/// Errors of programs, and what is only noted.
+fn what_fences_nothing(site: &Site, server: &Server) {
+    let begun = Instant::now();
+    for (line, index, xids, state) in [
+        // Alone, 45 is an error of a program; that is known when nothing has come beside it.
+        ("gpu0 xid 45", 0, 1, "healthy"),
+        ("gpu2 xid 92", 2, 1, "healthy"),
+        ("gpu1 field 144 1\ngpu1 xid 63", 1, 1, "degraded: a bad row of its memory"),
+        ("gpu2 xid 13\ngpu2 xid 13\ngpu2 xid 31\ngpu2 xid 13", 2, 3, "healthy"),
+    ] {
+        server.say(line);
+        until(line, SOON, || {
+            let gpu = gpu(&site.admin(1), "a1", index)?;
+            let now = self::state(site, "a1", index);
+            ensure!(gpu["xids"] == xids && now.starts_with(state), "{gpu}");
+            Ok(())
+        });
+    }
+    // Two more after the seconds in which another Xid would have explained it.
+    until("the lone 45 to be an error of a program", SOON, || {
+        if gpu(&site.admin(1), "a1", 0)?["xids"] == 1 && begun.elapsed() > ALONE {
+            server.say("gpu0 xid 94\ngpu0 xid 31");
+        }
+        let state = self::state(site, "a1", 0);
+        ensure!(state.starts_with("degraded: 3 errors of programs"), "{state}");
+        Ok(())
+    });
+    let burst = gpu(&site.admin(1), "a1", 2).unwrap();
+    assert!(burst["xids"] == 3 && burst["state"] == "healthy", "a line for each processor is one error: {burst}");
+    server.say("gpu1 field 144 0");
+    assert_eq!(serving(site).len(), 2, "{:?}", serving(site));
 }
 
 #[test]

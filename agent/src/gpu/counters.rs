@@ -41,9 +41,14 @@ impl Window {
 
     /// How many there were, if they are too many.
     pub fn excess(&mut self, now_ms: u64) -> Option<u64> {
-        self.forget(now_ms);
-        let total = self.steps.iter().fold(0_u64, |sum, (_, n)| sum.saturating_add(*n));
+        let total = self.total(now_ms);
         (total >= self.rate.count).then_some(total)
+    }
+
+    /// How many there were.
+    pub fn total(&mut self, now_ms: u64) -> u64 {
+        self.forget(now_ms);
+        self.steps.iter().fold(0_u64, |sum, (_, n)| sum.saturating_add(*n))
     }
 }
 

@@ -11,8 +11,8 @@ use izar_common::health::gpu::{Action, Ended, GPUS, Health, Hold, Mode, Order, R
 use izar_common::id::GpuId;
 
 use super::life::{Event, next};
-use super::limits::{MENDED, STUCK_MS};
-use super::verdict::{Finding, History, Reading, Source};
+use super::limits::{Limits, MENDED, STUCK_MS};
+use super::verdict::{Finding, History, Reading};
 use super::{Guards, kernel};
 
 /// Who a GPU is.
@@ -48,6 +48,7 @@ pub struct Terms {
     pub expected: Option<u32>,
     /// Which start of the server this is.
     pub boot: String,
+    pub limits: Limits,
 }
 
 /// Something that the log should say.
@@ -68,6 +69,9 @@ struct Gpu {
     state: State,
     reason: String,
     remedy: Remedy,
+    /// It needed a restart of the server since it was put away, whatever else was found then: the bus is not trusted
+    /// before.
+    restart: bool,
     since_ms: u64,
     /// When something was wrong last.
     wrong_ms: u64,
@@ -229,7 +233,8 @@ impl Judge {
         let (mut told, mut seen) = (Vec::new(), Vec::new());
         for (identity, reading) in readings.into_iter().take(GPUS) {
             let id = identity.id.clone();
-            let gpu = self.gpus.entry(id.clone()).or_insert_with(|| Gpu::new(identity.clone(), wall_ms));
+            let gpu =
+                self.gpus.entry(id.clone()).or_insert_with(|| Gpu::new(identity.clone(), &self.terms.limits, wall_ms));
             gpu.identity = identity;
             // The assignment that speaks of it may have come before its first reading.
             if let Some(hold) = self.holds.get(&id).filter(|_| gpu.state == State::Unknown) {
@@ -245,10 +250,10 @@ impl Judge {
     }
 
     /// Takes an Xid.
-    pub fn xid(&mut self, id: &GpuId, code: u32, source: Source, now_ms: u64, wall_ms: u64) -> Vec<Told> {
+    pub fn xid(&mut self, id: &GpuId, code: u32, now_ms: u64, wall_ms: u64) -> Vec<Told> {
         let mut told = Vec::new();
         if let Some(gpu) = self.gpus.get_mut(id) {
-            gpu.xid(code, source, now_ms, wall_ms, &mut told);
+            gpu.xid(code, now_ms, wall_ms, &mut told);
         }
         told
     }
@@ -307,13 +312,13 @@ impl Judge {
             (_, None) => {}
         }
         let stopped = |gpu: &&Gpu| gpu.state.share() == 0;
-        let whole = |gpu: &&Gpu| self.terms.guards == Guards::All || gpu.remedy == Remedy::Restart;
+        let whole = |gpu: &&Gpu| self.terms.guards == Guards::All || gpu.restart;
         if let Some(gpu) = self.gpus.values().find(|gpu| stopped(gpu) && whole(gpu)) {
             return Some(format!("GPU {} is {}: {}", gpu.identity.index, gpu.state, gpu.reason));
         }
         // An agent that began after a GPU was lost never sees it.
         let missing = |hold: &&Hold| {
-            let needs_restart = !hold.quarantined && hold.remedy == Remedy::Restart && hold.boot == self.terms.boot;
+            let needs_restart = hold.remedy == Remedy::Restart && hold.boot == self.terms.boot;
             needs_restart && !self.gpus.contains_key(&hold.gpu)
         };
         let hold = self.holds.values().find(missing)?;
@@ -336,14 +341,15 @@ impl Judge {
 }
 
 impl Gpu {
-    fn new(identity: Identity, wall_ms: u64) -> Self {
+    fn new(identity: Identity, limits: &Limits, wall_ms: u64) -> Self {
         Self {
             identity,
             reading: Reading::default(),
-            history: History::default(),
+            history: History::new(limits.clone()),
             state: State::Unknown,
             reason: String::new(),
             remedy: Remedy::None,
+            restart: false,
             since_ms: wall_ms,
             wrong_ms: 0,
             standing: false,
@@ -372,8 +378,8 @@ impl Gpu {
         }
     }
 
-    fn xid(&mut self, code: u32, source: Source, now_ms: u64, wall_ms: u64, told: &mut Vec<Told>) {
-        let Some(findings) = self.history.xid(code, source, now_ms) else { return };
+    fn xid(&mut self, code: u32, now_ms: u64, wall_ms: u64, told: &mut Vec<Told>) {
+        let Some(findings) = self.history.xid(code, now_ms) else { return };
         (self.last_xid, self.xids) = (Some(code), self.xids + 1);
         if code == super::xid::FELL_OFF {
             self.fell(wall_ms);
@@ -402,6 +408,7 @@ impl Gpu {
                     self.standing = standing && (first || self.standing);
                     self.clean = 0;
                     self.remedy = if first { remedy } else { self.remedy.max(remedy) };
+                    self.restart = remedy == Remedy::Restart || (self.restart && !first);
                     self.step(Event::Hard, &reason, now_ms, wall_ms, told);
                 }
                 Finding::Broken(why) => {
@@ -415,6 +422,7 @@ impl Gpu {
     }
 
     fn hold(&mut self, hold: &Hold, boot: &str, now_ms: u64, wall_ms: u64, told: &mut Vec<Told>) {
+        self.restart |= hold.remedy == Remedy::Restart && hold.boot == boot;
         if hold.quarantined {
             self.remedy = self.remedy.max(Remedy::Replace);
             self.wrong_ms = now_ms;
@@ -437,19 +445,20 @@ impl Gpu {
     }
 
     fn step(&mut self, event: Event, why: &str, now_ms: u64, wall_ms: u64, told: &mut Vec<Told>) {
-        let after = next(self.state, event, now_ms.saturating_sub(self.wrong_ms));
+        let after = next(self.state, event, now_ms.saturating_sub(self.wrong_ms), self.history.limits());
         if after == self.state {
             return;
         }
         let before = std::mem::replace(&mut self.state, after);
         self.since_ms = wall_ms;
         if matches!(after, State::Probation) {
-            // Its half hour begins now.
+            // Its time begins now.
             self.wrong_ms = now_ms;
             self.unproven = true;
+            self.history.mended();
         }
         if after.share() > 0 {
-            self.remedy = Remedy::None;
+            (self.remedy, self.restart) = (Remedy::None, false);
         }
         self.reason = match after {
             State::Healthy => String::new(),

@@ -5,7 +5,7 @@
 
 use izar_common::health::gpu::State;
 
-use super::limits::{PROBATION_MS, SOFT_MS};
+use super::limits::Limits;
 
 /// What happens to a GPU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,7 +30,7 @@ pub enum Event {
 }
 
 /// Returns the state that follows. `quiet_ms`: for how long nothing has been wrong with it.
-pub fn next(state: State, event: Event, quiet_ms: u64) -> State {
+pub fn next(state: State, event: Event, quiet_ms: u64, limits: &Limits) -> State {
     use State::*;
     match (state, event) {
         (Quarantined, Event::Released) => Probation,
@@ -46,11 +46,11 @@ pub fn next(state: State, event: Event, quiet_ms: u64) -> State {
         (Cordoned, Event::Rebooting) => Rebooting,
         (Cordoned, _) | (_, Event::Hard) => Cordoned,
 
-        (Probation, Event::Sound) if quiet_ms >= PROBATION_MS => Healthy,
+        (Probation, Event::Sound) if quiet_ms >= limits.probation_ms() => Healthy,
         // Degraded would give it more than it has.
         (Probation, _) => Probation,
 
-        (Degraded, Event::Sound) if quiet_ms < SOFT_MS => Degraded,
+        (Degraded, Event::Sound) if quiet_ms < limits.degraded_ms() => Degraded,
         (Unknown | Healthy | Degraded, Event::Sound) => Healthy,
         (Unknown | Healthy | Degraded, Event::Soft) => Degraded,
         (Unknown | Healthy | Degraded, _) => state,
@@ -61,6 +61,13 @@ pub fn next(state: State, event: Event, quiet_ms: u64) -> State {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    const SOFT_MS: u64 = 15 * 60_000;
+    const PROBATION_MS: u64 = 30 * 60_000;
+
+    fn next(state: State, event: Event, quiet_ms: u64) -> State {
+        super::next(state, event, quiet_ms, &Limits::default())
+    }
 
     const EVENTS: [Event; 9] = [
         Event::Sound,

@@ -4,7 +4,8 @@
 //! does not know, or a library has no function for, is absent and not an error: one missing number makes no GPU sick. It
 //! changes nothing on a GPU.
 
-use std::ffi::OsStr;
+use std::collections::BTreeSet;
+use std::ffi::{OsStr, OsString};
 use std::path::Path;
 
 use izar_common::id::GpuId;
@@ -34,6 +35,8 @@ const LINKS: u32 = 18;
 /// The library, ready to be asked.
 pub struct Library {
     nvml: Nvml,
+    /// What it was opened as.
+    name: OsString,
     /// Who was seen at each number: a lost GPU does not say who it is.
     known: Vec<Option<Who>>,
 }
@@ -51,8 +54,8 @@ pub struct Who {
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// None is installed, or no driver runs that it could ask.
-    #[error("there is no {SYSTEM}")]
-    Absent,
+    #[error("{0}")]
+    Absent(String),
     #[error("{0}")]
     Broken(String),
 }
@@ -64,8 +67,29 @@ pub fn open(path: Option<&Path>) -> Result<Nvml, Error> {
         Ok(nvml) => Ok(nvml),
         // A file that was named is expected to be there.
         // Nor is one without a driver that runs: it may lie there with some other package.
-        Err(NvmlError::LibloadingError(_) | NvmlError::DriverNotLoaded) if path.is_none() => Err(Error::Absent),
-        Err(error) => Err(Error::Broken(format!("{}: {error}", name.display()))),
+        Err(error @ (NvmlError::LibloadingError(_) | NvmlError::DriverNotLoaded)) if path.is_none() => {
+            Err(Error::Absent(explain(name, &error)))
+        }
+        Err(error) => Err(Error::Broken(explain(name, &error))),
+    }
+}
+
+/// What is wrong with the library as a whole, and what mends it.
+fn explain(name: &OsStr, error: &NvmlError) -> String {
+    let name = name.display();
+    match error {
+        NvmlError::LibloadingError(why) => {
+            format!("{name} cannot be loaded ({why}): install the driver's library, or mend gpu.nvml")
+        }
+        NvmlError::FailedToLoadSymbol(symbol) => {
+            format!("{name} is of another version, or no NVML ({symbol}): install the one that belongs to the driver")
+        }
+        NvmlError::LibRmVersionMismatch => {
+            format!(
+                "{name} is of another version than the driver that runs: load the driver anew, or restart the server"
+            )
+        }
+        error => format!("{name}: {error}"),
     }
 }
 
@@ -92,29 +116,41 @@ impl Asked {
 }
 
 impl Library {
-    pub fn new(nvml: Nvml) -> Self {
-        Self { nvml, known: Vec::new() }
+    /// `path`: what it was opened by.
+    pub fn new(nvml: Nvml, path: Option<&Path>) -> Self {
+        let name = path.map_or(OsStr::new(SYSTEM), Path::as_os_str).to_owned();
+        Self { nvml, name, known: Vec::new() }
+    }
+
+    /// Fails where the library has no function that nothing goes without: GPUs that are not seen are not sound ones.
+    fn has<T>(&self, what: &str, answer: Result<T, NvmlError>) -> Result<Result<T, NvmlError>, String> {
+        match answer {
+            Err(error @ NvmlError::FailedToLoadSymbol(_)) => Err(format!("{what}: {}", explain(&self.name, &error))),
+            answer => Ok(answer),
+        }
     }
 
     /// Reads every GPU once. `ours`: whether a process is one of this agent's.
     pub fn read(&mut self, ours: impl Fn(u32) -> bool) -> Result<Vec<(Who, Reading)>, String> {
-        let count = self.nvml.device_count().map_err(|error| format!("count the GPUs: {error}"))?;
+        let count = self.has("count the GPUs", self.nvml.device_count())?;
+        let count = count.map_err(|error| format!("count the GPUs: {error}"))?;
         self.known.resize(count as usize, None);
         let mut all = Vec::new();
         for index in 0..count {
-            let known = &mut self.known[index as usize];
-            match self.nvml.device_by_index(index) {
+            match self.has("find a GPU", self.nvml.device_by_index(index))? {
                 Ok(device) => {
-                    if let Ok(who) = who(&device, index) {
-                        *known = Some(who);
+                    if let Ok(who) =
+                        self.has("ask a GPU who it is", device.uuid())?.map(|uuid| who(&device, index, &uuid))
+                    {
+                        self.known[index as usize] = who.or(self.known[index as usize].take());
                     }
-                    if let Some(who) = known {
+                    if let Some(who) = &self.known[index as usize] {
                         all.push((who.clone(), read(&device, &ours)));
                     }
                 }
                 // One that was never seen is nobody's loss: whoever expects it counts.
                 Err(error) => {
-                    if let Some(who) = known {
+                    if let Some(who) = &self.known[index as usize] {
                         let reset_required = matches!(error, NvmlError::ResetRequired);
                         all.push((
                             who.clone(),
@@ -128,12 +164,11 @@ impl Library {
     }
 }
 
-fn who(device: &Device<'_>, index: u32) -> Result<Who, String> {
-    let uuid = device.uuid().map_err(|error| error.to_string())?;
-    let id = GpuId::new(&uuid.to_ascii_lowercase()).map_err(|error| error.to_string())?;
+fn who(device: &Device<'_>, index: u32, uuid: &str) -> Option<Who> {
+    let id = GpuId::new(&uuid.to_ascii_lowercase()).ok()?;
     let name = device.name().unwrap_or_default();
     let bus = device.pci_info().map(|pci| pci.bus_id.to_ascii_lowercase()).unwrap_or_default();
-    Ok(Who { id, index, name, bus })
+    Some(Who { id, index, name, bus })
 }
 
 fn read(device: &Device<'_>, ours: &impl Fn(u32) -> bool) -> Reading {
@@ -218,24 +253,35 @@ pub enum Happened {
 }
 
 /// The set of events of all GPUs.
-pub struct Events<'a>(EventSet<'a>);
+pub struct Events<'a> {
+    set: EventSet<'a>,
+    /// GPUs that tell of none, and why.
+    pub silent: Vec<(u32, String)>,
+}
 
 impl<'a> Events<'a> {
-    /// Asks for the events of every GPU; fails where the driver has none.
+    /// Asks for the events of every GPU that has some; fails where none has.
     pub fn of(nvml: &'a Nvml) -> Result<Self, String> {
-        let mut set = nvml.create_event_set().map_err(|error| error.to_string())?;
-        let wanted = EventTypes::CRITICAL_XID_ERROR | EventTypes::DOUBLE_BIT_ECC_ERROR;
         let count = nvml.device_count().map_err(|error| error.to_string())?;
-        for index in 0..count {
-            let device = nvml.device_by_index(index).map_err(|error| error.to_string())?;
-            set = device.register_events(wanted, set).map_err(|error| error.to_string())?;
+        let mut silent: Vec<(u32, String)> = Vec::new();
+        // A set is gone when a GPU refuses it, so it is made anew without that one: as often as there are GPUs, at most.
+        loop {
+            let left_out: BTreeSet<u32> = silent.iter().map(|(index, _)| *index).collect();
+            if left_out.len() as u32 == count {
+                return Err(silent.pop().map_or_else(|| "there is no GPU".to_owned(), |(_, why)| why));
+            }
+            let set = nvml.create_event_set().map_err(|error| error.to_string())?;
+            let mut asked = (0..count).filter(|index| !left_out.contains(index));
+            match asked.try_fold(set, |set, index| register(nvml, index, set).map_err(|why| (index, why))) {
+                Ok(set) => return Ok(Self { set, silent }),
+                Err(refused) => silent.push(refused),
+            }
         }
-        Ok(Self(set))
     }
 
     /// Waits for the next event, so long at most.
     pub fn wait(&self, ms: u32) -> Result<Happened, String> {
-        let event = match self.0.wait(ms) {
+        let event = match self.set.wait(ms) {
             Ok(event) => event,
             Err(NvmlError::Timeout) => return Ok(Happened::Nothing),
             Err(NvmlError::GpuLost) => return Ok(Happened::Lost),
@@ -248,5 +294,38 @@ impl<'a> Events<'a> {
             }
             _ => Happened::Look,
         })
+    }
+}
+
+/// Adds a GPU's events to a set: those that we want and it has.
+fn register<'a>(nvml: &'a Nvml, index: u32, set: EventSet<'a>) -> Result<EventSet<'a>, String> {
+    let wanted = EventTypes::CRITICAL_XID_ERROR | EventTypes::DOUBLE_BIT_ECC_ERROR;
+    let device = nvml.device_by_index(index).map_err(|error| error.to_string())?;
+    let events = match device.supported_event_types() {
+        Ok(supported) => wanted & supported,
+        Err(NvmlError::FailedToLoadSymbol(_) | NvmlError::NotSupported) => wanted,
+        Err(error) => return Err(error.to_string()),
+    };
+    if events.is_empty() {
+        return Err("it has none".to_owned());
+    }
+    device.register_events(events, set).map_err(|error| error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_library_that_does_not_fit_says_which_it_is_and_what_mends_it() {
+        let check = |error: NvmlError, expected: &str| {
+            let told = explain(OsStr::new("libnvidia-ml.so.1"), &error);
+            assert!(told.starts_with("libnvidia-ml.so.1 ") && told.contains(expected), "{told}");
+        };
+        check(NvmlError::FailedToLoadSymbol("undefined symbol: nvmlInit_v2".into()), "undefined symbol: nvmlInit_v2");
+        check(NvmlError::FailedToLoadSymbol(String::new()), "install the one that belongs to the driver");
+        check(NvmlError::LibRmVersionMismatch, "another version than the driver that runs: load the driver anew");
+        let Err(Error::Broken(told)) = open(Some(Path::new("/nowhere.so"))) else { panic!("it is not there") };
+        assert!(told.starts_with("/nowhere.so cannot be loaded (") && told.ends_with("or mend gpu.nvml"), "{told}");
     }
 }

@@ -3,10 +3,12 @@
 //! A finding says whether the GPU may still be used and what would mend it. It does not know the GPU's state: that
 //! follows in `life`.
 
+use std::collections::VecDeque;
+
 use izar_common::health::gpu::Remedy;
 
 use super::counters::{Counter, Window};
-use super::limits;
+use super::limits::{self, Limits};
 use super::xid::{self, Class};
 
 /// What one poll gave of one GPU. What the driver does not know is absent.
@@ -62,6 +64,7 @@ fn standing(reason: impl Into<String>, remedy: Remedy) -> Finding {
 /// What is remembered of a GPU's readings.
 #[derive(Debug)]
 pub struct History {
+    limits: Limits,
     corrected: Counter,
     uncorrected: Counter,
     replays: Counter,
@@ -72,45 +75,59 @@ pub struct History {
     slowdowns_lately: Window,
     application_lately: Window,
     many_corrected_lately: Window,
-    nvlink_lately: Window,
+    slow_lately: Window,
     slow: bool,
+    /// When it was read last.
+    read_ms: Option<u64>,
     hot_since_ms: Option<u64>,
-    /// The last Xid, when it came, and who told of it.
-    last: Option<(u32, u64, Source)>,
+    /// What has happened within the last seconds, each code once, the oldest first.
+    incidents: VecDeque<Incident>,
+    /// When NVLink failed last, and whether the GPU was mended since.
+    nvlink_ms: Option<u64>,
+    mended: bool,
     /// An Xid 45 that may be the echo of another.
     cleanup_ms: Option<u64>,
 }
 
-/// Who told of an Xid.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Source {
-    Library,
-    Kernel,
+/// An Xid, however often it was told of: the library and the kernel's log both do, and the driver logs some of them once
+/// for each link, or for each processor of the GPU.
+#[derive(Debug, Clone, Copy)]
+struct Incident {
+    code: u32,
+    first_ms: u64,
+    last_ms: u64,
 }
 
-impl Default for History {
-    fn default() -> Self {
+impl History {
+    pub fn new(limits: Limits) -> Self {
         Self {
             corrected: Counter::default(),
             uncorrected: Counter::default(),
             replays: Counter::default(),
             crc: Counter::default(),
-            corrected_lately: Window::new(limits::CORRECTED),
-            replays_lately: Window::new(limits::PCIE_REPLAYS),
-            crc_lately: Window::new(limits::NVLINK_CRC),
-            slowdowns_lately: Window::new(limits::SLOWDOWNS),
-            application_lately: Window::new(limits::APPLICATION),
-            many_corrected_lately: Window::new(limits::MANY_CORRECTED),
-            nvlink_lately: Window::new(limits::NVLINK),
+            corrected_lately: Window::new(limits.corrected()),
+            replays_lately: Window::new(limits.pcie_replays()),
+            crc_lately: Window::new(limits.nvlink_errors()),
+            slowdowns_lately: Window::new(limits.slowdowns()),
+            application_lately: Window::new(limits.program_errors()),
+            many_corrected_lately: Window::new(limits.many_corrected()),
+            slow_lately: Window::new(limits.slow()),
             slow: false,
+            read_ms: None,
             hot_since_ms: None,
-            last: None,
+            incidents: VecDeque::new(),
+            nvlink_ms: None,
+            mended: false,
             cleanup_ms: None,
+            limits,
         }
     }
-}
 
-impl History {
+    /// The limits by which it judges.
+    pub fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
     /// Judges a reading, in the light of those before it.
     pub fn read(&mut self, reading: &Reading, now_ms: u64) -> Vec<Finding> {
         let mut findings = Vec::new();
@@ -174,20 +191,27 @@ impl History {
         if let Some(count) = self.crc_lately.excess(now_ms) {
             soft(format!("{count} checksum errors on NVLink within 10 s"));
         }
-        let slow = reading.slowdown.unwrap_or(false);
+        // One reading that does not say has not ended it.
+        let slow = reading.slowdown.unwrap_or(self.slow);
+        let before_ms = self.read_ms.replace(now_ms).filter(|_| slow && self.slow);
+        // What lies between two readings that hung is not known.
+        let slow_ms = before_ms.map_or(0, |before| now_ms.saturating_sub(before).min(limits::STUCK_MS));
+        self.slow_lately.add(now_ms, slow_ms);
         self.slowdowns_lately.add(now_ms, u64::from(slow && !self.slow));
         self.slow = slow;
         if let Some(count) = self.slowdowns_lately.excess(now_ms) {
             soft(format!("its hardware slowed itself down {count} times within 10 minutes"));
+        } else if let Some(slow_ms) = self.slow_lately.excess(now_ms) {
+            soft(format!("its hardware slowed itself down for {} of 10 minutes", slow_ms / 60_000));
         }
         self.hot_since_ms = match reading.temperature_c {
-            Some(celsius) if celsius >= limits::HOT_C => self.hot_since_ms.or(Some(now_ms)),
+            Some(celsius) if celsius >= self.limits.hot_celsius => self.hot_since_ms.or(Some(now_ms)),
             // One poll without a temperature is no cooler one.
             None => self.hot_since_ms,
             Some(_) => None,
         };
-        if self.hot_since_ms.is_some_and(|since| now_ms.saturating_sub(since) >= limits::HOT_MS) {
-            soft(format!("at least {} °C for 5 minutes", limits::HOT_C));
+        if self.hot_since_ms.is_some_and(|since| now_ms.saturating_sub(since) >= self.limits.hot_ms()) {
+            soft(format!("at least {} °C for {} minutes", self.limits.hot_celsius, self.limits.hot_minutes));
         }
         if let Some(pid) = reading.foreign {
             soft(format!("process {pid} computes on it and is none of ours"));
@@ -200,18 +224,20 @@ impl History {
         }
     }
 
+    /// Notes that the GPU was reset, or is let work again: what comes now is not what was.
+    pub fn mended(&mut self) {
+        self.incidents.clear();
+        self.mended = true;
+    }
+
     /// Judges an Xid; `None` if it was told of already.
-    pub fn xid(&mut self, code: u32, source: Source, now_ms: u64) -> Option<Vec<Finding>> {
-        if self
-            .last
-            .is_some_and(|(last, at, by)| last == code && by != source && now_ms.saturating_sub(at) < limits::TWICE_MS)
-        {
+    pub fn xid(&mut self, code: u32, now_ms: u64) -> Option<Vec<Finding>> {
+        if !self.is_new(code, now_ms) {
             return None;
         }
-        let near = self
-            .last
-            .is_some_and(|(last, at, _)| last != xid::CLEANUP && now_ms.saturating_sub(at) < limits::CLEANUP_MS);
-        self.last = Some((code, now_ms, source));
+        let others = |incident: &&Incident| incident.code != xid::CLEANUP;
+        let near =
+            self.incidents.iter().filter(others).any(|other| now_ms.saturating_sub(other.last_ms) < limits::CLEANUP_MS);
         if code != xid::CLEANUP {
             self.cleanup_ms = None;
         }
@@ -231,10 +257,13 @@ impl History {
             Class::Rule => match code {
                 xid::DOUBLE_BIT => vec![hard("Xid 48: a memory error that was not corrected", Remedy::Reset)],
                 xid::NVLINK => {
-                    self.nvlink_lately.add(now_ms, 1);
-                    match self.nvlink_lately.excess(now_ms) {
-                        Some(count) => vec![Finding::Broken(format!("Xid 74: {count} NVLink errors within a day"))],
-                        None => vec![hard("Xid 74: an NVLink error", Remedy::Reset)],
+                    let before_ms = self.nvlink_ms.replace(now_ms);
+                    let lately = before_ms.is_some_and(|at| now_ms.saturating_sub(at) < limits::NVLINK_MS);
+                    if lately && std::mem::take(&mut self.mended) {
+                        vec![Finding::Broken("Xid 74: an NVLink error again, within a day of a reset".into())]
+                    } else {
+                        self.mended = false;
+                        vec![hard("Xid 74: an NVLink error", Remedy::Reset)]
                     }
                 }
                 xid::CLEANUP => {
@@ -247,6 +276,29 @@ impl History {
         })
     }
 
+    /// Notes an Xid among what has happened lately; says whether it is a new incident.
+    fn is_new(&mut self, code: u32, now_ms: u64) -> bool {
+        let is_one = |incident: &Incident| now_ms.saturating_sub(incident.first_ms) < limits::INCIDENT_MS;
+        self.incidents.retain(|old| is_one(old) || now_ms.saturating_sub(old.last_ms) < limits::CLEANUP_MS);
+        match self.incidents.iter_mut().find(|incident| incident.code == code) {
+            Some(incident) if is_one(incident) => {
+                incident.last_ms = now_ms;
+                false
+            }
+            Some(incident) => {
+                *incident = Incident { code, first_ms: now_ms, last_ms: now_ms };
+                true
+            }
+            None => {
+                if self.incidents.len() == limits::INCIDENTS {
+                    self.incidents.pop_front();
+                }
+                self.incidents.push_back(Incident { code, first_ms: now_ms, last_ms: now_ms });
+                true
+            }
+        }
+    }
+
     fn application(&mut self, now_ms: u64) -> Vec<Finding> {
         self.application_lately.add(now_ms, 1);
         let count = self.application_lately.excess(now_ms);
@@ -257,6 +309,12 @@ impl History {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    impl Default for History {
+        fn default() -> Self {
+            Self::new(Limits::default())
+        }
+    }
 
     /// Reads once a second, for so many seconds from `from`; returns what the last one found.
     fn readings(history: &mut History, from: u64, seconds: u64, at: impl Fn(u64) -> Reading) -> Vec<Finding> {
@@ -334,11 +392,31 @@ mod tests {
     }
 
     #[test]
-    fn slowing_down_again_and_again_counts_and_one_long_time_does_not() {
+    fn limits_of_the_agents_file_are_heeded() {
+        let mut history =
+            History::new(Limits { hot_celsius: 70, hot_minutes: 1, program_errors_per_hour: 1, ..Limits::default() });
+        assert_eq!(soft(&history.xid(13, 0).unwrap()), ["1 errors of programs within an hour"]);
+        let hot = |_| Reading { temperature_c: Some(70), ..Reading::default() };
+        let found = readings(&mut history, 4_000, 61, hot);
+        assert_eq!(soft(&found), ["at least 70 °C for 1 minutes"]);
+    }
+
+    #[test]
+    fn slowing_down_again_and_again_counts_and_so_does_most_of_the_time() {
         let slow = |slowdown| Reading { slowdown: Some(slowdown), ..Reading::default() };
-        assert_eq!(readings(&mut History::default(), 0, 600, |_| slow(true)), []);
         let found = readings(&mut History::default(), 0, 560, |s| slow(s % 100 < 20));
         assert_eq!(soft(&found), ["its hardware slowed itself down 6 times within 10 minutes"]);
+        assert_eq!(readings(&mut History::default(), 0, 360, |_| slow(true)), []);
+        let mut history = History::default();
+        let found = readings(&mut history, 0, 361, |_| slow(true));
+        assert_eq!(soft(&found), ["its hardware slowed itself down for 6 of 10 minutes"]);
+        // Hours of it read as they are, also where the driver does not say each time.
+        let hours = |s| if s % 7 == 3 { Reading::default() } else { slow(true) };
+        assert_eq!(soft(&readings(&mut history, 361, 7_200, hours)).len(), 1);
+        assert_eq!(readings(&mut history, 7_561, 260, |_| slow(false)), []);
+        // What a call that hung lies between is not known to have been slow.
+        let mut history = History::default();
+        assert_eq!([0, 3_600, 7_200].map(|at| history.read(&slow(true), at * 1_000).len()), [0; 3]);
     }
 
     #[test]
@@ -359,51 +437,89 @@ mod tests {
     fn programs_errors_fence_nothing_and_three_an_hour_degrade() {
         let mut history = History::default();
         for (code, at) in [(31, 0), (13, 600_000)] {
-            assert_eq!(history.xid(code, Source::Library, at), Some(vec![]));
+            assert_eq!(history.xid(code, at), Some(vec![]));
         }
-        assert_eq!(soft(&history.xid(94, Source::Kernel, 1_200_000).unwrap()), ["3 errors of programs within an hour"]);
+        assert_eq!(soft(&history.xid(94, 1_200_000).unwrap()), ["3 errors of programs within an hour"]);
         for code in (0..200).filter(|code| xid::class(*code) == Class::Application) {
-            let found = History::default().xid(code, Source::Kernel, 0).unwrap();
+            let found = History::default().xid(code, 0).unwrap();
             assert!(found.is_empty(), "Xid {code}: {found:?}");
         }
     }
 
     #[test]
-    fn one_xid_that_is_told_twice_is_one() {
+    fn one_incident_counts_once_however_often_it_is_told_of() {
         let mut history = History::default();
-        assert!(history.xid(31, Source::Library, 0).is_some());
-        assert!(history.xid(31, Source::Kernel, 900).is_none());
-        assert!(history.xid(31, Source::Library, 1_000).is_some(), "the library told of it itself: another one");
-        assert!(history.xid(31, Source::Kernel, 5_000).is_some());
+        // The library and the kernel's log tell of two codes each; of 13 there is a line for each processor.
+        let told = [(31, 0), (43, 10), (31, 900), (43, 910), (13, 1_000), (13, 1_001), (13, 1_200), (13, 4_000)];
+        let new = told.map(|(code, at)| history.xid(code, at).is_some());
+        assert_eq!(new, [true, true, false, false, true, false, false, false]);
+        assert_eq!(history.read(&Reading::default(), 5_000), [], "two errors of programs");
+        // A program that fails again and again is not one incident for ever.
+        assert_eq!(
+            soft(&history.xid(13, 1_000 + limits::INCIDENT_MS).unwrap()),
+            ["3 errors of programs within an hour"]
+        );
+
+        let mut history = History::default();
+        [0, 100, 2_000].into_iter().for_each(|at| drop(history.xid(xid::MANY_CORRECTED, at)));
+        assert_eq!(history.read(&Reading::default(), 3_000), []);
+        history.xid(xid::MANY_CORRECTED, 3_600_000);
+        assert_eq!(history.read(&Reading::default(), 3_601_000).len(), 1);
+    }
+
+    #[test]
+    fn a_flood_of_codes_fills_no_memory() {
+        let mut history = History::default();
+        (0..10_000).for_each(|code| drop(history.xid(code, 0)));
+        assert_eq!(history.incidents.len(), limits::INCIDENTS);
     }
 
     #[test]
     fn cleaning_up_counts_only_when_nothing_else_is_near() {
-        let mut history = History::default();
-        let third = |history: &mut History| history.read(&Reading::default(), 60_000).len();
-        for at in [0, 10_000] {
-            history.xid(31, Source::Library, at);
-        }
-        // Beside another, before or after it.
-        history.xid(xid::CLEANUP, Source::Library, 12_000);
-        history.xid(xid::CLEANUP, Source::Library, 30_000);
-        history.xid(43, Source::Library, 33_000);
-        assert_eq!(third(&mut history), 0);
-        history.xid(xid::CLEANUP, Source::Library, 50_000);
-        assert_eq!(third(&mut history), 1);
+        let errors = |told: &[(u32, u64)]| {
+            let mut history = History::default();
+            for second in 0..60 {
+                for (code, at) in told.iter().filter(|(_, at)| at / 1_000 == second) {
+                    history.xid(*code, *at);
+                }
+                history.read(&Reading::default(), second * 1_000 + 999);
+            }
+            history.application_lately.total(60_000)
+        };
+        assert_eq!(errors(&[(31, 12_000), (45, 14_000)]), 1);
+        assert_eq!(errors(&[(45, 30_000), (43, 33_000)]), 0);
+        assert_eq!(errors(&[(45, 50_000)]), 1);
+        assert_eq!(errors(&[(45, 50_000), (45, 50_100)]), 1, "both sources tell of it");
+        // A burst: each of them is beside the first, whatever stands between.
+        assert_eq!(errors(&[(31, 1_000), (45, 1_100), (45, 1_200), (45, 1_300)]), 1);
+        assert_eq!(errors(&[(31, 1_000), (45, 5_900), (45, 12_000)]), 2);
     }
 
     #[test]
     fn nvlink_is_reset_once_and_then_it_is_the_hardware() {
+        let first = |history: &mut History, at| remedy(&history.xid(74, at).unwrap()) == Some(Remedy::Reset);
         let mut history = History::default();
-        assert_eq!(remedy(&history.xid(74, Source::Library, 0).unwrap()), Some(Remedy::Reset));
-        assert!(matches!(history.xid(74, Source::Library, 3_600_000).unwrap()[..], [Finding::Broken(_)]));
+        // A line for each link, told by both sources, and more of them as long as nobody has reset it.
+        assert!(first(&mut history, 0));
+        assert!([1, 2, 900].iter().all(|at| history.xid(74, *at).is_none()));
+        assert!(first(&mut history, 60_000) && first(&mut history, 3_600_000));
+        history.mended();
+        assert!(matches!(history.xid(74, 3_601_000).unwrap()[..], [Finding::Broken(_)]));
+        // A day later it is another one.
+        let mut history = History::default();
+        assert!(first(&mut history, 0));
+        history.mended();
+        assert!(first(&mut history, limits::DAY));
+        // A reset before the first says nothing.
+        let mut history = History::default();
+        history.mended();
+        assert!(first(&mut history, 0) && first(&mut history, 60_000));
     }
 
     #[test]
     fn each_class_asks_for_its_remedy() {
         for code in 0..300 {
-            let found = History::default().xid(code, Source::Kernel, 0).unwrap();
+            let found = History::default().xid(code, 0).unwrap();
             let right = match xid::class(code) {
                 Class::Reset => remedy(&found) == Some(Remedy::Reset),
                 Class::Restart => remedy(&found) == Some(Remedy::Restart),

@@ -17,7 +17,7 @@ use nvml_wrapper_sys::bindings::{
 
 pub mod scenario;
 
-use scenario::{Clock, Now};
+use scenario::{Clock, Event, Now};
 
 /// What a call returns: NVML's numbers.
 type Code = c_uint;
@@ -30,6 +30,7 @@ const LOST: Code = 15;
 
 const UNSIGNED_INT: c_uint = 1;
 const XID_EVENT: c_ulonglong = 8;
+const DOUBLE_BIT_EVENT: c_ulonglong = 2;
 const HW_SLOWDOWN: c_ulonglong = 8;
 
 /// How often a scenario is looked at while an event is waited for.
@@ -366,7 +367,7 @@ pub unsafe extern "C" fn nvmlDeviceGetFieldValues(
     SUCCESS
 }
 
-/// What a set of events has given so far: Xids of the scenario, by their place in it.
+/// What a set of events has given so far: events of the scenario, by their place in it.
 struct Set {
     given: Mutex<usize>,
 }
@@ -376,14 +377,32 @@ struct Set {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nvmlEventSetCreate(out: *mut nvmlEventSet_t) -> Code {
     // What happened before it was there it does not give.
-    let set = Box::new(Set { given: Mutex::new(now().xids.len()) });
+    let set = Box::new(Set { given: Mutex::new(now().events.len()) });
     // SAFETY: the caller's promise; whoever frees the set makes the box again.
     unsafe { give(out, Box::into_raw(set).cast()) }
 }
 
+/// The events that a GPU has.
+fn has(now: &Now, gpu: u32) -> c_ulonglong {
+    now.get(gpu, "events", Some(XID_EVENT | DOUBLE_BIT_EVENT)).unwrap_or(0)
+}
+
+/// # Safety
+/// As NVML documents: `out` may be written.
 #[unsafe(no_mangle)]
-pub extern "C" fn nvmlDeviceRegisterEvents(_: nvmlDevice_t, _types: c_ulonglong, _: nvmlEventSet_t) -> Code {
-    SUCCESS
+pub unsafe extern "C" fn nvmlDeviceGetSupportedEventTypes(device: nvmlDevice_t, out: *mut c_ulonglong) -> Code {
+    // SAFETY: the caller's promise.
+    unsafe { number_of(device, "events", Some(XID_EVENT | DOUBLE_BIT_EVENT), out, |value| value) }
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn nvmlDeviceRegisterEvents(device: nvmlDevice_t, types: c_ulonglong, _: nvmlEventSet_t) -> Code {
+    let (now, gpu) = (call("register"), number(device));
+    if now.lost.get(&gpu) == Some(&true) {
+        return LOST;
+    }
+    // As the real one: all of them or none.
+    if types & !has(&now, gpu) != 0 { NOT_SUPPORTED } else { SUCCESS }
 }
 
 /// # Safety
@@ -397,15 +416,26 @@ pub unsafe extern "C" fn nvmlEventSetWait_v2(
     // SAFETY: the caller's promise.
     let set: &Set = unsafe { &*set.cast() };
     let until = Instant::now() + Duration::from_millis(timeout_ms.into());
+    call("wait");
     loop {
         let now = now();
+        if now.waits_lost {
+            return LOST;
+        }
         let mut given = set.given.lock().expect("no panic while a set is held");
-        if let Some((gpu, code)) = now.xids.get(*given).copied() {
+        if let Some((gpu, event)) = now.events.get(*given).copied() {
             *given += 1;
+            let (eventType, eventData) = match event {
+                Event::Xid(code) => (XID_EVENT, code),
+                Event::DoubleBit => (DOUBLE_BIT_EVENT, 0),
+            };
+            if has(&now, gpu) & eventType == 0 {
+                continue;
+            }
             let event = nvmlEventData_t {
                 device: handle(gpu),
-                eventType: XID_EVENT,
-                eventData: code,
+                eventType,
+                eventData,
                 gpuInstanceId: u32::MAX,
                 computeInstanceId: u32::MAX,
             };

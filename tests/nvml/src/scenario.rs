@@ -12,6 +12,9 @@
 //! gpu0 temperature none       the driver does not know it
 //! gpu1 lost                   and `gpu1 found`
 //! at 3s gpu1 xid 79           an event
+//! gpu1 double_bit             another one: a memory error that was not corrected
+//! gpu1 events 8               the events that it has, as NVML's bits (else 10: Xids and double-bit errors)
+//! wait lost                   waiting for events says that a GPU is lost, and `wait well`
 //! hang temperature 20s        calls of a function do not return for so long
 //! ```
 
@@ -36,10 +39,19 @@ pub struct Now {
     /// Numbers by GPU and name; `None` is what the driver does not know.
     pub numbers: BTreeMap<(u32, String), Option<u64>>,
     pub lost: BTreeMap<u32, bool>,
-    /// GPU and code of every Xid so far, in order.
-    pub xids: Vec<(u32, u64)>,
+    /// GPU and what happened to it, of every event so far, in order.
+    pub events: Vec<(u32, Event)>,
+    /// Waiting for events fails, since a GPU is lost.
+    pub waits_lost: bool,
     /// For how long calls of a function hang yet.
     pub hangs: BTreeMap<String, Duration>,
+}
+
+/// What NVML tells of by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Event {
+    Xid(u64),
+    DoubleBit,
 }
 
 impl Clock {
@@ -80,6 +92,8 @@ impl Now {
             ["gpus", count] => self.gpus = count.parse().ok()?,
             ["host", name] => self.host = name.to_owned(),
             ["uuids"] => self.uuids = true,
+            ["wait", "lost"] => self.waits_lost = true,
+            ["wait", "well"] => self.waits_lost = false,
             ["hang", function, time] => {
                 self.hangs.insert(function.to_owned(), seconds(time).saturating_sub(age));
             }
@@ -88,7 +102,8 @@ impl Now {
                 match *rest {
                     ["lost"] => drop(self.lost.insert(gpu, true)),
                     ["found"] => drop(self.lost.insert(gpu, false)),
-                    ["xid", code] => self.xids.push((gpu, code.parse().ok()?)),
+                    ["xid", code] => self.events.push((gpu, Event::Xid(code.parse().ok()?))),
+                    ["double_bit"] => self.events.push((gpu, Event::DoubleBit)),
                     ["field", id, value] => self.number(gpu, format!("field {id}"), value)?,
                     [name, value] => self.number(gpu, name.to_owned(), value)?,
                     _ => return None,
@@ -123,9 +138,9 @@ mod tests {
             "gpus 2 # two\n\ngpu0 temperature 40\nat 3s gpu1 xid 79\nat 5s gpu0 temperature none\ngpu0 field 230 1";
         let at = |clock: &mut Clock, seconds| clock.read(text, begun + Duration::from_secs(seconds));
         let now = at(&mut clock, 0);
-        assert_eq!((now.gpus, now.get(0, "temperature", None), now.xids.len()), (2, Some(40), 0));
+        assert_eq!((now.gpus, now.get(0, "temperature", None), now.events.len()), (2, Some(40), 0));
         assert_eq!(now.get(0, "field 230", None), Some(1));
-        assert_eq!(at(&mut clock, 3).xids, [(1, 79)]);
+        assert_eq!(at(&mut clock, 3).events, [(1, Event::Xid(79))]);
         assert_eq!(at(&mut clock, 5).get(0, "temperature", Some(7)), None);
     }
 

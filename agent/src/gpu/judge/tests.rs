@@ -4,13 +4,14 @@ use izar_common::health::Generation;
 use izar_common::health::gpu::{Action, Hold, Mode, Order, Remedy, State};
 use proptest::prelude::*;
 
-use super::super::limits::{PROBATION_MS, SOFT_MS};
 use super::*;
 
 const BOOT: &str = "second";
+const SOFT_MS: u64 = 15 * 60_000;
+const PROBATION_MS: u64 = 30 * 60_000;
 
 fn terms() -> Terms {
-    Terms { mode: Mode::Advise, guards: Guards::Own, expected: None, boot: BOOT.into() }
+    Terms { mode: Mode::Advise, guards: Guards::Own, expected: None, boot: BOOT.into(), limits: Limits::default() }
 }
 
 fn identity(index: u32) -> Identity {
@@ -47,7 +48,7 @@ impl Server {
         }
     }
     fn xid(&mut self, code: u32) {
-        self.judge.xid(&"gpu-1".parse().unwrap(), code, Source::Library, self.now_ms, self.now_ms);
+        self.judge.xid(&"gpu-1".parse().unwrap(), code, self.now_ms, self.now_ms);
     }
     /// An assignment with a hold, or with none.
     fn assign(&mut self, hold: Option<(bool, &str)>) {
@@ -157,6 +158,19 @@ fn what_readings_show_is_mended_when_they_do_not_show_it_any_more() {
 }
 
 #[test]
+fn a_probation_ends_when_the_agents_file_says() {
+    let limits = Limits { probation_minutes: 1, ..Limits::default() };
+    let mut server = Server::new(Terms { limits, ..terms() });
+    server.read(1, &Reading { recovery_action: Some(1), ..well() });
+    server.read(3, &well());
+    assert_eq!(server.state(), State::Probation);
+    server.read(59, &well());
+    assert_eq!(server.state(), State::Probation);
+    server.read(2, &well());
+    assert_eq!(server.state(), State::Healthy);
+}
+
+#[test]
 fn an_xid_stays_a_cordon_whatever_readings_say() {
     let mut server = Server::new(terms());
     server.read(2, &well());
@@ -177,6 +191,43 @@ fn a_gpu_that_falls_off_the_bus_takes_its_server_along_and_falls_once() {
     assert_eq!(server.fault(), "GPU 1 is cordoned: Xid 79: it fell off the bus");
     server.read(3, &Reading { lost: true, ..Reading::default() });
     assert_eq!(server.second().fell_ms, fell);
+}
+
+#[test]
+fn a_gpu_that_falls_off_the_bus_too_often_leaves_its_server_away() {
+    let mut server = Server::new(terms());
+    server.read(2, &well());
+    server.xid(79);
+    // Controllers count falls: the second is a quarantine, and what it needs is told with it.
+    server.assign_what(Some((true, BOOT, Remedy::Restart, false)));
+    assert_eq!((server.state(), server.second().remedy), (State::Quarantined, Remedy::Replace));
+    assert_eq!(server.fault(), "GPU 1 is quarantined: Xid 95");
+    // An agent that began since heeds it as well; another start of the server has it behind.
+    for (boot, fault) in [(BOOT, "GPU 1 is quarantined: Xid 95"), ("first", "")] {
+        let mut next = Server::new(terms());
+        next.assign_what(Some((true, boot, Remedy::Restart, false)));
+        next.read(2, &well());
+        assert_eq!((next.state(), next.fault().as_str()), (State::Quarantined, fault));
+    }
+    server.assign(None);
+    assert_eq!((server.state(), server.fault().as_str()), (State::Probation, ""), "it was released");
+    server.xid(54);
+    assert_eq!((server.state(), server.fault().as_str()), (State::Quarantined, ""), "that is behind it");
+}
+
+#[test]
+fn a_link_that_fails_again_after_a_reset_is_the_hardware() {
+    let mut server = Server::new(terms());
+    server.read(4, &well());
+    server.xid(74);
+    server.xid(74);
+    assert_eq!((server.state(), server.second().xids), (State::Cordoned, 1), "one incident");
+    let order = Order { id: 7, action: Action::Reset, gpus: vec![second()], begin_by_ms: 0 };
+    server.judge.mend(&order, server.now_ms, server.now_ms);
+    server.judge.mended(&second(), Mended::Yes, server.now_ms, server.now_ms);
+    assert_eq!(server.state(), State::Probation);
+    server.xid(74);
+    assert_eq!(server.state(), State::Quarantined);
 }
 
 #[test]
@@ -254,7 +305,8 @@ fn a_lost_gpu_that_a_new_agent_never_saw_is_a_fault_until_the_server_is_restarte
         ((false, BOOT, Remedy::Restart, false), "GPU gpu-1 is missing: Xid 95"),
         ((false, "first", Remedy::Restart, false), ""),
         ((false, BOOT, Remedy::Reset, false), ""),
-        ((true, BOOT, Remedy::Restart, false), ""),
+        ((true, BOOT, Remedy::Restart, false), "GPU gpu-1 is missing: Xid 95"),
+        ((true, BOOT, Remedy::Reset, false), ""),
     ] {
         let mut server = Server::new(terms());
         server.judge.read(vec![(identity(0), well())], 2_000, 2_000);
