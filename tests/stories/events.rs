@@ -9,6 +9,9 @@ use izar_tests::journal::{Journal, Record};
 use izar_tests::nodes::Site;
 use izar_tests::process;
 use izar_tests::waiting::{SOON, until_true};
+use serde_json::{Value, json};
+
+const CHAT: &str = "/v1/chat/completions";
 
 /// Deaths until it is told.
 const FAILURES: usize = 5;
@@ -31,7 +34,17 @@ fn what_an_operator_acts_on_comes_to_the_journal_under_its_id() {
     let ends = journal.wait(events::CERTIFICATE_EXPIRES, has("FILE", "c1.pem"));
     assert_eq!((ends["DAYS"].as_str(), ends["PRIORITY"].as_str()), ("5", "3"), "{ends:?}");
 
-    let server = Server::prepare(&site, "a1", "gpus 2", "expected = 2");
+    let page = || site.client(1, None).get("/metrics").unwrap().text();
+    let measured = |page: &str, name: &str, part: &str| {
+        page.lines().any(|line| line.starts_with(name) && line.contains(part) && !line.ends_with(" 0"))
+    };
+    assert!(measured(&page(), "izar_certificate_expiry_timestamp_seconds{", "c1.pem\"} 1"), "{}", page());
+    until_true("the disk to be measured", SOON, || {
+        ["izar_disk_free_bytes ", "izar_disk_bytes "].iter().all(|name| measured(&page(), name, ""))
+    });
+
+    let settings = format!("expected = 2\nmode = \"act\"\nhelper = {:?}", site.path("no-hand"));
+    let server = Server::prepare(&site, "a1", "gpus 2\nuuids", &settings);
     site.start_with_journal(&journal, "izar-agent", "a1", true);
     journal.wait(events::DISK_NEARLY_FULL, has("PATH", "a1-data"));
     site.admin(1).deploy_echo("echo", 1, 0, 1);
@@ -48,9 +61,72 @@ fn what_an_operator_acts_on_comes_to_the_journal_under_its_id() {
     let fails = journal.wait(events::WORKER_FAILS, |_| true);
     assert_eq!(fails["FAILURES"], "5", "{fails:?}");
 
-    server.say("gpu1 xid 48");
+    // What serves there has no room elsewhere, so that nothing would be ordered.
+    site.admin(1).json(&["models", "undeploy", "echo"]).unwrap();
+    server.say("gpu1 field 230 1\ngpu1 xid 95");
     journal.wait(events::GPU_STOPPED, has("TO", "cordoned"));
+    let vain = journal.wait(events::REMEDY_IN_VAIN, has("OUTCOME", "failed"));
+    assert!(!vain["REASON"].is_empty(), "{vain:?}");
     server.say("gpu1 xid 79");
     journal.wait(events::GPU_SERVER_FAULT, |record| !record["FAULT"].is_empty());
     site.finish(&[]);
+}
+
+#[test]
+fn an_agent_that_dies_with_work_and_a_budget_that_is_used_up_come_to_the_journal() {
+    let _machine = izar_tests::exclusive();
+    let Some(journal) = Journal::new() else {
+        eprintln!("skipped: this kernel gives nobody a mount namespace, so no journal can be played");
+        return;
+    };
+    let mut site = Site::new(1, false);
+    let config = std::fs::read_to_string(site.config("c1")).unwrap();
+    std::fs::write(site.config("c1"), format!("{config}\n[limits]\nmemory_bytes = 67108864\n")).unwrap();
+    site.start_with_journal(&journal, "izar-controller", "c1", false);
+    site.wait_led(1);
+    site.write_agent("a1");
+    site.start_with_journal(&journal, "izar-agent", "a1", false);
+    site.admin(1).deploy_echo("slow", 1, 5, 200);
+    site.admin(1).wait_ready("slow", 1);
+    let key = site.admin(1).create_key(&[]).unwrap();
+    let client = site.client(1, Some(&key));
+    let body = |more: Value| {
+        let mut body = json!({ "model": "slow", "messages": [{ "role": "user", "content": "Go on." }] });
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        body
+    };
+    // Room is taken for the whole answer before it begins: 8 of them, each token with its probability.
+    let most = json!({ "max_tokens": 20_000, "n": 8, "logprobs": true });
+    let refused = client.post(CHAT, &body(most)).unwrap();
+    assert_eq!(refused.status, 503, "{}", refused.text());
+    let told = journal.wait(events::MEMORY_REFUSED, |_| true);
+    assert_eq!(told["LIMIT_MIB"], "64", "{told:?}");
+
+    let mut answer = client.stream(CHAT, &body(json!({ "max_tokens": 200, "stream": true }))).unwrap();
+    answer.event().unwrap().expect("a first event");
+    site.kill("a1");
+    let lost = journal.wait(events::AGENT_LOST, |record| record["AGENT"] == "a1");
+    assert_eq!(lost["PRIORITY"], "4", "{lost:?}");
+    drop(answer);
+    site.finish(&[]);
+}
+
+#[test]
+fn a_controller_that_waits_to_join_anew_says_so_in_the_journal() {
+    let _machine = izar_tests::exclusive();
+    let Some(journal) = Journal::new() else {
+        eprintln!("skipped: this kernel gives nobody a mount namespace, so no journal can be played");
+        return;
+    };
+    let mut site = Site::new(3, false);
+    site.start_controllers();
+    site.stop("c2");
+    site.kill("c3");
+    std::fs::remove_dir_all(site.data("c3")).unwrap();
+    site.start_with_journal(&journal, "izar-controller", "c3", false);
+    let waits = journal.wait(events::JOIN_WAITS, |_| true);
+    assert!(waits["REASON"].contains("c2") && waits["PRIORITY"] == "4", "{waits:?}");
+    site.start("izar-controller", "c2");
+    site.wait_led(3);
+    site.finish(&["no controller leads"]);
 }
