@@ -90,7 +90,7 @@ pub struct Settings {
 pub fn count(settings: &Settings) -> Result<u32, String> {
     match nvml::open(settings.nvml.as_deref()) {
         Ok(nvml) => nvml.device_count().map_err(|error| format!("count the GPUs: {error}")),
-        Err(nvml::Error::Absent) => Ok(0),
+        Err(nvml::Error::Absent(_)) => Ok(0),
         Err(nvml::Error::Broken(reason)) => Err(reason),
     }
 }
