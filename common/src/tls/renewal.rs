@@ -59,7 +59,9 @@ impl Certificates {
         loop {
             for (file, expires) in self.expiries() {
                 let days = expires.saturating_sub(now()).div_euclid(DAY_SECONDS);
-                if let Some(level) = urgency(days) {
+                if days < 0 {
+                    log::error!(message_id = events::CERTIFICATE_EXPIRES, file:% = file.display(), days; "a certificate has expired");
+                } else if let Some(level) = urgency(days) {
                     log::log!(level, message_id = events::CERTIFICATE_EXPIRES, file:% = file.display(), days; "a certificate expires soon");
                 }
             }
