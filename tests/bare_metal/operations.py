@@ -54,7 +54,7 @@ def certificates_of_another_authority_are_taken(proof):
     with Load(proof.operator) as load:
         play("rotate_certs", "-e pki_external=true")
         said = proof.operator.refused("rotate_certs", *external, alone)
-        proof.need(f"c1: {OTHER}/other.pem lacks a CA that this host trusts now" in said, said)
+        proof.need(f": {OTHER}/other.pem lacks a CA that this host trusts now" in said, said)
         play("rotate_certs", *external, both)
         play("rotate_certs", *external, alone)
     for node in (*CONTROLLERS, *AGENTS):
