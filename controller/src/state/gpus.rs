@@ -4,7 +4,7 @@
 //! Part of the replicated state, so it has no clock: times come with the command. An agent is told of its GPUs' holds
 //! with every assignment.
 
-use izar_common::health::gpu::{Hold, reason};
+use izar_common::health::gpu::{Hold, Remedy, reason};
 use izar_common::id::{GpuId, NodeId};
 use serde::{Deserialize, Serialize};
 
@@ -64,6 +64,9 @@ impl State {
         let another = record.agent != *agent;
         record.agent = agent.clone();
         let mut hold = Hold { reason: reason(hold.reason.clone()), ..hold.clone() };
+        // An agent that starts while a GPU is off the bus finds it so, and may say when before it hears of the hold.
+        let same = |held: &Hold| held.boot == hold.boot && held.remedy == Remedy::Restart;
+        let fell_ms = fell_ms.filter(|_| another || !record.hold.as_ref().is_some_and(same));
         if let Some(fell_ms) = fell_ms.filter(|fell_ms| !record.falls_ms.contains(fell_ms)) {
             let apart_ms = if another { ONE_FALL_MS } else { 0 };
             let again = |other: &u64| (apart_ms..FALLS_WITHIN_MS).contains(&fell_ms.abs_diff(*other));
@@ -127,7 +130,6 @@ mod tests {
     use super::super::command::{Batch, Command, Origin, Reply};
     use super::*;
     use izar_common::clock::Hlc;
-    use izar_common::health::gpu::Remedy;
 
     const DAY_MS: u64 = 24 * 60 * 60 * 1_000;
 
@@ -147,7 +149,10 @@ mod tests {
             self.hold_by("a1", quarantined, fell_ms);
         }
         fn hold_by(&mut self, agent: &str, quarantined: bool, fell_ms: Option<u64>) {
-            let (reason, boot, remedy) = ("Xid 79".into(), "b".into(), Remedy::Restart);
+            self.hold_since("b", agent, quarantined, fell_ms);
+        }
+        fn hold_since(&mut self, boot: &str, agent: &str, quarantined: bool, fell_ms: Option<u64>) {
+            let (reason, boot, remedy) = ("Xid 79".into(), boot.into(), Remedy::Restart);
             let hold = Hold { gpu: gpu(), quarantined, reason, remedy, standing: false, boot };
             assert_eq!(self.order(Command::HoldGpu { agent: agent.parse().unwrap(), hold, fell_ms }), Reply::Done);
         }
@@ -184,8 +189,19 @@ mod tests {
         site.hold_by("a2", false, Some(DAY_MS + ONE_FALL_MS - 1));
         site.hold_by("a1", false, Some(DAY_MS));
         assert_eq!(site.quarantined(), Some(false));
-        site.hold_by("a1", false, Some(DAY_MS + 2 * ONE_FALL_MS));
+        site.hold_since("another boot", "a1", false, Some(DAY_MS + 2 * ONE_FALL_MS));
         assert_eq!(site.quarantined(), Some(true), "the second");
+    }
+
+    #[test]
+    fn an_agent_that_starts_while_a_gpu_is_off_the_bus_tells_of_no_second_fall() {
+        let mut site = Site::new();
+        site.hold(false, Some(DAY_MS));
+        site.hold(false, Some(DAY_MS + 3_600_000));
+        assert_eq!(site.quarantined(), Some(false), "it has not been back since");
+        assert_eq!(site.release(false), Reply::Done);
+        site.hold(false, Some(DAY_MS + 7_200_000));
+        assert_eq!(site.quarantined(), Some(true), "now it had");
     }
 
     #[test]
