@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 const GPU: &str = "GPU-5f2a1c3e-0b1d-4c5e-9f80-aabbccddeeff";
+/// How it looks whether a controller works there.
+const ASKED: &str = "systemctl show --property=ActiveState --value izar-controller.service\n";
 
 /// A program that notes its arguments, prints a file if there is one, and ends as it is told to.
 fn program(dir: &Path, name: &str, prints: &str, status: i32) -> PathBuf {
@@ -49,11 +51,20 @@ fn calls(dir: &Path) -> String {
 fn a_request_runs_one_program_with_these_arguments_and_no_others() {
     let dir = tempfile::tempdir().unwrap();
     program(dir.path(), "nvidia-smi", "", 0);
-    program(dir.path(), "systemctl", "", 0);
+    program(dir.path(), "systemctl", "inactive", 0);
     let user = own_user();
     assert_eq!(ask(dir.path(), &user, &format!("reset {GPU}\n")), "ok\n");
     assert_eq!(ask(dir.path(), &user, "reboot\n"), "ok\n");
-    assert_eq!(calls(dir.path()), format!("nvidia-smi --gpu-reset -i {GPU}\nsystemctl reboot\n"));
+    assert_eq!(calls(dir.path()), format!("nvidia-smi --gpu-reset -i {GPU}\n{ASKED}systemctl reboot\n"));
+}
+
+#[test]
+fn a_server_on_which_a_controller_works_is_not_restarted() {
+    let dir = tempfile::tempdir().unwrap();
+    program(dir.path(), "systemctl", "active", 0);
+    let said = ask(dir.path(), &own_user(), "reboot\n");
+    assert!(said.starts_with("refused: a controller works on this server"), "{said}");
+    assert_eq!(calls(dir.path()), ASKED);
 }
 
 #[test]
