@@ -10,7 +10,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
-use izar_agent::checked::Checked;
+use izar_agent::checked::checked;
 use izar_agent::config::Config;
 use izar_agent::daemon::Daemon;
 use izar_common::{logging, service};
@@ -107,7 +107,7 @@ fn daemon(config: &Path, arguments: &Arguments) -> anyhow::Result<()> {
     let path = config;
     let config = Config::load(path)?;
     if arguments.json {
-        println!("{}", serde_json::to_string(&Checked::new(config)).context("write what was read")?);
+        println!("{}", serde_json::to_string(&checked(config)).context("write what was read")?);
         return Ok(());
     }
     if arguments.check_config || arguments.check_files {

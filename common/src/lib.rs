@@ -11,6 +11,7 @@
 
 pub mod blob;
 pub mod chat;
+pub mod checked;
 pub mod clock;
 pub mod config;
 pub mod disk;

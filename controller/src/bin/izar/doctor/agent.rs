@@ -3,15 +3,15 @@
 
 use std::net::SocketAddr;
 use std::os::unix::fs::FileTypeExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
+use izar_common::checked::{Checked, Gpu};
 use izar_common::config::credential_name;
 use izar_common::health::gpu::Mode;
 use izar_common::tls;
-use serde::Deserialize;
 use tokio::net::{TcpStream, UdpSocket};
 use tokio::process::Command;
 use tokio::task::JoinSet;
@@ -33,28 +33,6 @@ const PACKET_BYTES: usize = 1200;
 const LONG_HEADER: u8 = 0xc0;
 const NO_VERSION: [u8; 4] = [0x1a, 0x2a, 0x3a, 0x4a];
 const ID_BYTES: u8 = 8;
-
-/// What `izar-agent --check-config --json` says.
-#[derive(Debug, Clone, Deserialize)]
-struct Checked {
-    identity: String,
-    data_dir: PathBuf,
-    ca: PathBuf,
-    cert: PathBuf,
-    key: PathBuf,
-    controllers: Vec<SocketAddr>,
-    unusable: Option<String>,
-    gpu: Gpu,
-}
-
-#[derive(Debug, Clone, Deserialize)]
-struct Gpu {
-    mode: Mode,
-    expected: Option<u32>,
-    helper: PathBuf,
-    found: Option<u32>,
-    reason: Option<String>,
-}
 
 /// Everything that an agent needs here.
 pub async fn examine(config: &Path) -> Vec<Finding> {
