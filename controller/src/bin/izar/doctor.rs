@@ -2,9 +2,8 @@
 //! from here? Every check says what it found and, where that is not well, what to do.
 //!
 //! It works whether the daemon runs or not, and changes nothing (a small file in the data directory apart, whose fsync
-//! is timed and which is removed). `machine` looks at the machine, `agent` at what
-//! an agent needs of it, `cluster` at what a running controller says. It exits
-//! with 1 if a check failed; warnings alone are exit 0.
+//! is timed and which is removed). `machine` looks at the machine, `agent` at what an agent needs of it, `cluster` at what a
+//! running controller says. It exits with 1 if a check failed; warnings alone are exit 0.
 
 mod agent;
 mod cluster;
