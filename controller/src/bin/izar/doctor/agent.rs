@@ -78,7 +78,7 @@ async fn asked(config: &Path) -> anyhow::Result<Checked> {
 /// A key that is a credential is the agent's alone; what is public of the certificate is judged all the same.
 fn certificate(checked: &Checked) -> Finding {
     const CHECK: &str = "agent certificate";
-    let dates = machine::dates(CHECK, [&checked.cert, &checked.ca]);
+    let dates = machine::dates(CHECK, [&checked.ca, &checked.cert]);
     if dates.is_failure() {
         return dates;
     }

@@ -66,7 +66,7 @@ fn secret(check: &str, path: &Path, load: impl Fn(&Path) -> Result<(), izar_comm
 
 fn node_certificate(config: &Config) -> Finding {
     const CHECK: &str = "node certificate";
-    let dates = dates(CHECK, [&config.tls.cert, &config.tls.ca]);
+    let dates = dates(CHECK, [&config.tls.ca, &config.tls.cert]);
     if dates.is_failure() {
         return dates;
     }
@@ -84,7 +84,7 @@ fn node_certificate(config: &Config) -> Finding {
     dates
 }
 
-/// The worst of what the dates of certificates say.
+/// The worst of what the dates of certificates say; of two that are alike, what the last says.
 pub fn dates(check: &str, files: [&PathBuf; 2]) -> Finding {
     let dates = files.map(|path| lasts(check, path, CERTIFICATE_MEND));
     dates.into_iter().max_by_key(|finding| finding.verdict).expect("two")
