@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
@@ -124,7 +125,8 @@ impl Config {
         for file in [&mut config.data_dir, &mut config.tls.ca, &mut config.tls.cert, &mut config.tls.key] {
             *file = config::locate(base, file, credentials.as_deref());
         }
-        for file in [&mut config.gpu.nvml, &mut config.gpu.kernel_log, &mut config.gpu.helper].into_iter().flatten() {
+        let gpu = &mut config.gpu;
+        for file in [&mut gpu.nvml, &mut gpu.kernel_log, &mut gpu.helper, &mut gpu.probe].into_iter().flatten() {
             *file = base.join(&*file);
         }
         config.check().with_context(|| format!("check {}", path.display()))?;
@@ -150,6 +152,10 @@ impl Config {
         ensure!(self.engine.threads <= 1024, "engine.threads: {} is more than 1024", self.engine.threads);
         let expected = self.gpu.expected.unwrap_or(0);
         ensure!(expected as usize <= GPUS, "gpu.expected: {expected} is more than {GPUS}");
+        if let Some(probe) = &self.gpu.probe {
+            let runs = probe.metadata().is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0);
+            ensure!(runs, "gpu.probe: {} is no program that can be run", probe.display());
+        }
         self.gpu.limits.check().map_err(|error| anyhow::anyhow!("gpu.limits.{error}"))?;
         Ok(())
     }
@@ -220,6 +226,7 @@ mod tests {
         check("[tls]", "[engine]\nthreads = 5000\n[tls]", "engine.threads: 5000");
         check("[tls]", "[gpu]\nexpected = 65\n[tls]", "gpu.expected: 65 is more than 64");
         check("[tls]", "[gpu]\nmode = \"acts\"\n[tls]", "acts");
+        check("[tls]", "[gpu]\nprobe = \"agent.toml\"\n[tls]", "agent.toml is no program that can be run");
         check("[tls]", "[gpu]\nnmvl = \"/x\"\n[tls]", "nmvl");
         check("[tls]", "[gpu.limits]\nhot_celcius = 80\n[tls]", "hot_celcius");
         check("[tls]", "[gpu.limits]\nhot_celcius = 80\n[tls]", "agent.toml:8:1: ");

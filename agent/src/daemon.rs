@@ -14,7 +14,7 @@ use tokio::task::JoinSet;
 
 use crate::config::Config;
 use crate::gpu::Gpus;
-use crate::link::{Facts, Link};
+use crate::link::{Facts, Link, Watched};
 use crate::probe;
 use crate::remedies::Remedies;
 use crate::worker::files::Sources;
@@ -63,17 +63,21 @@ impl Daemon {
         let gpus = Gpus::start(config.gpu.clone());
         let workers = Workers::start(options, store, sources.clone());
         workers.heed(gpus.clone());
-        let remedies =
-            Remedies::new(gpus.clone(), workers.clone(), exe.clone(), config.gpu.helper.clone(), &config.data_dir);
-        let link = Link::start(endpoint.clone(), &config.controllers, workers.clone(), sources, facts, gpus.clone());
-        let (certificates, data_dir) = (Arc::new(tls::Certificates::new(node_tls, None)), config.data_dir.clone());
-        let (mut watches, dates) = (JoinSet::new(), certificates.clone());
+        let (prober, helper) = (config.gpu.probe.clone().unwrap_or(exe), config.gpu.helper.clone());
+        let remedies = Remedies::new(gpus.clone(), workers.clone(), prober.clone(), helper, &config.data_dir);
+        let (certificates, seen) = (Arc::new(tls::Certificates::new(node_tls, None)), Arc::new(disk::Seen::default()));
+        let watched = Watched { certificates: certificates.clone(), disk: seen.clone() };
+        let link = {
+            let (endpoint, workers, gpus) = (endpoint.clone(), workers.clone(), gpus.clone());
+            Link::start(endpoint, &config.controllers, workers, sources, facts, watched, gpus)
+        };
+        let (mut watches, dates, data_dir) = (JoinSet::new(), certificates.clone(), config.data_dir.clone());
         watches.spawn(async move { dates.watch_dates().await });
-        watches.spawn(async move { disk::watch(&data_dir, &disk::Seen::default()).await });
+        watches.spawn(async move { disk::watch(&data_dir, &seen).await });
         let mut mending = JoinSet::new();
         mending.spawn(remedies.run());
         if config.gpu.mode != Mode::Observe {
-            mending.spawn(probe::watch(gpus.clone(), exe));
+            mending.spawn(probe::watch(gpus.clone(), prober));
         }
         if service::is_managed() {
             watches.spawn(told::state(link.sessions(), config.controllers.len(), workers.clone()));

@@ -78,6 +78,9 @@ pub struct Settings {
     pub mode: Mode,
     /// The socket of root's hand for a GPU (`izar-gpu.socket`). Default: [`HELPER`].
     pub helper: Option<PathBuf>,
+    /// Who asks a GPU that comes back for answers that are known, called as `PROGRAM probe --device cuda:0`. Default: this
+    /// program.
+    pub probe: Option<PathBuf>,
     /// `own` (default): a GPU's health speaks for the workers on it. `all`: for every worker of the server.
     pub guards: Guards,
     /// What degrades a GPU and how long it is watched, where it is not as usual.

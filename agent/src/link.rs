@@ -8,10 +8,12 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use izar_common::health::Report;
+use izar_common::disk;
+use izar_common::health::{Machine, Report};
 use izar_common::id::{Role, WorkerId};
 use izar_common::prefix::Sketch;
 use izar_common::quic::{Connection, Endpoint, Profile, Receiver, Sender};
+use izar_common::tls::Certificates;
 use izar_common::vitals::Vital;
 use izar_common::wire;
 use izar_common::wire::agent::{Down, Up};
@@ -87,6 +89,22 @@ fn total_memory(meminfo: &str) -> Option<u64> {
     kib.checked_mul(1024)
 }
 
+/// What is looked at again and again, for [`Machine`].
+#[derive(Debug, Clone)]
+pub struct Watched {
+    pub certificates: Arc<Certificates>,
+    pub disk: Arc<disk::Seen>,
+}
+
+impl Watched {
+    fn machine(&self) -> Machine {
+        let expiries = self.certificates.expiries();
+        let certificate_expires = expiries.iter().map(|(_, expires)| *expires).min().unwrap_or(i64::MAX);
+        let (disk_free_bytes, disk_bytes) = self.disk.bytes();
+        Machine { certificate_expires, disk_free_bytes, disk_bytes }
+    }
+}
+
 /// The tasks that keep the sessions.
 pub struct Link {
     stop: CancellationToken,
@@ -100,6 +118,7 @@ struct Parts {
     workers: Workers,
     sources: Sources,
     facts: Facts,
+    watched: Watched,
     gpus: Gpus,
     kept: Kept,
     stop: CancellationToken,
@@ -118,6 +137,7 @@ impl Link {
         workers: Workers,
         sources: Sources,
         facts: Facts,
+        watched: Watched,
         gpus: Gpus,
     ) -> Self {
         let (stop, tasks) = (CancellationToken::new(), TaskTracker::new());
@@ -129,6 +149,7 @@ impl Link {
             workers,
             sources,
             facts,
+            watched,
             gpus,
             kept,
             stop: stopped,
@@ -213,10 +234,11 @@ async fn session(parts: &Arc<Parts>, connection: &Connection) -> anyhow::Result<
 }
 
 /// Sends a report on every change and every second, four times a second with jobs, never more than 20 times; and what
-/// workers hold for later prompts when that has changed.
+/// workers hold for later prompts, and what the machine has left, when that has changed.
 async fn send_reports(parts: &Parts, mut tx: Sender) -> std::io::Result<()> {
     let mut changes = parts.workers.changes();
     let mut held: HashMap<WorkerId, Arc<Sketch>> = HashMap::new();
+    let mut told = None;
     let vital = Vital::new("link");
     loop {
         vital.work();
@@ -234,6 +256,10 @@ async fn send_reports(parts: &Parts, mut tx: Sender) -> std::io::Result<()> {
             }
         }
         held = sketches.into_iter().collect();
+        let machine = parts.watched.machine();
+        if told.replace(machine) != Some(machine) {
+            tx.send(&Up::Machine(machine)).await?;
+        }
         vital.promise(REPORT_GAP + REPORT_EVERY);
         sleep_until(sent + REPORT_GAP).await;
         tokio::select! {

@@ -68,17 +68,18 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Asks in a process of its own, again while there is no answer. `exe`: this program.
-pub async fn ask(exe: &Path, device: Device) -> Answer {
-    ask_again(exe, device, AGAIN).await
+/// Asks in a process of its own, again while there is no answer. `prober`: this program, or one that is called and answers
+/// as it does.
+pub async fn ask(prober: &Path, device: Device) -> Answer {
+    ask_again(prober, device, AGAIN).await
 }
 
-async fn ask_again(exe: &Path, device: Device, again: Duration) -> Answer {
+async fn ask_again(prober: &Path, device: Device, again: Duration) -> Answer {
     let until = Instant::now() + WHOLE;
     let mut attempt = 1;
     loop {
         let within = LIMIT.min(until - Instant::now());
-        match ask_once(exe, device, within).await {
+        match ask_once(prober, device, within).await {
             Answer::Silent(why) if attempt == ATTEMPTS || Instant::now() + again >= until => {
                 return Answer::Silent(format!("no known answer, asked {attempt} times: {why}"));
             }
@@ -92,14 +93,14 @@ async fn ask_again(exe: &Path, device: Device, again: Duration) -> Answer {
     }
 }
 
-async fn ask_once(exe: &Path, device: Device, within: Duration) -> Answer {
-    let mut command = Command::new(exe);
+async fn ask_once(prober: &Path, device: Device, within: Duration) -> Answer {
+    let mut command = Command::new(prober);
     // As workers count cards.
     command.args(["probe", "--device", &device.to_string()]).env("CUDA_DEVICE_ORDER", "PCI_BUS_ID");
     command.stdin(Stdio::null()).kill_on_drop(true);
     let output = match timeout(within, command.output()).await {
         Ok(Ok(output)) => output,
-        Ok(Err(error)) => return Answer::Skipped(format!("{} cannot be started: {error}", exe.display())),
+        Ok(Err(error)) => return Answer::Skipped(format!("{} cannot be started: {error}", prober.display())),
         Err(_) => return Answer::Silent(format!("none within {} s", within.as_secs())),
     };
     let last = |bytes: &[u8]| -> String {
@@ -116,13 +117,13 @@ async fn ask_once(exe: &Path, device: Device, within: Duration) -> Answer {
 }
 
 /// Asks every GPU that comes back from a fault, until the agent ends; one that answers wrongly, or never, is cordoned.
-pub async fn watch(gpus: Gpus, exe: std::path::PathBuf) {
+pub async fn watch(gpus: Gpus, prober: std::path::PathBuf) {
     let mut changes = gpus.changes();
     loop {
         changes.mark_unchanged();
         for (gpu, cuda) in gpus.unproven() {
             let Some(cuda) = cuda else { continue };
-            match ask(&exe, Device::Cuda(cuda)).await {
+            match ask(&prober, Device::Cuda(cuda)).await {
                 Answer::Right => log::info!(gpu:%; "a GPU that is back gave the known answer"),
                 Answer::Skipped(reason) => log::info!(gpu:%, reason; "a GPU is not asked for an answer that is known"),
                 Answer::Wrong(why) | Answer::Silent(why) => gpus.disproven(&gpu, &why),

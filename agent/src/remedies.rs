@@ -38,8 +38,8 @@ const GO_DOWN: Duration = Duration::from_secs(300);
 pub struct Remedies {
     gpus: Gpus,
     workers: Workers,
-    /// This program, which probes.
-    exe: PathBuf,
+    /// Who asks for answers that are known.
+    prober: PathBuf,
     helper: PathBuf,
     journal: Journal,
 }
@@ -70,10 +70,11 @@ fn next(order: &Order, last: Option<&Entry>, mode: Mode, boot: &str, now_ms: u64
 }
 
 impl Remedies {
-    /// `data_dir` keeps which order was begun; `helper`: the socket of root's hand, if it is not where systemd listens.
-    pub fn new(gpus: Gpus, workers: Workers, exe: PathBuf, helper: Option<PathBuf>, data_dir: &Path) -> Self {
+    /// `prober`: the program that `probe` starts; `data_dir` keeps which order was begun; `helper`: the socket of root's
+    /// hand, if it is not where systemd listens.
+    pub fn new(gpus: Gpus, workers: Workers, prober: PathBuf, helper: Option<PathBuf>, data_dir: &Path) -> Self {
         let helper = helper.unwrap_or_else(|| HELPER.into());
-        Self { gpus, workers, exe, helper, journal: Journal::at(data_dir) }
+        Self { gpus, workers, prober, helper, journal: Journal::at(data_dir) }
     }
 
     /// Does what is ordered, one order after the other. Dropped in between, it leaves an order of which nobody knows.
@@ -221,7 +222,7 @@ impl Remedies {
         let Some(cuda) = health.gpus.iter().find(|view| view.id == *gpu).and_then(|view| view.cuda) else {
             return Mended::Yes;
         };
-        match probe::ask(&self.exe, Device::Cuda(cuda)).await {
+        match probe::ask(&self.prober, Device::Cuda(cuda)).await {
             Answer::Right => Mended::Yes,
             Answer::Skipped(reason) => {
                 log::info!(gpu:%, reason; "a GPU is not asked for an answer that is known");

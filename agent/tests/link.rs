@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use izar_agent::gpu::Gpus;
-use izar_agent::link::{Facts, Link};
+use izar_agent::link::{Facts, Link, Watched};
 use izar_agent::worker::files::Sources;
 use izar_agent::worker::{Options, Workers};
 use izar_common::blob::{self, Store};
@@ -15,7 +15,7 @@ use izar_common::health::{Generation, Report, WorkerState};
 use izar_common::id::{ClusterId, Hash, Identity, Role, TurnId};
 use izar_common::manifest::{File, Kind, Manifest};
 use izar_common::quic::{self, Connection, Endpoint, Receiver, Sender};
-use izar_common::tls::{Files, NodeTls, pki};
+use izar_common::tls::{Certificates, Files, NodeTls, pki};
 use izar_common::wire::agent::{Assignment, Down, EngineOptions, Submit, Up, WorkerSpec};
 use izar_common::wire::handshake::Open;
 
@@ -50,7 +50,9 @@ struct Agent {
 
 impl Agent {
     fn start(dir: &Path, controllers: &[SocketAddr]) -> Self {
-        let endpoint = Arc::new(bind(&node_tls(dir, Role::Agent, "a1")));
+        let tls = node_tls(dir, Role::Agent, "a1");
+        let endpoint = Arc::new(bind(&tls));
+        let watched = Watched { certificates: Arc::new(Certificates::new(tls, None)), disk: Arc::default() };
         let store = Store::open(dir.join("agent-blobs")).unwrap();
         let exe = env!("CARGO_BIN_EXE_izar-agent").into();
         let options = Options { exe, threads: 1, cpus: Vec::new(), cores: 1, log_level: None };
@@ -58,7 +60,7 @@ impl Agent {
         let workers = Workers::start(options, store, sources.clone());
         let facts = Facts::of_this_machine(Default::default());
         let gpus = Gpus::start(Default::default());
-        let link = Link::start(endpoint.clone(), controllers, workers.clone(), sources, facts, gpus);
+        let link = Link::start(endpoint.clone(), controllers, workers.clone(), sources, facts, watched, gpus);
         Self { link, workers, endpoint }
     }
     async fn stop(self) {

@@ -77,6 +77,16 @@ impl WorkerReport {
     }
 }
 
+/// What an agent says of its machine: what an operator must see to before it ends what runs there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Machine {
+    /// When the first certificate of those in use expires, Unix seconds.
+    pub certificate_expires: i64,
+    /// Room on the disk of its data directory, and all that it holds; both 0 before the first look.
+    pub disk_free_bytes: u64,
+    pub disk_bytes: u64,
+}
+
 /// An agent's whole report; the newest replaces all older ones.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Report {

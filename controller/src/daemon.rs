@@ -145,6 +145,7 @@ impl Daemon {
         let certificates = Arc::new(tls::Certificates::new(node_tls, Some(api_tls)));
         let (dates, disk_of, seen) = (certificates.clone(), config.data_dir.clone(), Arc::new(disk::Seen::default()));
         measured::machine(gateway.metrics(), certificates.clone(), seen.clone());
+        measured::agents(gateway.metrics(), &agents);
         let until = |end: &CancellationToken| end.clone().cancelled_owned();
         let (dates_end, disk_end, told_end) = (until(&links_end), until(&links_end), until(&links_end));
         links.spawn(async move {

@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use izar_common::health::{Report, WorkerReport};
+use izar_common::health::{Machine, Report, WorkerReport};
 use izar_common::id::{NodeId, WorkerId};
 use serde::Serialize;
 
@@ -28,6 +28,8 @@ pub struct AgentView {
     pub last_report_ms: u64,
     /// The newest report; kept when the connection is lost, so that an operator sees what was there.
     pub report: Option<Report>,
+    /// What it said of its machine last.
+    pub machine: Option<Machine>,
     /// Jobs of this controller that have not ended, by worker. A worker without any has no entry.
     pub in_flight: HashMap<WorkerId, u32>,
     /// Its workers that give far fewer tokens than their peers, and why this controller thinks so.

@@ -165,6 +165,32 @@ impl Drop for Hand {
     }
 }
 
+/// The program that an agent asks for answers that are known: it says what the story lets it, `ok` at first.
+#[derive(Debug)]
+pub struct Prober {
+    program: PathBuf,
+    answer: PathBuf,
+}
+
+impl Prober {
+    pub fn new(site: &Site, agent: &str) -> Self {
+        let (answer, program) = (site.path(&format!("{agent}.answer")), site.path(&format!("{agent}.probe")));
+        let text = format!("read -r said <{0}\necho \"$said\"\n[ \"$said\" = ok ]\n", answer.display());
+        let prober = Self { program: self::program(&program, &text), answer };
+        prober.say("ok");
+        prober
+    }
+
+    pub fn program(&self) -> &Path {
+        &self.program
+    }
+
+    /// Answers so from now on.
+    pub fn say(&self, answer: &str) {
+        std::fs::write(&self.answer, format!("{answer}\n")).expect("the folder is ours");
+    }
+}
+
 fn program(path: &Path, text: &str) -> PathBuf {
     std::fs::write(path, format!("#!/bin/sh\n{text}")).expect("the folder is ours");
     std::fs::set_permissions(path, PermissionsExt::from_mode(0o700)).expect("the file is ours");

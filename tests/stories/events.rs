@@ -34,7 +34,8 @@ fn what_an_operator_acts_on_comes_to_the_journal_under_its_id() {
     let ends = journal.wait(events::CERTIFICATE_EXPIRES, has("FILE", "c1.pem"));
     assert_eq!((ends["DAYS"].as_str(), ends["PRIORITY"].as_str()), ("5", "3"), "{ends:?}");
 
-    let page = || site.client(1, None).get("/metrics").unwrap().text();
+    let controller = site.client(1, None);
+    let page = || controller.get("/metrics").unwrap().text();
     let measured = |page: &str, name: &str, part: &str| {
         page.lines().any(|line| line.starts_with(name) && line.contains(part) && !line.ends_with(" 0"))
     };
@@ -47,6 +48,10 @@ fn what_an_operator_acts_on_comes_to_the_journal_under_its_id() {
     let server = Server::prepare(&site, "a1", "gpus 2\nuuids", &settings);
     site.start_with_journal(&journal, "izar-agent", "a1", true);
     journal.wait(events::DISK_NEARLY_FULL, has("PATH", "a1-data"));
+    until_true("an agent's machine to be measured", SOON, || {
+        let names = ["certificate_expiry_timestamp_seconds", "disk_free_bytes", "disk_bytes"];
+        names.iter().all(|name| measured(&page(), &format!("izar_agent_{name}"), "{agent=\"a1\"}"))
+    });
     site.admin(1).deploy_echo("echo", 1, 0, 1);
     site.admin(1).wait_ready("echo", 1);
     let worker = || site.admin(1).json(&["agents", "list"]).ok()?["agents"][0]["workers"][0]["pid"].as_u64();

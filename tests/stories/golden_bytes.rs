@@ -13,7 +13,7 @@ use izar_common::clock::Hlc;
 use izar_common::health::gpu::{
     Action, Ended, Health, Hold, Mode, Order, Outcome as OrderOutcome, Remedy, State, View,
 };
-use izar_common::health::{Generation, Load, Report, WorkerReport, WorkerState};
+use izar_common::health::{Generation, Load, Machine, Report, WorkerReport, WorkerState};
 use izar_common::id::{
     ClusterId, DeploymentId, Hash, KeyId, NodeId, NumericsId, ProjectId, TenantId, TurnId, WorkerId,
 };
@@ -312,9 +312,12 @@ fn agent(frames: &mut Frames) {
     let up = |message: &Up| match message {
         Up::Report(_) => "report",
         Up::Sketch { .. } => "sketch",
+        Up::Machine(_) => "machine",
     };
-    let message = Up::Sketch { worker: name("echo.1"), sketch: sketch() };
-    frames.check("up", up(&message), &message);
+    let machine = Machine { certificate_expires: 1_800_000_000, disk_free_bytes: 1 << 38, disk_bytes: 1 << 40 };
+    for message in [Up::Sketch { worker: name("echo.1"), sketch: sketch() }, Up::Machine(machine)] {
+        frames.check("up", up(&message), &message);
+    }
     let kinds = [Kind::Echo { first_token_us: 5000, next_token_us: 1 }, Kind::Gguf, Kind::Safetensors];
     let workers = kinds.map(|kind| WorkerSpec {
         worker: name("echo.1"),

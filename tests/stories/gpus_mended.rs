@@ -4,16 +4,17 @@
 
 use anyhow::ensure;
 use izar_tests::cli::{self, Admin};
-use izar_tests::gpus::{Hand, Server, gpu};
+use izar_tests::gpus::{Hand, Prober, Server, gpu};
 use izar_tests::logs;
 use izar_tests::nodes::Site;
 use izar_tests::waiting::{SOON, until, until_true};
 
 use crate::gpu_health::{ALL, FAULT, FENCED, WORSE, client, serving, wait_state, while_streams_run};
 
-/// What an agent says when it begins, and a leader when it was in vain.
+/// What an agent says when it begins, a leader when it was in vain, and a controller when somebody lets a GPU work again.
 const MENDS: &str = "GPUs are being mended";
 const IN_VAIN: &str = "a remedy of GPUs has not helped";
+const RELEASED: &str = "an operator released a GPU";
 
 /// An error that a reset mends, with the driver's own word.
 const SICK: &str = "gpu0 field 230 1\ngpu0 xid 95";
@@ -167,6 +168,63 @@ fn a_device_gives_the_known_answers_or_says_that_it_cannot_be_asked() {
     // No machine has that many cards; a build without CUDA does not even look.
     let card = asked("cuda:999");
     assert!(card.stdout.starts_with("skipped: device cuda:999") || !card.success, "{card:?}");
+}
+
+#[test]
+fn a_gpu_that_computes_wrongly_after_its_reset_is_an_operators_and_a_sound_one_gets_its_whole_share_back() {
+    // It waits for more than a minute and measures nothing, so other stories may run meanwhile.
+    let mut site = Site::new(1, false);
+    site.start_controllers();
+    let (hand, prober) = (Hand::start(&site, "a1"), Prober::new(&site, "a1"));
+    let settings = format!(
+        "mode = \"act\"\n{ALL}\nhelper = {:?}\nprobe = {:?}\nlimits.probation_minutes = 1",
+        hand.socket(),
+        prober.program()
+    );
+    let server = Server::start(&mut site, "a1", "gpus 2\nuuids", &settings);
+    let admin = site.admin(1);
+    wait_state(&site, "a1", 0, "healthy");
+    admin.deploy_echo("slow", 1, 5, 5);
+    admin.wait_ready("slow", 1);
+    prober.say("wrong: product: element 7 is 5 for 4, and 0 more are wrong");
+    server.say(SICK);
+    wait_state(&site, "a1", 0, "quarantined: a known answer came out wrong: product: element 7 is 5 for 4");
+    wait_ended(&admin);
+    let page = || site.client(1, None).get("/metrics").unwrap().text();
+    let counted = |verb: &str, outcome: &str| {
+        let line = format!("izar_gpu_remedies_total{{verb=\"{verb}\",outcome=\"{outcome}\"}} 1");
+        page().lines().any(|found| found == line)
+    };
+    assert!(counted("reset", "wrong"), "{}", page());
+    assert_eq!(serving(&site), [""; 0], "nothing computes beside a GPU that nobody can trust");
+
+    // An operator's word lets it back, but not past the question: this time a cordon, which a reset may mend.
+    let release = |reason: &str| {
+        let released = admin.run(&["gpus", "release", "a1", "0", "--reason", reason]);
+        assert!(released.success, "{released:?}");
+    };
+    release("seated anew");
+    wait_state(&site, "a1", 0, "cordoned: a known answer came out wrong");
+    prober.say("ok");
+    release("its memory was replaced");
+    wait_state(&site, "a1", 0, "probation: released");
+    admin.wait_ready("slow", 1);
+    let share = || {
+        let agents = admin.json(&["agents", "list"]).unwrap();
+        agents["agents"][0]["workers"][0]["share"].clone()
+    };
+    assert_eq!(share(), 25);
+    until("probation to end", 4 * SOON, || {
+        let gpu = gpu(&admin, "a1", 0)?;
+        ensure!(gpu["state"] == "healthy" && gpu["held"] == false && gpu["reason"] == "", "{gpu}");
+        Ok(())
+    });
+    until("its whole share", SOON, || {
+        ensure!(share() == 100, "{}", share());
+        Ok(())
+    });
+    assert_eq!(hand.deeds(), deeds(&["begin reset a1", "end reset a1"]));
+    site.finish(&[WORSE, FAULT, FENCED, MENDS, IN_VAIN, RELEASED]);
 }
 
 #[test]

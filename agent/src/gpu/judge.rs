@@ -29,6 +29,9 @@ pub struct Identity {
 pub const OPENING: &str = "its GPUs have not been read yet";
 pub const CLOSED: &str = "its GPUs are being mended";
 
+/// Why a GPU is unknown that has been read.
+const AWAITED: &str = "controllers have not said yet what they remember of it";
+
 /// What came of mending a GPU.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Mended {
@@ -67,6 +70,8 @@ struct Gpu {
     reading: Reading,
     history: History,
     state: State,
+    /// Controllers have not said yet what they remember of it: until then it gets no work, whatever readings show.
+    awaited: bool,
     reason: String,
     remedy: Remedy,
     /// It needed a restart of the server since it was put away, whatever else was found then: the bus is not trusted
@@ -98,7 +103,8 @@ pub struct Judge {
     /// Calls that must return in time before it counts as one that answers: one that is late each time would have the
     /// server's workers fenced and let go in turns.
     owed: u32,
-    generation: Generation,
+    /// Of the assignment whose holds these are; `None` before the first.
+    generation: Option<Generation>,
     holds: BTreeMap<GpuId, Hold>,
     ended: Option<Ended>,
 }
@@ -123,7 +129,7 @@ impl Judge {
             library: Library::Opening,
             busy_since_ms: None,
             owed: 0,
-            generation: Generation::default(),
+            generation: None,
             holds: BTreeMap::new(),
             ended: None,
         }
@@ -233,8 +239,9 @@ impl Judge {
         let (mut told, mut seen) = (Vec::new(), Vec::new());
         for (identity, reading) in readings.into_iter().take(GPUS) {
             let id = identity.id.clone();
-            let gpu =
-                self.gpus.entry(id.clone()).or_insert_with(|| Gpu::new(identity.clone(), &self.terms.limits, wall_ms));
+            let awaited = self.generation.is_none();
+            let new = || Gpu::new(identity.clone(), awaited, &self.terms.limits, wall_ms);
+            let gpu = self.gpus.entry(id.clone()).or_insert_with(new);
             gpu.identity = identity;
             // The assignment that speaks of it may have come before its first reading.
             if let Some(hold) = self.holds.get(&id).filter(|_| gpu.state == State::Unknown) {
@@ -273,10 +280,11 @@ impl Judge {
     /// an older assignment is passed over.
     pub fn hold(&mut self, generation: Generation, holds: &[Hold], now_ms: u64, wall_ms: u64) -> Vec<Told> {
         let mut told = Vec::new();
-        if generation < self.generation {
+        if Some(generation) < self.generation {
             return told;
         }
-        self.generation = generation;
+        let first = self.generation.replace(generation).is_none();
+        self.gpus.values_mut().for_each(|gpu| gpu.awaited = false);
         let new: BTreeMap<GpuId, Hold> = holds.iter().map(|hold| (hold.gpu.clone(), hold.clone())).collect();
         let old = std::mem::replace(&mut self.holds, new);
         for id in old.keys().filter(|id| !self.holds.contains_key(*id)) {
@@ -289,6 +297,12 @@ impl Judge {
             let boot = self.terms.boot.clone();
             if let Some(gpu) = self.gpus.get_mut(&hold.gpu) {
                 gpu.hold(&hold, &boot, now_ms, wall_ms, &mut told);
+            }
+        }
+        if first {
+            // Those that nothing is held against work from now on, if they were read.
+            for gpu in self.gpus.values_mut().filter(|gpu| gpu.state == State::Unknown && gpu.clean > 0) {
+                gpu.step(Event::Sound, "", now_ms, wall_ms, &mut told);
             }
         }
         told
@@ -311,7 +325,8 @@ impl Judge {
             (Library::Works, Some(expected)) => return Some(format!("{there} GPUs of {expected} that are expected")),
             (_, None) => {}
         }
-        let stopped = |gpu: &&Gpu| gpu.state.share() == 0;
+        // One of which controllers have not spoken yet gets nothing, and is no fault.
+        let stopped = |gpu: &&Gpu| gpu.state.share() == 0 && !(gpu.awaited && gpu.state == State::Unknown);
         let whole = |gpu: &&Gpu| self.terms.guards == Guards::All || gpu.restart;
         if let Some(gpu) = self.gpus.values().find(|gpu| stopped(gpu) && whole(gpu)) {
             return Some(format!("GPU {} is {}: {}", gpu.identity.index, gpu.state, gpu.reason));
@@ -341,13 +356,14 @@ impl Judge {
 }
 
 impl Gpu {
-    fn new(identity: Identity, limits: &Limits, wall_ms: u64) -> Self {
+    fn new(identity: Identity, awaited: bool, limits: &Limits, wall_ms: u64) -> Self {
         Self {
             identity,
             reading: Reading::default(),
             history: History::new(limits.clone()),
             state: State::Unknown,
-            reason: String::new(),
+            awaited,
+            reason: if awaited { AWAITED.into() } else { String::new() },
             remedy: Remedy::None,
             restart: false,
             since_ms: wall_ms,
@@ -446,7 +462,7 @@ impl Gpu {
 
     fn step(&mut self, event: Event, why: &str, now_ms: u64, wall_ms: u64, told: &mut Vec<Told>) {
         let after = next(self.state, event, now_ms.saturating_sub(self.wrong_ms), self.history.limits());
-        if after == self.state {
+        if after == self.state || (self.awaited && after.share() > 0) {
             return;
         }
         let before = std::mem::replace(&mut self.state, after);

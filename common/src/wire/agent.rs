@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::Wire;
 use crate::chat::{CAPSULE_BYTES, Job, JobEvent};
 use crate::health::gpu::{Hold, Order};
-use crate::health::{Generation, Report};
+use crate::health::{Generation, Machine, Report};
 use crate::id::{DeploymentId, Hash, NumericsId, TurnId, WorkerId};
 use crate::manifest::Manifest;
 use crate::prefix::Sketch;
@@ -21,6 +21,8 @@ pub enum Up {
     /// What a worker of the last report holds for later prompts. Apart from reports, which are repeated many times a
     /// second: it is sent once, and again when it has changed.
     Sketch { worker: WorkerId, sketch: Sketch },
+    /// Of its machine: at the beginning, and when that has changed, which is once a minute at most.
+    Machine(Machine),
 }
 impl Wire for Up {
     const TYPE: u16 = 16;

@@ -10,7 +10,7 @@ use futures_util::stream::FuturesUnordered;
 use izar_common::chat::Job;
 use izar_common::clock::wall_ms;
 use izar_common::health::gpu::Health;
-use izar_common::health::{Report, WorkerReport};
+use izar_common::health::{Machine, Report, WorkerReport};
 use izar_common::id::{DeploymentId, Hash, NodeId, TurnId, WorkerId};
 use izar_common::manifest::Kind;
 use izar_common::prefix::{BLOCK, Name, Namer, Sketch};
@@ -166,6 +166,16 @@ impl Roster {
         let mut soft = self.soft();
         if soft.sessions.get(agent).map(Connection::stable_id) == Some(connection.stable_id()) {
             soft.prefixes.sketch(agent, worker, sketch);
+        }
+    }
+
+    /// Takes what an agent says of its machine, unless a newer session has replaced this one.
+    pub fn machine(&self, agent: &NodeId, connection: &Connection, machine: Machine) {
+        let mut soft = self.soft();
+        if soft.sessions.get(agent).map(Connection::stable_id) == Some(connection.stable_id())
+            && let Some(view) = soft.fleet.agents.get_mut(agent)
+        {
+            view.machine = Some(machine);
         }
     }
 

@@ -107,6 +107,7 @@ async fn read_reports(
         heard.fetch_add(1, Relaxed);
         match up {
             Up::Report(report) => inner.roster.report(agent, connection, *report),
+            Up::Machine(machine) => inner.roster.machine(agent, connection, machine),
             Up::Sketch { worker, sketch } => inner.roster.sketch(agent, connection, &worker, sketch),
         }
     }

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 
 use izar_common::chat::{Finish, Usage};
-use izar_common::health::{Generation, WorkerReport, WorkerState};
+use izar_common::health::{Generation, Machine, WorkerReport, WorkerState};
 use izar_common::id::{DeploymentId, Hash, KeyId, NodeId, NumericsId, ProjectId, TurnId, WorkerId};
 use izar_common::manifest::{Kind, Manifest};
 use izar_common::wire::agent::{Activations, CacheType, Device, Kernels, Quant};
@@ -276,6 +276,8 @@ pub struct AgentDetail {
     pub memory_bytes: Option<u64>,
     pub gpus: Option<u32>,
     pub labels: BTreeMap<String, String>,
+    /// When its certificates expire, and the room on its disk.
+    pub machine: Option<Machine>,
     /// What an operator has said of it: `cordoned` or `draining`.
     pub standing: Option<Standing>,
     /// The order that it has about its GPUs: it is emptied for it.
@@ -498,6 +500,7 @@ pub fn agent(id: &NodeId, view: &AgentView, config: &Config) -> AgentDetail {
         memory_bytes: report.map(|r| r.memory_bytes),
         gpus: report.map(|r| r.gpus),
         labels: report.map(|r| r.labels.clone()).unwrap_or_default(),
+        machine: view.machine,
         standing: config.standings.get(id).copied(),
         remedy: config.remedy_of(id).cloned(),
         planned: config.plan.workers.values().filter(|place| place.agent == *id).count(),

@@ -1,13 +1,16 @@
-//! What a controller's machine adds to the metrics page: how long its certificates are good, and the room on its disk.
+//! What machines add to the metrics page, a controller's own and those of its agents: how long certificates are good, and
+//! the room on disks.
 
 use std::sync::Arc;
 
 use izar_common::disk;
+use izar_common::health::Machine;
 use izar_common::tls::Certificates;
 
+use crate::agents::Agents;
 use crate::metrics::{Kind, Metrics};
 
-/// Adds all of it to the page.
+/// Adds what its own machine has.
 pub fn machine(metrics: &Metrics, certificates: Arc<Certificates>, disk: Arc<disk::Seen>) {
     let help = "When the first certificate of a file that is in use expires, in Unix seconds.";
     metrics.numbers("izar_certificate_expiry_timestamp_seconds", help, Kind::Gauge, move |samples| {
@@ -20,6 +23,28 @@ pub fn machine(metrics: &Metrics, certificates: Arc<Certificates>, disk: Arc<dis
     metrics.numbers("izar_disk_free_bytes", help, Kind::Gauge, move |samples| one(free.bytes().0, &free, samples));
     let help = "What the disk of the data directory holds.";
     metrics.numbers("izar_disk_bytes", help, Kind::Gauge, move |samples| one(disk.bytes().1, &disk, samples));
+}
+
+/// Adds what the agents of its sessions say of theirs.
+pub fn agents(metrics: &Metrics, agents: &Agents) {
+    let add = |name, help, number: fn(&Machine) -> Option<f64>| {
+        let agents = agents.clone();
+        metrics.numbers(name, help, Kind::Gauge, move |samples| {
+            for (agent, view) in agents.fleet().agents.iter().filter(|(_, view)| view.connected) {
+                if let Some(value) = view.machine.as_ref().and_then(number) {
+                    samples(&[("agent", agent.as_str())], value);
+                }
+            }
+        });
+    };
+    let help = "When the first certificate that an agent uses expires, in Unix seconds.";
+    add("izar_agent_certificate_expiry_timestamp_seconds", help, |machine| Some(machine.certificate_expires as f64));
+    add("izar_agent_disk_free_bytes", "Room on the disk of an agent's data directory.", |machine| {
+        (machine.disk_bytes > 0).then_some(machine.disk_free_bytes as f64)
+    });
+    add("izar_agent_disk_bytes", "What that disk holds.", |machine| {
+        (machine.disk_bytes > 0).then_some(machine.disk_bytes as f64)
+    });
 }
 
 /// No sample before the first look: an empty disk and an unknown one are two things.

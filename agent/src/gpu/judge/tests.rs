@@ -37,6 +37,12 @@ struct Server {
 
 impl Server {
     fn new(terms: Terms) -> Self {
+        let mut server = Self::untold(terms);
+        server.judge.hold(Generation::default(), &[], 1_000, 1_000);
+        server
+    }
+    /// No controller has said anything yet.
+    fn untold(terms: Terms) -> Self {
         Self { judge: Judge::new(terms), now_ms: 1_000, applied: 0 }
     }
     /// Reads two GPUs, the second of which gives `second`, once a second.
@@ -406,6 +412,27 @@ fn a_gpu_that_is_back_is_asked_once_and_a_wrong_answer_cordons_it() {
     assert_eq!((server.state(), server.second().remedy), (State::Cordoned, Remedy::Reset));
     server.read(10, &well());
     assert_eq!(server.state(), State::Cordoned, "readings do not show what was wrong");
+}
+
+#[test]
+fn before_the_first_assignment_no_gpu_works() {
+    // Nor one that is not as it should be, which would be degraded.
+    for reading in [well(), Reading { persistence: Some(false), ..well() }] {
+        for (hold, expected) in [(None, State::Healthy), (Some((true, BOOT)), State::Quarantined)] {
+            let mut server = Server::untold(terms());
+            server.read(2, &reading);
+            assert_eq!((server.state(), server.second().reason.as_str()), (State::Unknown, AWAITED));
+            server.assign(hold);
+            assert_eq!(server.state(), expected);
+        }
+    }
+    let mut server = Server::untold(Terms { guards: Guards::All, ..terms() });
+    server.read(1, &well());
+    assert_eq!(server.fault(), "", "it is no fault that an agent has just begun");
+    server.xid(95);
+    assert_eq!(server.state(), State::Cordoned, "what speaks against it counts at once");
+    server.assign(None);
+    assert_eq!(server.state(), State::Cordoned);
 }
 
 #[test]

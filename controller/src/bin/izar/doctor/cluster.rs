@@ -12,6 +12,7 @@ use izar_controller::control::view::{AgentDetail, Agents, Peer, Peers, Status};
 use tokio::net::UnixStream;
 
 use super::Finding;
+use super::machine::{CERTIFICATE_MEND, DAYS_WARNING};
 use super::unit::Unit;
 use crate::{Common, show};
 
@@ -57,7 +58,7 @@ pub async fn examine(common: &Common, config: &Config) -> (Vec<Finding>, Option<
         }
     };
     match admin.get::<Agents>("/v1/agents?stale=true").await {
-        Ok(agents) => findings.extend(judge_agents(&agents.agents, &gpus)),
+        Ok(agents) => findings.extend(judge_agents(&agents.agents, &gpus, wall_ms())),
         Err(error) => findings.push(Finding::warning("agents", format!("{error:#}"), "ask again: izar agents list")),
     }
     (findings, pid)
@@ -158,7 +159,12 @@ fn judge_gpus(agent: &NodeId, gpus: &Gpus) -> Vec<Finding> {
     findings
 }
 
-fn judge_agents(agents: &[AgentDetail], gpus: &Gpus) -> Vec<Finding> {
+/// Whole days until a time in Unix seconds; below zero when it has passed.
+fn days_left(until: i64, now_ms: u64) -> i64 {
+    until.saturating_sub((now_ms / 1000) as i64).div_euclid(86_400)
+}
+
+fn judge_agents(agents: &[AgentDetail], gpus: &Gpus, now_ms: u64) -> Vec<Finding> {
     if agents.is_empty() {
         return vec![Finding::warning("agents", "none was ever here", "start one: izar-agent --config agent.toml")];
     }
@@ -178,7 +184,13 @@ fn judge_agents(agents: &[AgentDetail], gpus: &Gpus) -> Vec<Finding> {
                         "izar gpus says what would mend it (docs/gpus.md); izar doctor on that server looks closer";
                     Finding::failure("agent", format!("{name} gets no work: {}", server.fault), mend)
                 }
-                None => Finding::ok("agent", format!("{name} is connected")),
+                None => match agent.machine.map(|machine| days_left(machine.certificate_expires, now_ms)) {
+                    Some(days) if days < DAYS_WARNING => {
+                        let found = format!("{name} has a certificate that is good for {days} days");
+                        Finding::warning("agent", found, CERTIFICATE_MEND)
+                    }
+                    _ => Finding::ok("agent", format!("{name} is connected")),
+                },
             },
         }
     };
@@ -189,6 +201,9 @@ fn judge_agents(agents: &[AgentDetail], gpus: &Gpus) -> Vec<Finding> {
 mod tests {
     use super::super::Verdict;
     use super::*;
+    use izar_common::health::Machine;
+    use izar_controller::control::view;
+    use izar_controller::fleet::AgentView;
 
     fn status(leader: Option<&str>) -> Status {
         serde_json::from_value(serde_json::json!({
@@ -244,6 +259,20 @@ mod tests {
     #[test]
     fn no_agent_at_all_is_said() {
         let none = Gpus { gpus: vec![], agents: vec![], remembered: vec![], remedies: vec![] };
-        assert_eq!(bad(&judge_agents(&[], &none)), [("agents", Verdict::Warning)]);
+        assert_eq!(bad(&judge_agents(&[], &none, 0)), [("agents", Verdict::Warning)]);
+    }
+
+    #[test]
+    fn an_agents_certificate_is_told_of_a_month_before() {
+        let none = Gpus { gpus: vec![], agents: vec![], remembered: vec![], remedies: vec![] };
+        let judged = |days: i64| {
+            let machine = Machine { certificate_expires: days * 86_400 + 60, disk_free_bytes: 0, disk_bytes: 0 };
+            let view = AgentView { connected: true, machine: Some(machine), ..AgentView::default() };
+            let agent = view::agent(&"a1".parse().unwrap(), &view, &Default::default());
+            judge_agents(&[agent], &none, 0).remove(0)
+        };
+        assert_eq!(judged(30).verdict, Verdict::Ok);
+        assert_eq!(judged(29).found, "a1 has a certificate that is good for 29 days");
+        assert_eq!(judged(-1).verdict, Verdict::Warning);
     }
 }

@@ -26,7 +26,7 @@ const FSYNC_FAILURE: Duration = Duration::from_millis(100);
 /// How many are timed.
 const FSYNCS: usize = 20;
 /// A certificate with less than this left should be renewed now.
-const DAYS_WARNING: i64 = 30;
+pub const DAYS_WARNING: i64 = 30;
 /// What to do about a certificate.
 pub const CERTIFICATE_MEND: &str = "issue it anew (izar pki issue, or your own CA). With a new key, as izar pki issue makes one, where keys \
                     are credentials: encrypt the key anew and restart, one node at a time (playbooks/rotate_certs.yml \
