@@ -283,7 +283,7 @@ impl Judge {
         if Some(generation) < self.generation {
             return told;
         }
-        let first = self.generation.replace(generation).is_none();
+        self.generation = Some(generation);
         self.gpus.values_mut().for_each(|gpu| gpu.awaited = false);
         let new: BTreeMap<GpuId, Hold> = holds.iter().map(|hold| (hold.gpu.clone(), hold.clone())).collect();
         let old = std::mem::replace(&mut self.holds, new);
@@ -299,11 +299,9 @@ impl Judge {
                 gpu.hold(&hold, &boot, now_ms, wall_ms, &mut told);
             }
         }
-        if first {
-            // Those that nothing is held against work from now on, if they were read.
-            for gpu in self.gpus.values_mut().filter(|gpu| gpu.state == State::Unknown && gpu.clean > 0) {
-                gpu.step(Event::Sound, "", now_ms, wall_ms, &mut told);
-            }
+        // Those that were read before the first assignment, and that nothing is held against.
+        for gpu in self.gpus.values_mut().filter(|gpu| gpu.state == State::Unknown && gpu.clean > 0) {
+            gpu.step(Event::Sound, "", now_ms, wall_ms, &mut told);
         }
         told
     }
