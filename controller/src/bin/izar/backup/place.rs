@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::io::{Read, Seek, Write};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, ensure};
 use hyper::body::Bytes;
@@ -11,6 +12,11 @@ use izar_controller::backup::{ENDING, Header};
 use serde::Serialize;
 
 use super::bucket::{self, Bucket, SCHEME};
+
+/// What the file of a backup in a folder is called before its end: these, and so many letters and digits between them.
+const BEFORE: (&str, usize, &str) = (".", 6, ".partial");
+/// A file that nobody has written to for so long is what a kill or a power cut has left: no backup waits a day.
+const LEFT_BEHIND: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// A place for backups.
 #[derive(Debug)]
@@ -47,8 +53,11 @@ impl Place {
             Self::Bucket(bucket) => return Ok(Upload::Bucket(Box::new(bucket.begin(name, large).await?))),
         };
         std::fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
+        clear(dir, SystemTime::now());
         let shown = || format!("write to {}", dir.display());
-        let file = tempfile::Builder::new().prefix(".").suffix(".partial").tempfile_in(dir).with_context(shown)?;
+        let (prefix, digits, suffix) = BEFORE;
+        let mut file = tempfile::Builder::new();
+        let file = file.prefix(prefix).rand_bytes(digits).suffix(suffix).tempfile_in(dir).with_context(shown)?;
         Ok(Upload::Folder { file, path: dir.join(name), bytes: 0 })
     }
 
@@ -70,6 +79,25 @@ impl Place {
             Self::Bucket(bucket) => bucket.remove(name).await,
         }
     }
+}
+
+/// Removes what backups have left in a folder that were killed before their end. What cannot be removed stays: the next
+/// backup tries again.
+fn clear(dir: &Path, now: SystemTime) {
+    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+        let old = |modified| now.duration_since(modified).is_ok_and(|age| age > LEFT_BEHIND);
+        // Of the entry itself, and not of what a link names.
+        let left = entry.metadata().is_ok_and(|meta| meta.is_file() && meta.modified().is_ok_and(old));
+        if left && is_partial(&entry.file_name().to_string_lossy()) {
+            let _ = std::fs::remove_file(entry.path());
+        }
+    }
+}
+
+fn is_partial(name: &str) -> bool {
+    let (prefix, digits, suffix) = BEFORE;
+    let middle = name.strip_prefix(prefix).and_then(|rest| rest.strip_suffix(suffix));
+    middle.is_some_and(|m| m.len() == digits && m.bytes().all(|b| b.is_ascii_alphanumeric()))
 }
 
 fn listed(dir: &Path) -> anyhow::Result<Vec<Stored>> {
@@ -186,5 +214,27 @@ mod tests {
         assert_eq!((stored.len(), stored[0].bytes, stored[0].header.is_none()), (1, 5, true));
         place.remove("a.izarbak").await.unwrap();
         assert!(place.list().await.unwrap().is_empty());
+    }
+
+    #[tokio::test]
+    async fn what_a_killed_backup_left_goes_after_a_day_and_nothing_else_does() {
+        let dir = tempfile::tempdir().unwrap();
+        let place = Place::parse(dir.path().to_str().unwrap()).unwrap();
+        let hours_ago = |hours: u64| SystemTime::now() - Duration::from_secs(hours * 60 * 60);
+        let put = |name: &str, hours: u64| {
+            let file = File::create(dir.path().join(name)).unwrap();
+            file.set_modified(hours_ago(hours)).unwrap();
+        };
+        let stays = [".a1B2c3.part", ".notes.d.partial", "a1B2c3.partial", "old.izarbak"];
+        stays.iter().for_each(|name| put(name, 25));
+        put(".killed.partial", 25);
+        put(".writes.partial", 23);
+        std::os::unix::fs::symlink("old.izarbak", dir.path().join(".linked.partial")).unwrap();
+        let Upload::Folder { file, .. } = place.begin("a.izarbak", false).await.unwrap() else { unreachable!() };
+        assert!(is_partial(file.path().file_name().unwrap().to_str().unwrap()), "its own name is known");
+        assert!(!dir.path().join(".killed.partial").exists());
+        for name in stays.iter().chain(&[".writes.partial", ".linked.partial"]) {
+            assert!(dir.path().join(name).exists(), "{name}");
+        }
     }
 }
