@@ -11,8 +11,8 @@ import pathlib
 import re
 import subprocess
 import tempfile
+import time
 import unittest
-
 ANSIBLE = pathlib.Path(__file__).resolve().parents[2] / "ansible"
 LOCAL = {"ansible_connection": "local", "ansible_python_interpreter": "/usr/bin/python3"}
 # Nobody listens there.
@@ -94,10 +94,14 @@ class Playbooks(unittest.TestCase):
         self.assertNotEqual(status, 0, said)
         self.assertIn("c1 and c2, c3 are reached at one address (vip.example.org)", said)
 
-    def speaker(self, controllers, leader):
+    def izar(self, script):
+        """Puts a stand-in for `izar` into the path."""
         izar = self.folder / "izar"
-        izar.write_text(f"#!/bin/sh\necho '{json.dumps({'leader': leader})}'\n")
+        izar.write_text(f"#!/bin/sh\n{script}\n")
         izar.chmod(0o755)
+
+    def speaker(self, controllers, leader):
+        self.izar(f"echo '{json.dumps({'leader': leader})}'")
         find = {"ansible.builtin.include_role": {"name": "agent", "tasks_from": "speaker"}}
         say = {"ansible.builtin.debug": {"msg": "asks {{ agent_speaker }}"}}
         return self.role(inventory(controllers, {"a1": {}}), "a1", find, say)
@@ -137,6 +141,80 @@ class Playbooks(unittest.TestCase):
         self.assertNotEqual(status, 0, said)
         self.assertNotIn("would be upgraded together", said)
         self.assertIn("is no address", said)
+
+    def life(self, answered=None, noted=None, data=(), least=0):
+        """What the new life of a backup of life 2 is numbered; `noted` on c2, `data` on c1."""
+        state = {name: self.folder / "state" / name for name in ("c1", "c2")}
+        for folder in state.values():
+            folder.mkdir(parents=True, exist_ok=True)
+        if noted:
+            (state["c2"] / "life").write_text(f"{noted}\n")
+        for name in data:
+            (state["c1"] / name).mkdir(parents=True, exist_ok=True)
+        self.izar(f"echo '{json.dumps({'incarnation': answered})}'" if answered else "exit 1")
+        # The role's own variable, which only this outranks; each host has its folder.
+        folder = f"{self.folder}/state/{{{{ inventory_hostname }}}}"
+        known = {"controller_state": folder, "controller_verified": {"stdout": '{"incarnation": 2}'}}
+        known["controller_restore_incarnation"] = least
+        find = {"ansible.builtin.include_role": {"name": "controller", "tasks_from": "life"}, "vars": known}
+        say = {"ansible.builtin.debug": {"msg": "life {{ controller_new_life }}."}}
+        controllers = {f"c{n}": {"controller_member": n} for n in (1, 2)}
+        status, said = self.role(inventory(controllers, {}), "controllers", find, say)
+        lives = set(re.findall(r"life (\d+)\.", said))
+        self.assertEqual(status == 0, len(lives) == 1, said)
+        return int(lives.pop()) if status == 0 else said
+
+    def test_a_new_life_is_numbered_above_every_one_that_was_used(self):
+        self.assertEqual(self.life(), 3, "bare servers know of none but the backup's")
+        self.assertEqual(self.life(answered=4), 5)
+        self.assertEqual(self.life(noted=6, data=["controller"]), 7, "a run that broke off, when nobody answers any more")
+        self.assertEqual(self.life(noted=6, answered=9), 10)
+        self.assertEqual(self.life(noted=6, least=12), 12)
+        self.assertEqual(self.life(noted=12, least=12), 13, "the same run, repeated")
+
+    def test_data_of_which_no_life_is_known_needs_a_number(self):
+        for data in ("controller/state", "controller.20260101T000000Z"):
+            said = self.life(data=[data])
+            self.assertIn("but there is data on c1: start the controllers that can be started, or give a number", str(said))
+        self.assertEqual(self.life(least=8), 8)
+
+    def keep(self):
+        """What a new data directory holds of the old ones; the folder is one host's."""
+        known = {"controller_state": str(self.folder), "controller_member": 1}
+        include = {"ansible.builtin.include_role": {"name": "controller", "tasks_from": "keep"}, "vars": known}
+        status, said = self.role(inventory({"c1": {}}, {}), "c1", include)
+        self.assertEqual(status, 0, said)
+        return said
+
+    def test_a_repeated_restore_finds_model_files_and_waiting_turns_where_they_are(self):
+        # The oldest life has both; the next one has emptied its notes; one run broke off with its room made, the next before.
+        for name in ("controller.2", "controller.1", "controller.3", "controller"):
+            (self.folder / name).mkdir()
+            if name in ("controller.1", "controller.2"):
+                (self.folder / name / "provisional.log").write_text("" if name == "controller.1" else "old")
+                (self.folder / name / "blobs").mkdir()
+                (self.folder / name / "blobs" / "weights").write_text(name)
+            time.sleep(0.01)
+        self.keep()
+        self.assertEqual((self.folder / "controller/provisional.log").read_text(), "")
+        weights = [self.folder / name / "blobs/weights" for name in ("controller", "controller.1")]
+        self.assertTrue(weights[0].samefile(weights[1]))
+        self.assertEqual({path.name for path in (self.folder / "controller").iterdir()}, {"blobs", "provisional.log"})
+        self.assertIn("changed=0", self.keep())
+
+    def test_turns_that_wait_are_copied_with_their_owner(self):
+        for name in ("controller.1", "controller"):
+            (self.folder / name).mkdir()
+        old, new = (self.folder / name / "provisional.log" for name in ("controller.1", "controller"))
+        old.write_text("turns")
+        old.chmod(0o640)
+        if os.geteuid() == 0:
+            os.chown(old, 12345, 12346)
+        self.keep()
+        self.assertEqual(new.read_text(), "turns")
+        self.assertFalse(new.samefile(old), "the new life empties it")
+        kept, was = new.stat(), old.stat()
+        self.assertEqual((kept.st_uid, kept.st_gid, kept.st_mode), (was.st_uid, was.st_gid, was.st_mode))
 
 
 if __name__ == "__main__":
