@@ -5,15 +5,23 @@
 How hosts become a cluster is `tests/bare_metal/prove`'s business.
 """
 
+import importlib.machinery
+import importlib.util
 import json
 import os
 import pathlib
 import re
 import subprocess
+import sys
 import tempfile
 import time
 import unittest
+
+sys.dont_write_bytecode = True
 ANSIBLE = pathlib.Path(__file__).resolve().parents[2] / "ansible"
+loader = importlib.machinery.SourceFileLoader("build", str(ANSIBLE / "release/build"))
+build = importlib.util.module_from_spec(importlib.util.spec_from_loader("build", loader))
+loader.exec_module(build)
 LOCAL = {"ansible_connection": "local", "ansible_python_interpreter": "/usr/bin/python3"}
 # Nobody listens there.
 DOWN = {"ansible_connection": "ssh", "ansible_host": "127.0.0.1", "ansible_port": 1}
@@ -40,11 +48,11 @@ class Playbooks(unittest.TestCase):
         done = subprocess.run(command, cwd=ANSIBLE, env=environment, capture_output=True, text=True, check=False)
         return done.returncode, re.sub(r"\s+", " ", (done.stdout + done.stderr).replace("\\n", " "))
 
-    def role(self, hosts, pattern, *tasks, roles=()):
+    def role(self, hosts, pattern, *tasks, roles=(), words=()):
         """Plays tasks on hosts of an inventory."""
         play = {"hosts": pattern, "gather_facts": False, "any_errors_fatal": True, "roles": list(roles), "tasks": list(tasks)}
         (self.folder / "play.json").write_text(json.dumps([play]))
-        return self.play(hosts, self.folder / "play.json")
+        return self.play(hosts, *words, self.folder / "play.json")
 
     def template(self, hosts, host, role, name):
         """Writes a role's template for a host into the folder, by itself: the role's tasks would change the host."""
@@ -215,6 +223,73 @@ class Playbooks(unittest.TestCase):
         self.assertFalse(new.samefile(old), "the new life empties it")
         kept, was = new.stat(), old.stat()
         self.assertEqual((kept.st_uid, kept.st_gid, kept.st_mode), (was.st_uid, was.st_gid, was.st_mode))
+
+    def release(self, unit="[Unit]\n"):
+        """A signed release with one unit, unpacked beside its tarball; variables that tell of it."""
+        name = "izar-0.0.1-x86_64-unknown-linux-gnu"
+        key, tarball = self.folder / "release-key", self.folder / f"{name}.tar.gz"
+        if not key.exists():
+            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
+            public = key.with_suffix(".pub").read_text()
+            (self.folder / "allowed_signers").write_text(f'izar-release namespaces="izar-release" {public}')
+        verify = ("ansible/release/verify", (ANSIBLE / "release/verify").read_bytes(), True)
+        tarball.write_bytes(build.pack(name, [verify, ("systemd/izar-agent.service", unit.encode(), False)], 0))
+        build.sign(tarball, key)
+        subprocess.run(["tar", "-C", self.folder, "-xzf", tarball], check=True)
+        return {"cluster_files": str(self.folder / name), "cluster_address": "192.0.2.1", "controller_member": 1}
+
+    def looked_at(self, release):
+        """What a look at a host says that does not answer: of the release, before it is asked anything."""
+        look = {"ansible.builtin.include_role": {"name": "base", "tasks_from": "preflight"}}
+        status, said = self.role(inventory({"c1": DOWN}, {}, **release), "c1", look)
+        self.assertNotEqual(status, 0, said)
+        return said
+
+    def test_a_release_s_folder_that_was_changed_is_refused_before_any_host_is_asked(self):
+        release = self.release()
+        self.assertIn("UNREACHABLE", self.looked_at(release), "a whole one is passed")
+        unit = self.folder / release["cluster_files"] / "systemd/izar-agent.service"
+        unit.write_text("[Unit]\nDescription=other\n")
+        for _ in range(2):
+            said = self.looked_at(release)
+            self.assertIn(f"{unit}: missing, or not what was signed; unpack {release['cluster_files']}.tar.gz again", said)
+            self.assertNotIn("UNREACHABLE", said)
+            unit.unlink(missing_ok=True)
+
+    def test_a_release_s_folder_that_fits_its_own_sums_alone_is_refused(self):
+        release, sums = self.release(), "SHA256SUMS"
+        folder = pathlib.Path(release["cluster_files"])
+        (folder / "systemd/izar-agent.service").write_text("other")
+        (folder / sums).write_text(self.sums(folder))
+        said = self.looked_at(release)
+        self.assertIn(f"{folder}/{sums}: not the one in {folder}.tar.gz, so the folder is not what was signed", said)
+        self.assertNotIn("UNREACHABLE", said)
+
+    def sums(self, folder):
+        named = ["ansible/release/verify", "systemd/izar-agent.service"]
+        return subprocess.run(["sha256sum", *named], cwd=folder, check=True, capture_output=True, text=True).stdout
+
+    def test_another_build_of_the_same_version_is_not_taken_for_what_lies_there(self):
+        release, installed = self.release(), self.folder / "installed"
+        subprocess.run(["cp", "-a", release["cluster_files"], installed], check=True)
+        look = {"ansible.builtin.command": {"argv": ["sh", "-c", f"cd {installed} && {{{{ cluster_compare }}}}"]}}
+
+        def compared(release):
+            return self.role(inventory({"c1": {}}, {}, **release), "c1", look, roles=["cluster"])
+
+        status, said = compared(release)
+        self.assertEqual(status, 0, said)
+        status, said = compared(self.release(unit="[Unit]\nDescription=built again\n"))
+        self.assertNotEqual(status, 0, said)
+        self.assertIn("SHA256SUMS: FAILED", said)
+        # What it fits is the other folder, whole.
+        subprocess.run(["cp", "-aT", release["cluster_files"], installed], check=True)
+        status, said = compared(release)
+        self.assertEqual(status, 0, said)
+        (installed / "systemd/izar-agent.service").write_text("broken")
+        status, said = compared(release)
+        self.assertNotEqual(status, 0, said)
+        self.assertIn("izar-agent.service: FAILED", said)
 
 
 if __name__ == "__main__":
