@@ -291,6 +291,15 @@ class Playbooks(unittest.TestCase):
         self.assertNotEqual(status, 0, said)
         self.assertIn("izar-agent.service: FAILED", said)
 
+    def test_a_check_asks_for_nothing_that_a_command_would_have_said(self):
+        self.izar("""echo '{"leader": "c1"}'""")
+        hosts = inventory({"c1": {"controller_member": 1}}, {"a1": {}})
+        status, said = self.play(hosts, "--check", "-e", "backup_to=/nowhere", "playbooks/backup.yml")
+        self.assertEqual(status, 0, said)
+        leaves = [{"ansible.builtin.include_role": {"name": "agent", "tasks_from": tasks}} for tasks in ("speaker", "drain")]
+        status, said = self.role(hosts, "a1", *leaves, words=["--check"])
+        self.assertEqual(status, 0, said)
+
 
 if __name__ == "__main__":
     unittest.main()
