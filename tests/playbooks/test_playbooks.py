@@ -5,15 +5,23 @@
 How hosts become a cluster is `tests/bare_metal/prove`'s business.
 """
 
+import importlib.machinery
+import importlib.util
 import json
 import os
 import pathlib
 import re
 import subprocess
+import sys
 import tempfile
+import time
 import unittest
 
+sys.dont_write_bytecode = True
 ANSIBLE = pathlib.Path(__file__).resolve().parents[2] / "ansible"
+loader = importlib.machinery.SourceFileLoader("build", str(ANSIBLE / "release/build"))
+build = importlib.util.module_from_spec(importlib.util.spec_from_loader("build", loader))
+loader.exec_module(build)
 LOCAL = {"ansible_connection": "local", "ansible_python_interpreter": "/usr/bin/python3"}
 # Nobody listens there.
 DOWN = {"ansible_connection": "ssh", "ansible_host": "127.0.0.1", "ansible_port": 1}
@@ -40,11 +48,11 @@ class Playbooks(unittest.TestCase):
         done = subprocess.run(command, cwd=ANSIBLE, env=environment, capture_output=True, text=True, check=False)
         return done.returncode, re.sub(r"\s+", " ", (done.stdout + done.stderr).replace("\\n", " "))
 
-    def role(self, hosts, pattern, *tasks, roles=()):
+    def role(self, hosts, pattern, *tasks, roles=(), words=()):
         """Plays tasks on hosts of an inventory."""
         play = {"hosts": pattern, "gather_facts": False, "any_errors_fatal": True, "roles": list(roles), "tasks": list(tasks)}
         (self.folder / "play.json").write_text(json.dumps([play]))
-        return self.play(hosts, self.folder / "play.json")
+        return self.play(hosts, *words, self.folder / "play.json")
 
     def template(self, hosts, host, role, name):
         """Writes a role's template for a host into the folder, by itself: the role's tasks would change the host."""
@@ -94,10 +102,14 @@ class Playbooks(unittest.TestCase):
         self.assertNotEqual(status, 0, said)
         self.assertIn("c1 and c2, c3 are reached at one address (vip.example.org)", said)
 
-    def speaker(self, controllers, leader):
+    def izar(self, script):
+        """Puts a stand-in for `izar` into the path."""
         izar = self.folder / "izar"
-        izar.write_text(f"#!/bin/sh\necho '{json.dumps({'leader': leader})}'\n")
+        izar.write_text(f"#!/bin/sh\n{script}\n")
         izar.chmod(0o755)
+
+    def speaker(self, controllers, leader):
+        self.izar(f"echo '{json.dumps({'leader': leader})}'")
         find = {"ansible.builtin.include_role": {"name": "agent", "tasks_from": "speaker"}}
         say = {"ansible.builtin.debug": {"msg": "asks {{ agent_speaker }}"}}
         return self.role(inventory(controllers, {"a1": {}}), "a1", find, say)
@@ -137,6 +149,156 @@ class Playbooks(unittest.TestCase):
         self.assertNotEqual(status, 0, said)
         self.assertNotIn("would be upgraded together", said)
         self.assertIn("is no address", said)
+
+    def life(self, answered=None, noted=None, data=(), least=0):
+        """What the new life of a backup of life 2 is numbered; `noted` on c2, `data` on c1."""
+        state = {name: self.folder / "state" / name for name in ("c1", "c2")}
+        for folder in state.values():
+            folder.mkdir(parents=True, exist_ok=True)
+        if noted:
+            (state["c2"] / "life").write_text(f"{noted}\n")
+        for name in data:
+            (state["c1"] / name).mkdir(parents=True, exist_ok=True)
+        self.izar(f"echo '{json.dumps({'incarnation': answered})}'" if answered else "exit 1")
+        # The role's own variable, which only this outranks; each host has its folder.
+        folder = f"{self.folder}/state/{{{{ inventory_hostname }}}}"
+        known = {"controller_state": folder, "controller_verified": {"stdout": '{"incarnation": 2}'}}
+        known["controller_restore_incarnation"] = least
+        find = {"ansible.builtin.include_role": {"name": "controller", "tasks_from": "life"}, "vars": known}
+        say = {"ansible.builtin.debug": {"msg": "life {{ controller_new_life }}."}}
+        controllers = {f"c{n}": {"controller_member": n} for n in (1, 2)}
+        status, said = self.role(inventory(controllers, {}), "controllers", find, say)
+        lives = set(re.findall(r"life (\d+)\.", said))
+        self.assertEqual(status == 0, len(lives) == 1, said)
+        return int(lives.pop()) if status == 0 else said
+
+    def test_a_new_life_is_numbered_above_every_one_that_was_used(self):
+        self.assertEqual(self.life(), 3, "bare servers know of none but the backup's")
+        self.assertEqual(self.life(answered=4), 5)
+        self.assertEqual(self.life(noted=6, data=["controller"]), 7, "a run that broke off, when nobody answers any more")
+        self.assertEqual(self.life(noted=6, answered=9), 10)
+        self.assertEqual(self.life(noted=6, least=12), 12)
+        self.assertEqual(self.life(noted=12, least=12), 13, "the same run, repeated")
+
+    def test_data_of_which_no_life_is_known_needs_a_number(self):
+        for data in ("controller/state", "controller.20260101T000000Z"):
+            said = self.life(data=[data])
+            self.assertIn("but there is data on c1: start the controllers that can be started, or give a number", str(said))
+        self.assertEqual(self.life(least=8), 8)
+
+    def keep(self):
+        """What a new data directory holds of the old ones; the folder is one host's."""
+        known = {"controller_state": str(self.folder), "controller_member": 1}
+        include = {"ansible.builtin.include_role": {"name": "controller", "tasks_from": "keep"}, "vars": known}
+        status, said = self.role(inventory({"c1": {}}, {}), "c1", include)
+        self.assertEqual(status, 0, said)
+        return said
+
+    def test_a_repeated_restore_finds_model_files_and_waiting_turns_where_they_are(self):
+        # The oldest life has both; the next one has emptied its notes; one run broke off with its room made, the next before.
+        for name in ("controller.2", "controller.1", "controller.3", "controller"):
+            (self.folder / name).mkdir()
+            if name in ("controller.1", "controller.2"):
+                (self.folder / name / "provisional.log").write_text("" if name == "controller.1" else "old")
+                (self.folder / name / "blobs").mkdir()
+                (self.folder / name / "blobs" / "weights").write_text(name)
+            time.sleep(0.01)
+        self.keep()
+        self.assertEqual((self.folder / "controller/provisional.log").read_text(), "")
+        weights = [self.folder / name / "blobs/weights" for name in ("controller", "controller.1")]
+        self.assertTrue(weights[0].samefile(weights[1]))
+        self.assertEqual({path.name for path in (self.folder / "controller").iterdir()}, {"blobs", "provisional.log"})
+        self.assertIn("changed=0", self.keep())
+
+    def test_turns_that_wait_are_copied_with_their_owner(self):
+        for name in ("controller.1", "controller"):
+            (self.folder / name).mkdir()
+        old, new = (self.folder / name / "provisional.log" for name in ("controller.1", "controller"))
+        old.write_text("turns")
+        old.chmod(0o640)
+        if os.geteuid() == 0:
+            os.chown(old, 12345, 12346)
+        self.keep()
+        self.assertEqual(new.read_text(), "turns")
+        self.assertFalse(new.samefile(old), "the new life empties it")
+        kept, was = new.stat(), old.stat()
+        self.assertEqual((kept.st_uid, kept.st_gid, kept.st_mode), (was.st_uid, was.st_gid, was.st_mode))
+
+    def release(self, unit="[Unit]\n"):
+        """A signed release with one unit, unpacked beside its tarball; variables that tell of it."""
+        name = "izar-0.0.1-x86_64-unknown-linux-gnu"
+        key, tarball = self.folder / "release-key", self.folder / f"{name}.tar.gz"
+        if not key.exists():
+            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
+            public = key.with_suffix(".pub").read_text()
+            (self.folder / "allowed_signers").write_text(f'izar-release namespaces="izar-release" {public}')
+        verify = ("ansible/release/verify", (ANSIBLE / "release/verify").read_bytes(), True)
+        tarball.write_bytes(build.pack(name, [verify, ("systemd/izar-agent.service", unit.encode(), False)], 0))
+        build.sign(tarball, key)
+        subprocess.run(["tar", "-C", self.folder, "-xzf", tarball], check=True)
+        return {"cluster_files": str(self.folder / name), "cluster_address": "192.0.2.1", "controller_member": 1}
+
+    def looked_at(self, release):
+        """What a look at a host says that does not answer: of the release, before it is asked anything."""
+        look = {"ansible.builtin.include_role": {"name": "base", "tasks_from": "preflight"}}
+        status, said = self.role(inventory({"c1": DOWN}, {}, **release), "c1", look)
+        self.assertNotEqual(status, 0, said)
+        return said
+
+    def test_a_release_s_folder_that_was_changed_is_refused_before_any_host_is_asked(self):
+        release = self.release()
+        self.assertIn("UNREACHABLE", self.looked_at(release), "a whole one is passed")
+        unit = self.folder / release["cluster_files"] / "systemd/izar-agent.service"
+        unit.write_text("[Unit]\nDescription=other\n")
+        for _ in range(2):
+            said = self.looked_at(release)
+            self.assertIn(f"{unit}: missing, or not what was signed; unpack {release['cluster_files']}.tar.gz again", said)
+            self.assertNotIn("UNREACHABLE", said)
+            unit.unlink(missing_ok=True)
+
+    def test_a_release_s_folder_that_fits_its_own_sums_alone_is_refused(self):
+        release, sums = self.release(), "SHA256SUMS"
+        folder = pathlib.Path(release["cluster_files"])
+        (folder / "systemd/izar-agent.service").write_text("other")
+        (folder / sums).write_text(self.sums(folder))
+        said = self.looked_at(release)
+        self.assertIn(f"{folder}/{sums}: not the one in {folder}.tar.gz, so the folder is not what was signed", said)
+        self.assertNotIn("UNREACHABLE", said)
+
+    def sums(self, folder):
+        named = ["ansible/release/verify", "systemd/izar-agent.service"]
+        return subprocess.run(["sha256sum", *named], cwd=folder, check=True, capture_output=True, text=True).stdout
+
+    def test_another_build_of_the_same_version_is_not_taken_for_what_lies_there(self):
+        release, installed = self.release(), self.folder / "installed"
+        subprocess.run(["cp", "-a", release["cluster_files"], installed], check=True)
+        look = {"ansible.builtin.command": {"argv": ["sh", "-c", f"cd {installed} && {{{{ cluster_compare }}}}"]}}
+
+        def compared(release):
+            return self.role(inventory({"c1": {}}, {}, **release), "c1", look, roles=["cluster"])
+
+        status, said = compared(release)
+        self.assertEqual(status, 0, said)
+        status, said = compared(self.release(unit="[Unit]\nDescription=built again\n"))
+        self.assertNotEqual(status, 0, said)
+        self.assertIn("SHA256SUMS: FAILED", said)
+        # What it fits is the other folder, whole.
+        subprocess.run(["cp", "-aT", release["cluster_files"], installed], check=True)
+        status, said = compared(release)
+        self.assertEqual(status, 0, said)
+        (installed / "systemd/izar-agent.service").write_text("broken")
+        status, said = compared(release)
+        self.assertNotEqual(status, 0, said)
+        self.assertIn("izar-agent.service: FAILED", said)
+
+    def test_a_check_asks_for_nothing_that_a_command_would_have_said(self):
+        self.izar("""echo '{"leader": "c1"}'""")
+        hosts = inventory({"c1": {"controller_member": 1}}, {"a1": {}})
+        status, said = self.play(hosts, "--check", "-e", "backup_to=/nowhere", "playbooks/backup.yml")
+        self.assertEqual(status, 0, said)
+        leaves = [{"ansible.builtin.include_role": {"name": "agent", "tasks_from": tasks}} for tasks in ("speaker", "drain")]
+        status, said = self.role(hosts, "a1", *leaves, words=["--check"])
+        self.assertEqual(status, 0, said)
 
 
 if __name__ == "__main__":
