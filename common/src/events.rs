@@ -32,9 +32,11 @@ pub const GPU_SERVER_FAULT: &str = "5d2f7d0b93c14b7f9b0fd0a51c8e6e37";
 pub const REMEDY_IN_VAIN: &str = "6fe50d1c2db24f5d9f7f3c6ed1fd9aa2";
 /// A controller that lost its memory waits for the others before it begins.
 pub const JOIN_WAITS: &str = "a4c91f6e27d84d0c9c3f5b8e1d607a28";
+/// A controller of another life of this cluster speaks to this one.
+pub const OTHER_LIFE: &str = "bc16fb9e46584802b1d18b463cf9c045";
 
 /// All of them, by name.
-pub const ALL: [(&str, &str); 14] = [
+pub const ALL: [(&str, &str); 15] = [
     ("NO_QUORUM", NO_QUORUM),
     ("LEADER_CHANGED", LEADER_CHANGED),
     ("AGENT_LOST", AGENT_LOST),
@@ -49,6 +51,7 @@ pub const ALL: [(&str, &str); 14] = [
     ("GPU_SERVER_FAULT", GPU_SERVER_FAULT),
     ("REMEDY_IN_VAIN", REMEDY_IN_VAIN),
     ("JOIN_WAITS", JOIN_WAITS),
+    ("OTHER_LIFE", OTHER_LIFE),
 ];
 
 #[cfg(test)]

@@ -18,9 +18,9 @@ use anyhow::ensure;
 use izar_common::clock::Clock;
 use izar_common::id::{ClusterId, NodeId, SiteId};
 use izar_common::quic::{self, Endpoint};
-use izar_common::wire;
 use izar_common::wire::handshake::Open;
 use izar_common::wire::peer::{Proposal, RaftBatch};
+use izar_common::{events, wire};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -230,6 +230,8 @@ fn fatal(what: &str, error: &anyhow::Error) -> ! {
 #[derive(Debug)]
 pub struct Driver {
     me: u64,
+    /// Which life this member's terms are of.
+    life: u64,
     inbox: Arc<Inbox>,
     net: Arc<Net>,
     tasks: TaskTracker,
@@ -248,7 +250,7 @@ impl Driver {
         };
         let read = async {
             match open {
-                Open::RaftUrgent | Open::RaftBulk => self.read_messages(id, open, &mut stream).await,
+                Open::RaftUrgent | Open::RaftBulk => self.read_messages(&peer, id, open, &mut stream).await,
                 Open::Propose => self.read_proposals(&peer, &mut stream).await,
                 _ => anyhow::bail!("not a raft stream: {open:?}"),
             }
@@ -266,9 +268,22 @@ impl Driver {
         }
     }
 
-    async fn read_messages(&self, peer: u64, open: Open, stream: &mut quic::Receiver) -> anyhow::Result<()> {
-        while let Some(RaftBatch(messages)) = stream.next().await? {
-            let checked = messages.into_iter().map(|message| message::from_wire(message, peer, self.me));
+    async fn read_messages(
+        &self,
+        peer: &NodeId,
+        id: u64,
+        open: Open,
+        stream: &mut quic::Receiver,
+    ) -> anyhow::Result<()> {
+        let mut told = false;
+        while let Some(RaftBatch(mut messages)) = stream.next().await? {
+            if let Some(other) = message::strike_other_lives(&mut messages, self.life)
+                && !std::mem::replace(&mut told, true)
+            {
+                let (life, its) = (self.life.max(1), other.max(1));
+                ::log::error!(message_id = events::OTHER_LIFE, peer:%, life, its; "a peer is of another life of this cluster and is not heard");
+            }
+            let checked = messages.into_iter().map(|message| message::from_wire(message, id, self.me));
             let messages = checked.collect::<Result<Vec<_>, _>>()?;
             match open {
                 Open::RaftUrgent => self.inbox.urgent(messages),

@@ -4,8 +4,8 @@
 //! help to elect a second leader of a term, or to lose an entry that it had acknowledged. So a member without a log asks
 //! every other one before it begins:
 //!
-//! - A majority, this member included, has no memory, and nobody answers who has: the group begins. Or the leader never
-//!   heard of this member: it begins, too, with an empty log.
+//! - All answer, and none has a memory: the group begins for the first time. A majority would not do: the one that is away
+//!   may be all that is left of a group. Or the leader never heard of this member: it begins, too, with an empty log.
 //! - Otherwise each of the others must answer, with the newest term that it knows or that it has no memory either. Who
 //!   asks for votes has written the term down before, so this member has voted in none above the newest, and from then on
 //!   it votes for nobody up to there.
@@ -64,7 +64,7 @@ struct Standing {
     /// The newest term that it knows.
     term: u64,
     leader: Option<NodeId>,
-    /// The state there knows a process of the member that asks.
+    /// The member that asks has a memory to be given: the state there knows a process of it, or is not of the first life.
     known: bool,
 }
 
@@ -97,13 +97,11 @@ fn decide(memory: Memory, answers: &[(NodeId, Answer)]) -> Next {
     let away: Vec<&str> = answers.iter().filter(|(_, a)| *a == Answer::Away).map(|(node, _)| node.as_str()).collect();
     let away = away.join(", ");
     let Some((_, newest)) = begun.clone().max_by_key(|(_, standing)| standing.term) else {
-        let without = 1 + answers.iter().filter(|(_, answer)| *answer == Answer::None).count();
-        // Those that do not answer may have a memory, but have decided nothing without one of these.
-        if memory == Memory::None && 2 * without > answers.len() + 1 {
-            return Next::Begin;
-        }
-        let reason = if away.is_empty() { "no member has one".into() } else { format!("{away} does not answer") };
-        return Next::Wait(reason);
+        return match away.as_str() {
+            "" if memory == Memory::None => Next::Begin,
+            "" => Next::Wait("no member has one".into()),
+            away => Next::Wait(format!("{away} does not answer, and may have the group's")),
+        };
     };
     // Who leads says so itself: it alone is sure to know who has ever been there.
     let leads = |(node, standing): &(&NodeId, &Standing)| {
@@ -306,7 +304,8 @@ impl Giver {
                 let lead = self.raft.leadership().borrow().clone();
                 // Of one that leads all is believed, so it makes sure that it does, and that it has applied what was decided.
                 let sure = !lead.here || self.raft.read_index().await.is_ok();
-                let known = self.raft.state().read(|state| state.starts_of(peer)) > 0;
+                // A later life begins with a state that no log leads to: who has none must be given it.
+                let known = self.raft.state().read(|state| state.starts_of(peer) > 0 || state.incarnation() > 1);
                 let same = *self.raft.leadership().borrow() == lead;
                 let leader = lead.leader.filter(|_| sure && same);
                 tx.send(&RejoinAnswer::Standing { term: lead.term, leader, known }).await?;
@@ -387,14 +386,13 @@ mod tests {
     }
 
     #[test]
-    fn a_group_begins_when_a_majority_has_no_memory() {
-        for of in [&["0", "0"][..], &["-", "0"], &["0", "-", "0", "-"]] {
-            check(Memory::None, of, "begin");
-            check(Memory::Joining, of, "wait: ");
-        }
+    fn a_group_begins_when_all_are_there_and_none_has_a_memory() {
+        check(Memory::None, &["0", "0"], "begin");
         check(Memory::Joining, &["0", "0"], "wait: no member has one");
-        check(Memory::None, &["-", "-"], "wait: c1, c2 does not answer");
+        // Two that were replaced at once do not begin without the third, which has everything.
+        check(Memory::None, &["-", "0"], "wait: c1 does not answer");
         check(Memory::None, &["-", "-", "0", "-"], "wait: c1, c2, c4 does not answer");
+        check(Memory::None, &["5/!", "0"], "wait: nobody leads");
     }
 
     #[test]

@@ -9,11 +9,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::ensure;
 use izar_tests::cli::{self, Output};
 use izar_tests::client::Client;
+use izar_tests::logs;
 use izar_tests::nodes::Site;
 use izar_tests::waiting::{SOON, until, until_true};
 use serde_json::{Value, json};
 
 const CHAT: &str = "/v1/chat/completions";
+
+/// What a controller says of one whose life is another.
+const UNHEARD: &str = "a peer is of another life of this cluster and is not heard";
 
 fn body(model: &str, stream: bool) -> Value {
     let messages = json!([{ "role": "user", "content": "Remember this." }]);
@@ -228,7 +232,8 @@ fn a_member_of_the_old_life_that_comes_back_does_no_harm_and_joins_once_it_is_re
         site.stop(node);
     }
     ["c1", "c2"].iter().for_each(|node| drop(restore(&site, node, &file)));
-    site.start_controllers();
+    (1..=3).for_each(|i| site.start("izar-controller", &format!("c{i}")));
+    [1, 2].into_iter().for_each(|i| site.wait_led(i));
     let new_key = until("a key of the new life", SOON, || site.admin(1).create_key(&["--note", "new"]));
     for controller in [1, 2] {
         let client = site.client(controller, Some(&new_key));
@@ -238,6 +243,9 @@ fn a_member_of_the_old_life_that_comes_back_does_no_harm_and_joins_once_it_is_re
         let keys = site.admin(controller).json(&["keys", "list"]).unwrap();
         assert_eq!(keys["keys"].as_array().map(Vec::len), Some(2), "{keys}");
     }
+    until_true("it to be told of", SOON, || {
+        logs::read(&site.logs()).iter().any(|line| line.text.contains(UNHEARD) && line.text.contains("life=2 its=1"))
+    });
     let keys = site.admin(3).json(&["keys", "list", "--stale"]).unwrap();
     assert_eq!(keys["keys"].as_array().map(Vec::len), Some(21), "it still has its old state: {keys}");
 
@@ -256,7 +264,7 @@ fn a_member_of_the_old_life_that_comes_back_does_no_harm_and_joins_once_it_is_re
         let client = site.client(3, Some(key));
         until_true("the restored member to know what the new life decided", SOON, || status_of(&client) == 200);
     }
-    site.finish(&[]);
+    site.finish(&[UNHEARD, "no controller leads"]);
 }
 
 /// A backup of a cluster with one controller that runs no more, and its site.
@@ -311,4 +319,41 @@ fn a_backup_that_is_damaged_or_of_another_key_is_refused_and_nothing_is_made() {
     let said = refused(&whole, &["--master-key", text(&other)]);
     assert_eq!(said.matches("another master key").count(), 2, "{said}");
     site.finish(&[]);
+}
+
+#[test]
+fn a_member_of_another_life_acknowledges_nothing_to_the_old_one() {
+    let _machine = izar_tests::exclusive();
+    let mut site = site();
+    let kept = site.path("kept");
+    let taken = site.admin(1).json(&["backup", "--to", text(&kept)]).unwrap();
+    // Somebody believes the others lost, and restores on one of them alone.
+    let alone = follower(&site);
+    let node = format!("c{alone}");
+    site.stop(&node);
+    restore(&site, &node, taken["kept_as"].as_str().unwrap());
+    site.start("izar-controller", &node);
+    let lives = |from: &str| {
+        let lines = logs::read(&site.logs());
+        lines.iter().any(|line| line.text.contains(UNHEARD) && line.text.contains(from))
+    };
+    until_true("both sides to say so", SOON, || lives("life=1 its=2") && lives("life=2 its=1"));
+    let others: Vec<usize> = (1..=3).filter(|i| *i != alone).collect();
+    let key = site.admin(others[0]).create_key(&["--note", "of the old life"]).unwrap();
+    let clients: Vec<Client> = others.iter().map(|i| site.client(*i, Some(&key))).collect();
+    until_true("the old life to go on", SOON, || clients.iter().all(|client| status_of(client) == 200));
+    assert!(site.admin(alone).status().unwrap()["leader"].is_null(), "the new one has no majority");
+
+    // One of the old ones away, what the other says is decided by nobody.
+    site.kill(&format!("c{}", others[0]));
+    until("the old life to have lost its majority", SOON, || {
+        let status = site.admin(others[1]).status()?;
+        ensure!(status["leader"].is_null(), "{status}");
+        Ok(())
+    });
+    assert_eq!(status_of(&clients[1]), 503, "nothing is acknowledged that one disk alone has");
+    site.start("izar-controller", &format!("c{}", others[0]));
+    site.wait_led(others[1]);
+    until_true("the old life to go on again", SOON, || status_of(&clients[1]) == 200);
+    site.finish(&[UNHEARD, "no controller leads"]);
 }

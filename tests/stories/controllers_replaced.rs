@@ -158,3 +158,28 @@ fn a_wiped_directory_that_was_filled_halfway_is_filled_anew() {
     assert!(agreed(&site).contains(&before));
     site.finish(&["this member had lost its memory"]);
 }
+
+#[test]
+fn two_controllers_replaced_at_once_do_not_begin_anew_while_the_third_is_away() {
+    let _machine = izar_tests::exclusive();
+    let (mut site, key) = site();
+    let before = ask(&site.client(3, Some(&key))).unwrap();
+    wipe(&mut site, 1);
+    wipe(&mut site, 2);
+    site.kill("c3");
+    let said = |site: &Site, text: &str| logs::read(&site.logs()).iter().any(|line| line.text.contains(text));
+    site.start("izar-controller", "c1");
+    site.start("izar-controller", "c2");
+    let waits = "c3 does not answer, and may have the group's";
+    until_true("both to say that they wait", SOON, || {
+        logs::read(&site.logs()).iter().filter(|line| line.text.contains(waits)).count() >= 2
+    });
+    // It comes back with everything, and is not alone enough to decide; nor do the others help it.
+    site.start("izar-controller", "c3");
+    until_true("them to see that it has the group's", SOON, || said(&site, "nobody leads the group"));
+    let status = site.admin(3).status().unwrap();
+    assert!(status["leader"].is_null(), "{status}");
+    let listed = site.admin(3).json(&["turns", "list", "--stale"]).unwrap().to_string();
+    assert!(listed.contains(&before), "what was acknowledged is there: {listed}");
+    site.finish(&[waits, "nobody leads the group", "no controller leads"]);
+}

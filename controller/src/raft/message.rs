@@ -6,6 +6,8 @@
 use izar_common::wire::peer::{RaftEntry, RaftMessage};
 use raft::eraftpb::{Entry, EntryType, Message, MessageType};
 
+use super::rebuild::life_of;
+
 /// Why a peer's message is not stepped.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Refused {
@@ -73,6 +75,21 @@ pub fn from_wire(message: RaftMessage, peer: u64, me: u64) -> Result<Message, Re
     out.context = message.context.into();
     out.priority = message.priority;
     Ok(out)
+}
+
+/// Takes out what members of another life say, and returns which life that was. Their terms and indices are not
+/// comparable with ours: one side would take for an acknowledgement what is none. A question has no term, and its answer
+/// has one.
+pub fn strike_other_lives(messages: &mut Vec<RaftMessage>, life: u64) -> Option<u64> {
+    let mut other = None;
+    messages.retain(|message| {
+        let is_ours = message.term == 0 || life_of(message.term) == life;
+        if !is_ours {
+            other = Some(life_of(message.term));
+        }
+        is_ours
+    });
+    other
 }
 
 fn check_entries(message: &RaftMessage, kind: MessageType) -> Result<(), Refused> {
@@ -188,6 +205,21 @@ mod tests {
     #[test]
     fn messages_round_trip() {
         assert_eq!(to_wire(from_wire(append(), 2, 1).unwrap()), append());
+    }
+
+    #[test]
+    fn a_member_of_another_life_is_not_heard() {
+        let of = |term| RaftMessage { term, ..append() };
+        let check = |life, terms: &[u64], heard: &[u64], other| {
+            let mut messages: Vec<_> = terms.iter().map(|term| of(*term)).collect();
+            assert_eq!(strike_other_lives(&mut messages, life), other, "{terms:?}");
+            assert_eq!(messages.iter().map(|message| message.term).collect::<Vec<_>>(), heard);
+        };
+        let second = 2 << 32;
+        check(0, &[1, second, 0], &[1, 0], Some(2));
+        check(0, &[1, 0, 7], &[1, 0, 7], None);
+        check(2, &[second + 5, 9, 0], &[second + 5, 0], Some(0));
+        check(2, &[3 << 32], &[], Some(3));
     }
 
     #[test]

@@ -175,11 +175,17 @@ fn write(options: &Options, state: &State, base: Position, vote: u64, starts: u6
     marker::sync_dir(dir).with_context(|| format!("sync {}", dir.display()))
 }
 
+/// Elections of one life: one every 200 ms for 27 years.
+const TERMS: u64 = 1 << 32;
+
 /// The term that a life begins with: above every term of the lives before.
 fn first_term(incarnation: u64) -> u64 {
-    /// Elections of one life: one every 200 ms for 27 years.
-    const TERMS: u64 = 1 << 32;
     incarnation.saturating_mul(TERMS)
+}
+
+/// Which life a term is of; 0 in the first, which begins with none.
+pub fn life_of(term: u64) -> u64 {
+    term / TERMS
 }
 
 #[cfg(test)]

@@ -181,6 +181,8 @@ fn start_tasks(
 ) -> (Raft, Driver) {
     let Common { me, origin, clock, inbox, net, unsettled, state } = common;
     let Told { config, leadership, applied, answers, compactable, durable } = told;
+    // No election leads out of a life.
+    let life = super::rebuild::life_of(leadership.borrow().term);
     let (tasks, end) = (TaskTracker::new(), CancellationToken::new());
     let (commands, commands_rx) = mpsc::channel(proposer::QUEUE);
     let (readers, readers_rx) = mpsc::channel(reads::QUEUE);
@@ -214,7 +216,7 @@ fn start_tasks(
     let durable = Durable { store, reached: durable };
     let raft =
         Raft { commands, readers, config, leadership, state, durable, origin, clock, net: net_too, inbox: inbox_too };
-    (raft, Driver { me, inbox, net, tasks, end, threads: Mutex::new(threads) })
+    (raft, Driver { me, life, inbox, net, tasks, end, threads: Mutex::new(threads) })
 }
 
 /// Starts a thread whose panic ends the process.

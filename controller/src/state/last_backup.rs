@@ -26,12 +26,13 @@ pub struct LastBackup {
 }
 
 impl State {
-    /// Remembers a backup; of two the one that was taken later, which may be noted earlier.
+    /// Remembers a backup; of two the one that has more in it, which may be noted earlier. Not by the time: a clock that
+    /// ran ahead would hide all that are taken until it is as late.
     pub(super) fn note_backup(&mut self, step: &mut Step, backup: &LastBackup) {
         // What is said to come from the future would hide that none is taken any more.
         let backup = LastBackup { taken_ms: backup.taken_ms.min(step.at.ms()), ..backup.clone() };
         self.audit(step, audit::Event::BackupKept { backup: backup.clone() });
-        if self.last_backup.as_ref().is_none_or(|known| known.taken_ms <= backup.taken_ms) {
+        if self.last_backup.as_ref().is_none_or(|known| known.applied <= backup.applied) {
             self.last_backup = Some(backup);
             step.touch(Row::LastBackup);
         }
@@ -51,15 +52,16 @@ mod tests {
     #[test]
     fn the_newest_backup_is_remembered_and_none_from_the_future() {
         let mut state = state();
-        let mut noted = |taken_ms| {
+        let mut noted = |taken_ms, applied| {
             let node = "c1".parse().unwrap();
-            let backup = LastBackup { node, taken_ms, applied: 1, kept_as: "/srv/x".into() };
+            let backup = LastBackup { node, taken_ms, applied, kept_as: "/srv/x".into() };
             let at_ms = apply(&mut state, vec![Command::NoteBackup(backup)]).changes[0].at.ms();
             (state.last_backup().unwrap().taken_ms, at_ms)
         };
-        assert_eq!(noted(0).0, 0);
-        let (taken, now) = noted(u64::MAX);
+        assert_eq!(noted(0, 1).0, 0);
+        let (taken, now) = noted(u64::MAX, 3);
         assert_eq!(taken, now);
-        assert_eq!(noted(0).0, taken, "one that was taken earlier and noted later");
+        assert_eq!(noted(0, 2).0, taken, "one that was taken earlier and noted later");
+        assert_eq!(noted(5, 4).0, 5, "the clock that ran ahead is mended");
     }
 }

@@ -55,7 +55,8 @@ struct Take {
     /// With the weights of models, not only the list of what is needed
     #[arg(long)]
     with_models: bool,
-    /// Afterwards remove all but the newest N of this cluster and site [default: keep all]
+    /// Afterwards remove all but the newest N of this cluster and site, of those with weights or of those without, as this
+    /// one is [default: keep all]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     keep: Option<u32>,
     /// Do nothing unless the controller leads: for timers that run on every controller
@@ -233,7 +234,7 @@ fn leads(status: &Status) -> anyhow::Result<bool> {
     Ok(status.role == "leader")
 }
 
-/// Removes all but the newest backups of one cluster and site; returns their names.
+/// Removes all but the newest backups that are like the one that was just taken; returns their names.
 async fn prune(place: &Place, like: &Header, keep: usize) -> anyhow::Result<Vec<String>> {
     let mut removed = Vec::new();
     for name in outdated(place.list().await?, like, keep) {
@@ -243,11 +244,14 @@ async fn prune(place: &Place, like: &Header, keep: usize) -> anyhow::Result<Vec<
     Ok(removed)
 }
 
-/// Names of the backups that are older than the newest `keep` of one cluster and site.
-fn outdated(mut stored: Vec<Stored>, like: &Header, keep: usize) -> Vec<String> {
-    stored.retain(|s| s.header.as_ref().is_some_and(|h| (&h.cluster, &h.site) == (&like.cluster, &like.site)));
-    stored.sort_by_key(|s| std::cmp::Reverse(s.header.as_ref().map_or(0, |h| h.taken_ms)));
-    stored.into_iter().skip(keep).map(|s| s.name).collect()
+/// Names of the backups that are older than the newest `keep` of one cluster and site, under one master key, with or
+/// without weights, as `like` is, which is one of those that stay. Older by what is in them: a clock may have run ahead.
+fn outdated(stored: Vec<Stored>, like: &Header, keep: usize) -> Vec<String> {
+    let kind = |h: &Header| (h.cluster.clone(), h.site.clone(), h.master_key.clone(), h.models);
+    let of_kind = stored.into_iter().filter_map(|s| Some((s.header?, s.name)));
+    let mut others: Vec<(Header, String)> = of_kind.filter(|(h, _)| h != like && kind(h) == kind(like)).collect();
+    others.sort_by_key(|(h, _)| std::cmp::Reverse((h.incarnation, h.applied)));
+    others.into_iter().skip(keep.saturating_sub(1)).map(|(_, name)| name).collect()
 }
 
 async fn list(place: &Place, common: &Common) -> anyhow::Result<()> {
@@ -344,22 +348,22 @@ pub fn models(models: &[NeededModel]) -> String {
 mod tests {
     use super::*;
 
-    fn stored(site: &str, taken_ms: u64) -> Stored {
+    fn stored(site: &str, applied: u64) -> Stored {
         let header = Header {
             format: 1,
             cluster: "bank".parse().unwrap(),
             site: site.parse().unwrap(),
             node: "c1".parse().unwrap(),
             incarnation: 1,
-            applied: 1,
-            taken_ms,
+            applied,
+            taken_ms: 1,
             version: "0".into(),
             master_key: "0".into(),
             models: false,
             damaged_files: 0,
             nonce: "0".into(),
         };
-        Stored { name: format!("{site}{taken_ms}"), bytes: 1, header: Some(header) }
+        Stored { name: format!("{site}{applied}"), bytes: 1, header: Some(header) }
     }
 
     #[test]
@@ -380,9 +384,27 @@ mod tests {
     fn only_older_backups_of_the_same_site_are_outdated() {
         let damaged = Stored { name: "damaged".into(), bytes: 1, header: None };
         let all = || vec![stored("east", 3), stored("west", 1), stored("east", 1), stored("east", 2), damaged.clone()];
-        let like = stored("east", 9).header.unwrap();
+        let like = stored("east", 3).header.unwrap();
         assert_eq!(outdated(all(), &like, 2), ["east1"]);
         assert_eq!(outdated(all(), &like, 1), ["east2", "east1"]);
         assert!(outdated(all(), &like, 3).is_empty());
+    }
+
+    #[test]
+    fn the_one_that_was_just_taken_stays_whatever_the_others_say_of_themselves() {
+        let change = |change: &dyn Fn(&mut Header)| {
+            let mut other = stored("east", 1);
+            change(other.header.as_mut().unwrap());
+            other
+        };
+        let like = stored("east", 2).header.unwrap();
+        // A clock ran ahead when it was taken; it has the weights as well; it is under another key; it is of a later life.
+        let future = change(&|h| h.taken_ms = u64::MAX);
+        assert_eq!(outdated(vec![stored("east", 2), future], &like, 1), ["east1"]);
+        for other in [change(&|h| h.models = true), change(&|h| h.master_key = "1".into())] {
+            assert!(outdated(vec![stored("east", 2), other], &like, 1).is_empty());
+        }
+        let later = change(&|h| h.incarnation = 2);
+        assert_eq!(outdated(vec![stored("east", 2), later], &like, 1), ["east1"]);
     }
 }

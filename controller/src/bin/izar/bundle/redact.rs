@@ -6,7 +6,12 @@
 
 const GONE: &str = "(redacted)";
 /// A setting whose name holds one of these has a secret for a value, unless that is a path.
-const NAMES: [&str; 7] = ["secret", "password", "passwd", "token", "apikey", "api_key", "authorization"];
+const NAMES: [&str; 8] = ["secret", "password", "passwd", "passphrase", "token", "apikey", "api_key", "authorization"];
+/// Where paths begin. Others are taken for secrets: one of 64 in base64 begins with a slash.
+const ROOTS: [&str; 12] =
+    ["/etc/", "/var/", "/run/", "/srv/", "/opt/", "/usr/", "/home/", "/root/", "/tmp/", "/mnt/", "/data/", "/dev/"];
+/// What our own keys begin with.
+const OUR_KEY: &str = "sk-izar-";
 /// A number after a name with this is how many there were.
 const COUNTED: &str = "token";
 /// The keys of JSON that hold hashes of public things, as the listings show them.
@@ -136,11 +141,13 @@ fn named(text: &str) -> Option<(usize, String)> {
         rest = &rest[start..];
         let (name, after) = rest.split_at(rest.find(|c| !is_name(c)).unwrap_or(rest.len()));
         rest = after;
+        // As headers write it, too.
+        let name = name.replace('-', "_");
         if NAMES.iter().any(|secret| name.contains(secret)) {
             let value = after.trim_start_matches(['"', '\'', '\\', ' ', '\t']);
             if value.starts_with(['=', ':']) {
                 let value = value.trim_start_matches(['=', ':', '>', ' ', '\t']);
-                return Some((text.len() - value.len(), name.to_owned()));
+                return Some((text.len() - value.len(), name));
             }
         }
     }
@@ -169,7 +176,22 @@ fn quoted(text: &str, quote: char) -> Option<&str> {
 fn public(value: &str, name: &str) -> bool {
     let bare = value.trim_matches(['"', '\'']);
     let count = name.contains(COUNTED) && value.parse::<f64>().is_ok();
-    count || bare.starts_with(['/', '.']) || ["null", "true", "false", ""].contains(&bare)
+    count || is_path(bare) || ["null", "true", "false", ""].contains(&bare)
+}
+
+fn is_path(value: &str) -> bool {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "/._-".contains(c);
+    ROOTS.iter().any(|root| value.starts_with(root)) && value.chars().all(plain)
+}
+
+/// The length of an escape at the beginning of a text, as JSON writes a line's end inside a string: what follows it is a
+/// word of its own.
+fn escape(text: &str) -> Option<usize> {
+    let after = text.strip_prefix('\\')?;
+    match after.chars().next()? {
+        'u' => (after.len() >= 5 && after.is_char_boundary(5)).then_some(6),
+        c => "nrtbf\"\\/".contains(c).then_some(2),
+    }
 }
 
 /// Takes user and password out of addresses.
@@ -197,8 +219,9 @@ fn words(text: &str, hash: bool) -> String {
     let mut bearer = false;
     while let Some(c) = rest.chars().next() {
         if !is_word(c) {
-            out.push(c);
-            rest = &rest[c.len_utf8()..];
+            let (sign, after) = rest.split_at(escape(rest).unwrap_or(c.len_utf8()));
+            out.push_str(sign);
+            rest = after;
             continue;
         }
         let mut word = &rest[..rest.find(|c| !is_word(c)).unwrap_or(rest.len())];
@@ -207,7 +230,7 @@ fn words(text: &str, hash: bool) -> String {
             word = &rest[..rest.find(|c: char| c.is_whitespace() || "\"',;".contains(c)).unwrap_or(rest.len())];
         }
         let digits = word.len() == KEY_DIGITS && word.bytes().all(|b| b.is_ascii_hexdigit());
-        let secret = word.starts_with("sk-") || (digits && !hash) || bearer;
+        let secret = word.starts_with("sk-") || word.contains(OUR_KEY) || (digits && !hash) || bearer;
         out += if secret { GONE } else { word };
         bearer = word.eq_ignore_ascii_case("bearer");
         rest = &rest[word.len()..];
@@ -253,6 +276,22 @@ mod tests {
         check("password = \"no end\nb\n", "password = (redacted)\nb\n");
         check("http_proxy=http://bob:hunter2@proxy\n", "http_proxy=http://(redacted)@proxy\n");
         check("see https://a.b/c and http://u:p@d@e/f@g", "see https://a.b/c and http://(redacted)@e/f@g");
+    }
+
+    #[test]
+    fn what_only_looks_like_a_path_is_taken_out() {
+        check("AWS_SECRET_ACCESS_KEY=/wJalrXUtnFEMI/K7MDENG\n", "AWS_SECRET_ACCESS_KEY=(redacted)\n");
+        check("secret = \".x9\"\npassword=/etc/a+b=\n", "secret = \"(redacted)\"\npassword=(redacted)\n");
+        check("passphrase: x y\nX-Api-Key: abc\n", "passphrase: (redacted)\nX-Api-Key: (redacted)\n");
+    }
+
+    #[test]
+    fn what_stands_behind_an_escape_is_a_word_of_its_own() {
+        let digits = "0a".repeat(32);
+        check("\"said: a\\nsk-izar-AbC\\n\"", "\"said: a\\n(redacted)\\n\"");
+        check(&format!("\"x\\n{digits}\\u000a{digits}\""), "\"x\\n(redacted)\\u000a(redacted)\"");
+        check("prefix_sk-izar-AbC", "(redacted)");
+        check("C:\\dir \\u1 \\", "C:\\dir \\u1 \\");
     }
 
     #[test]
