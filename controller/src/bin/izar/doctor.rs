@@ -7,6 +7,7 @@
 
 mod agent;
 mod cluster;
+mod credential;
 mod machine;
 mod unit;
 

@@ -17,7 +17,7 @@ use tokio::process::Command;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
-use super::{Finding, machine};
+use super::{Finding, credential, machine};
 use crate::programs;
 
 /// How long the agent's program may take: it asks the GPU library, which hangs on a sick GPU.
@@ -46,6 +46,8 @@ pub async fn examine(config: &Path) -> Vec<Finding> {
     };
     let mut findings = vec![Finding::ok(CHECK, format!("{} is sound", config.display()))];
     findings.push(certificate(&checked));
+    findings
+        .extend(credential_name(&checked.key).map(|name| credential::given("agent key", "izar-agent.service", name)));
     findings.push(machine::space(
         &checked.data_dir,
         "make room, or move data_dir to a larger disk; an agent whose disk is full fetches no models",

@@ -14,7 +14,7 @@ use izar_common::seal::{MasterKey, Pepper};
 use izar_common::tls::{self, dates};
 use izar_controller::config::Config;
 
-use super::Finding;
+use super::{Finding, credential};
 use crate::show;
 
 /// Room that must be left on the data directory's disk: the log, a few audit segments, and time to react.
@@ -36,12 +36,18 @@ const DISK_MEND: &str = "make room, or move data_dir to a larger disk; a control
 /// A controller with fewer runs out under load: each client, peer and file is one.
 const OPEN_FILES: u64 = 65_536;
 
+/// Whose credentials a controller's are.
+const UNIT: &str = "izar-controller.service";
+
 /// Everything that a controller needs here. `pid`: it runs.
 pub fn controller(config: &Config, pid: Option<u32>) -> Vec<Finding> {
     let mut findings = vec![secret("master key", &config.secrets.master_key, |path| MasterKey::load(path).map(drop))];
     findings.push(secret("pepper", &config.secrets.pepper, |path| Pepper::load(path).map(drop)));
     findings.push(node_certificate(config));
     findings.push(api_certificate(config));
+    for (check, key) in [("node key", &config.tls.key), ("api key", &config.api.key)] {
+        findings.extend(credential_name(key).map(|name| credential::given(check, UNIT, name)));
+    }
     findings.push(space(&config.data_dir, DISK_MEND));
     findings.push(fsync(&config.data_dir));
     match pid {
@@ -53,7 +59,7 @@ pub fn controller(config: &Config, pid: Option<u32>) -> Vec<Finding> {
 
 fn secret(check: &str, path: &Path, load: impl Fn(&Path) -> Result<(), izar_common::seal::Error>) -> Finding {
     if let Some(name) = credential_name(path) {
-        return Finding::ok(check, format!("the credential {name}, seen by the daemon alone"));
+        return credential::given(check, UNIT, name);
     }
     match load(path) {
         Ok(()) => Finding::ok(check, "readable, and by nobody else"),
@@ -275,11 +281,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_credential_is_the_daemons_alone_and_no_failure() {
+    fn a_credential_is_the_daemons_alone_and_not_read() {
         let load = |_: &Path| -> Result<(), izar_common::seal::Error> { panic!("nothing is read") };
         let found = secret("pepper", Path::new("credential:pepper"), load);
-        assert_eq!(found.verdict, Verdict::Ok);
-        assert!(found.found.contains("seen by the daemon alone"), "{found:?}");
+        assert!(found.found.contains("the credential pepper"), "{found:?}");
     }
 
     #[test]
