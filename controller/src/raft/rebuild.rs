@@ -1,10 +1,9 @@
 //! A data directory outside the life of a process: what an ended member leaves, and what a member begins with that goes
 //! on from a state without its log, in a new life or, because it lost its memory, in the same one (`controller/rejoin`).
 //!
-//! A new life has terms and indices of its own, above all that the old one can have had. So a member that is left over
-//! from the old life, or comes back, decides nothing: it cannot be elected, for the term of its last entry is lower; it
-//! cannot acknowledge an entry, for it has not the one before, and what it committed once ends below; and what it says in
-//! an old term nobody hears. It may vote, for members that have all that was decided.
+//! A new life has terms and indices of its own, above all that the old one can have had, and a term tells its life. Members
+//! of different lives do not hear each other (`message::strike_other_lives`): so one that is left over from the old life,
+//! or comes back, decides nothing in the new one, and a member of the new one acknowledges nothing to the old.
 //! Nothing here runs beside a daemon: redb locks its files.
 
 use std::path::Path;
