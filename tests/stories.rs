@@ -1,7 +1,7 @@
 //! The stories: the whole system from outside, one story a file, one binary.
 //!
-//! Stories with a cluster take the machine one after the other (`izar_tests::exclusive`). Each names the warnings that
-//! it provokes; any other warning or error in a log fails it.
+//! Stories with a cluster share the machine (`izar_tests::shared`), unless one measures or computes for long and takes it
+//! alone (`izar_tests::exclusive`). Each names the warnings that it provokes; any other warning or error in a log fails it.
 #![forbid(unsafe_code)]
 
 #[path = "stories/alerts.rs"]

@@ -25,7 +25,7 @@ def a_lost_gpu_is_named_and_stops_nobody(proof):
 
 
 def an_agent_is_renewed_while_the_first_controller_is_down(proof):
-    with Load(proof.operator) as load:
+    with Load(proof.operator, dies=True) as load:
         proof.servers.power_cut("c1")
         until("another one leads", lambda: proof.status("c2")["leader"] in ("c2", "c3"))
         before = proof.servers.sh("a1", "sha256sum /etc/izar/pki/node.pem")

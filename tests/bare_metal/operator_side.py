@@ -1,5 +1,6 @@
 """The operator's side: a release unpacked on the control node, an inventory, playbooks, and load while they run."""
 
+import collections
 import json
 import re
 import threading
@@ -100,12 +101,14 @@ class Operator:
 class Load:
     """Streams from clients that know every controller, until the block ends.
 
-    Every one must be answered whole, and every controller must know of as many turns afterwards. The block begins when
-    streams run on all `nodes`.
+    Every one must be answered whole, and every controller must know of as many finished turns afterwards. Where one
+    `dies`, it may take ends along that it was just recording, and the turns are closed as abandoned. The block begins
+    when streams run on all `nodes`.
     """
 
-    def __init__(self, operator, nodes=tuple(CONTROLLERS), model="echo"):
+    def __init__(self, operator, nodes=tuple(CONTROLLERS), model="echo", dies=False):
         self.operator, self.servers, self.nodes, self.model = operator, operator.servers, nodes, model
+        self.dies, self.abandoned = dies, 0
         # A key of its own: its turns are the load's.
         self.key = self.servers.json(nodes[0], "izar --json keys create --note load")
         self.ended = threading.Event()
@@ -169,12 +172,15 @@ class Load:
             raise Failed(f"under load: {self.requests()} answers, errors {errors}, {different} that went on otherwise")
         for node in self.nodes:
             turns = self.servers.json(node, f"izar --json turns list --limit {TURNS}")["turns"]
-            known = sum(turn["key"] == self.key["id"] and turn["outcome"] == "finished" for turn in turns)
-            if known < self.requests():
-                raise Failed(f"{node} knows of {known} turns, and {self.requests()} were answered")
+            outcomes = collections.Counter(turn["outcome"] for turn in turns if turn["key"] == self.key["id"])
+            ends_lost = max(self.requests() - outcomes["finished"], 0)
+            self.abandoned = max(self.abandoned, ends_lost)
+            if ends_lost > (outcomes["abandoned"] if self.dies else 0):
+                raise Failed(f"{self.requests()} were answered, and {node} knows of {dict(outcomes)}")
 
     def __str__(self):
-        return f"{self.requests()} answers, {self.read_on()} of them read on elsewhere"
+        abandoned = f", {self.abandoned} on record as abandoned" if self.abandoned else ""
+        return f"{self.requests()} answers, {self.read_on()} of them read on elsewhere{abandoned}"
 
     def requests(self):
         return sum(report["requests"] for report in self.reports)

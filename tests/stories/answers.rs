@@ -39,7 +39,7 @@ fn recorded(cluster: &Cluster, ids: &BTreeSet<String>) -> Vec<Turn> {
 
 #[test]
 fn chats_and_completions_are_answered_whole_and_streamed_and_recorded_once() {
-    let _machine = izar_tests::exclusive();
+    let _machine = izar_tests::shared();
     let cluster = Options::echo(3, 2).start();
     cluster.wait_serving(3, "echo", 2);
     let mut ids = BTreeSet::new();
@@ -151,7 +151,7 @@ fn the_small_routes_answer(client: &Client) {
 
 #[test]
 fn a_client_that_leaves_cancels_the_computation_and_not_the_record() {
-    let _machine = izar_tests::exclusive();
+    let _machine = izar_tests::shared();
     let cluster = Options::echo(1, 1).start();
     cluster.deploy_echo("slow", 1, 5, 50);
     let client = cluster.client();

@@ -32,7 +32,7 @@ fn same(one: &Response, two: &Response) {
 
 #[test]
 fn a_request_that_is_asked_twice_has_one_answer_and_one_record_whatever_dies() {
-    let _machine = izar_tests::exclusive();
+    let _machine = izar_tests::shared();
     let cluster = Options::echo(3, 2).start();
     cluster.deploy_echo("slow", 2, 50, 50);
     cluster.wait_serving(3, "slow", 2);

@@ -36,7 +36,7 @@ fn asked(client: &Client) -> u16 {
 
 #[test]
 fn a_cluster_lives_on_from_a_backup_in_a_store() {
-    let _machine = izar_tests::exclusive();
+    let _machine = izar_tests::shared();
     let mut site = Site::new(3, false);
     let mut store = Store::start(&site.pki());
     site.start_controllers();
@@ -101,7 +101,7 @@ fn a_cluster_lives_on_from_a_backup_in_a_store() {
 
 #[test]
 fn what_a_store_refuses_is_said_with_what_to_do() {
-    let _machine = izar_tests::exclusive();
+    let _machine = izar_tests::shared();
     let mut site = Site::new(1, false);
     let mut store = Store::start(&site.pki());
     site.start_controllers();
@@ -132,7 +132,7 @@ fn what_a_store_refuses_is_said_with_what_to_do() {
 
 #[test]
 fn nothing_is_left_in_a_store_of_a_backup_that_breaks_off() {
-    let _machine = izar_tests::exclusive();
+    let _machine = izar_tests::shared();
     let mut site = Site::new(1, false);
     let mut store = Store::start(&site.pki());
     site.start_controllers();

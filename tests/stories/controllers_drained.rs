@@ -65,7 +65,7 @@ fn leader(admin: &Admin) -> String {
 
 #[test]
 fn a_controller_is_drained_and_the_leader_stopped_under_load_and_no_request_fails() {
-    let _machine = izar_tests::exclusive();
+    let _machine = izar_tests::shared();
     let cluster = Options::echo(3, 1).start();
     cluster.wait_serving(3, "echo", 1);
     let first = leader(&cluster.admin());
@@ -104,7 +104,7 @@ fn a_controller_is_drained_and_the_leader_stopped_under_load_and_no_request_fail
 
 #[test]
 fn a_controller_that_starts_again_refuses_nobody_who_comes_at_once() {
-    let _machine = izar_tests::exclusive();
+    let _machine = izar_tests::shared();
     let cluster = Options::echo(3, 2).start();
     cluster.wait_serving(3, "echo", 2);
     for victim in cluster.processes("controller") {

@@ -83,7 +83,7 @@ fn survivors(cluster: &Cluster, victim: &Process) -> Vec<Client> {
 
 #[test]
 fn fifty_requests_through_the_others_finish_while_any_one_controller_is_killed() {
-    let _machine = izar_tests::exclusive();
+    let _machine = izar_tests::shared();
     let cluster = Options::echo(3, 2).start();
     cluster.deploy_echo("slow", 2, 100, 20);
     let mut seen = BTreeSet::new();
@@ -119,7 +119,7 @@ fn kill_one(cluster: &Cluster, victim: &Process, seen: &mut BTreeSet<String>) {
 
 #[test]
 fn all_controllers_killed_at_once_keep_what_they_acknowledged() {
-    let _machine = izar_tests::exclusive();
+    let _machine = izar_tests::shared();
     let cluster = Options::echo(3, 2).start();
     cluster.deploy_echo("slow", 2, 100, 20);
     let clients: Vec<Client> = cluster.clients().into_iter().map(|(_, client)| client).collect();

@@ -59,7 +59,7 @@ fn agreed(site: &Site) -> BTreeSet<String> {
 
 #[test]
 fn controllers_whose_disks_are_wiped_one_after_the_other_under_load_lose_nothing() {
-    let _machine = izar_tests::exclusive();
+    let _machine = izar_tests::shared();
     let (mut site, key) = site();
     let (ended, answered) = (AtomicBool::new(false), Mutex::new(BTreeSet::new()));
     // A controller that comes back listens elsewhere.
@@ -118,7 +118,7 @@ fn controllers_whose_disks_are_wiped_one_after_the_other_under_load_lose_nothing
 
 #[test]
 fn a_controller_without_memory_waits_for_every_other_one() {
-    let _machine = izar_tests::exclusive();
+    let _machine = izar_tests::shared();
     let (mut site, key) = site();
     let acknowledged: BTreeSet<String> = (1..=3).map(|i| ask(&site.client(i, Some(&key))).unwrap()).collect();
     wipe(&mut site, 2);
@@ -140,7 +140,7 @@ fn a_controller_without_memory_waits_for_every_other_one() {
 
 #[test]
 fn a_wiped_directory_that_was_filled_halfway_is_filled_anew() {
-    let _machine = izar_tests::exclusive();
+    let _machine = izar_tests::shared();
     let (mut site, key) = site();
     let before = ask(&site.client(1, Some(&key))).unwrap();
     let whole = std::fs::read(site.data("c2").join("izar.json")).unwrap();
@@ -161,7 +161,7 @@ fn a_wiped_directory_that_was_filled_halfway_is_filled_anew() {
 
 #[test]
 fn two_controllers_replaced_at_once_do_not_begin_anew_while_the_third_is_away() {
-    let _machine = izar_tests::exclusive();
+    let _machine = izar_tests::shared();
     let (mut site, _) = site();
     wipe(&mut site, 1);
     wipe(&mut site, 2);

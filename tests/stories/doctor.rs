@@ -37,7 +37,7 @@ fn finding(said: &Value, check: &str) -> (String, String) {
 
 #[test]
 fn the_doctor_names_what_is_wrong_and_the_mend_whether_the_daemon_runs_or_not() {
-    let _machine = izar_tests::exclusive();
+    let _machine = izar_tests::shared();
     let mut site = Site::new(1, false);
     let (output, said) = doctor(&site);
     assert!(output.success, "a controller that was never started is no failure: {said}");
@@ -74,7 +74,7 @@ fn the_doctor_names_what_is_wrong_and_the_mend_whether_the_daemon_runs_or_not() 
 
 #[test]
 fn the_doctor_asks_the_other_controllers_and_looks_for_a_backup() {
-    let _machine = izar_tests::exclusive();
+    let _machine = izar_tests::shared();
     let mut site = Site::new(3, false);
     site.start_controllers();
     let (_, said) = doctor(&site);
@@ -111,7 +111,7 @@ fn doctor_of_agent(site: &Site, agent: &str) -> Value {
 
 #[test]
 fn the_doctor_sees_an_agents_gpus_from_its_server_and_from_a_controller() {
-    let _machine = izar_tests::exclusive();
+    let _machine = izar_tests::shared();
     let mut site = Site::new(1, false);
     site.start_controllers();
     let (hand, broken) = (site.path("a1.hand"), site.path("a2.hand"));
@@ -152,7 +152,7 @@ fn the_doctor_sees_an_agents_gpus_from_its_server_and_from_a_controller() {
 
 #[test]
 fn an_expired_certificate_is_named_by_the_doctor_and_refused_by_the_agent() {
-    let _machine = izar_tests::exclusive();
+    let _machine = izar_tests::shared();
     let site = Site::new(2, false);
     site.write_agent("a1");
     let (verdict, words) = finding(&doctor_of_agent(&site, "a1"), "controller reached");
@@ -182,7 +182,7 @@ fn an_expired_certificate_is_named_by_the_doctor_and_refused_by_the_agent() {
 
 #[test]
 fn the_archive_for_support_holds_what_is_needed_and_no_secret() {
-    let _machine = izar_tests::exclusive();
+    let _machine = izar_tests::shared();
     let mut site = Site::with_log_level(1, false, "debug");
     let mut config = std::fs::read_to_string(site.config("c1")).unwrap();
     config.insert_str(0, "# password = \"hunter2-planted\"\n");

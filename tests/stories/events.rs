@@ -18,7 +18,7 @@ const FAILURES: usize = 5;
 
 #[test]
 fn what_an_operator_acts_on_comes_to_the_journal_under_its_id() {
-    let _machine = izar_tests::exclusive();
+    let _machine = izar_tests::shared();
     let Some(journal) = Journal::new() else {
         eprintln!("skipped: this kernel gives nobody a mount namespace, so no journal can be played");
         return;
@@ -79,7 +79,7 @@ fn what_an_operator_acts_on_comes_to_the_journal_under_its_id() {
 
 #[test]
 fn an_agent_that_dies_with_work_and_a_budget_that_is_used_up_come_to_the_journal() {
-    let _machine = izar_tests::exclusive();
+    let _machine = izar_tests::shared();
     let Some(journal) = Journal::new() else {
         eprintln!("skipped: this kernel gives nobody a mount namespace, so no journal can be played");
         return;
@@ -118,7 +118,7 @@ fn an_agent_that_dies_with_work_and_a_budget_that_is_used_up_come_to_the_journal
 
 #[test]
 fn a_controller_that_waits_to_join_anew_says_so_in_the_journal() {
-    let _machine = izar_tests::exclusive();
+    let _machine = izar_tests::shared();
     let Some(journal) = Journal::new() else {
         eprintln!("skipped: this kernel gives nobody a mount namespace, so no journal can be played");
         return;

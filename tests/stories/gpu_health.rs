@@ -118,7 +118,7 @@ fn two_servers(gpu: &str) -> (Site, [Server; 2], Client) {
 
 #[test]
 fn answers_on_a_server_whose_gpu_falls_off_the_bus_go_on_elsewhere() {
-    let _machine = izar_tests::exclusive();
+    let _machine = izar_tests::shared();
     let (site, [first, _second], client) = two_servers("");
     let admin = site.admin(1);
     while_streams_run(&site, &client, TOKENS, || {
@@ -171,7 +171,7 @@ fn answers_on_a_server_whose_gpu_falls_off_the_bus_go_on_elsewhere() {
 
 #[test]
 fn a_library_that_hangs_puts_its_server_away_until_it_answers() {
-    let _machine = izar_tests::exclusive();
+    let _machine = izar_tests::shared();
     let (site, [first, _second], client) = two_servers("");
     // Twelve seconds each: they run when the ten have passed.
     while_streams_run(&site, &client, 240, || {
@@ -189,7 +189,7 @@ fn a_library_that_hangs_puts_its_server_away_until_it_answers() {
 
 #[test]
 fn a_server_with_fewer_gpus_than_it_must_have_gets_no_work_and_says_why() {
-    let _machine = izar_tests::exclusive();
+    let _machine = izar_tests::shared();
     let mut site = Site::new(1, false);
     site.start_controllers();
     let server = Server::start(&mut site, "a1", "gpus 2", "expected = 3");
@@ -209,7 +209,7 @@ fn a_server_with_fewer_gpus_than_it_must_have_gets_no_work_and_says_why() {
 
 #[test]
 fn a_server_whose_library_does_not_load_says_so() {
-    let _machine = izar_tests::exclusive();
+    let _machine = izar_tests::shared();
     let mut site = Site::new(1, false);
     site.start_controllers();
     site.write_agent("a1");
@@ -225,7 +225,7 @@ fn a_server_whose_library_does_not_load_says_so() {
 
 #[test]
 fn errors_of_programs_fence_nothing_and_those_of_the_gpu_do() {
-    let _machine = izar_tests::exclusive();
+    let _machine = izar_tests::shared();
     let mut site = Site::new(1, false);
     site.start_controllers();
     // A driver that has no functions for fields, throttling and events is an old one, not a sick GPU.
@@ -423,7 +423,7 @@ fn what_fences_nothing(site: &Site, server: &Server) {
 
 #[test]
 fn what_is_held_against_a_gpu_outlives_its_agent() {
-    let _machine = izar_tests::exclusive();
+    let _machine = izar_tests::shared();
     let mut site = Site::new(1, false);
     site.start_controllers();
     let server = Server::start(&mut site, "a1", "gpus 4", "");
@@ -458,7 +458,7 @@ fn what_is_held_against_a_gpu_outlives_its_agent() {
 
 #[test]
 fn where_health_is_only_observed_nothing_follows_from_it() {
-    let _machine = izar_tests::exclusive();
+    let _machine = izar_tests::shared();
     let mut site = Site::new(1, false);
     site.start_controllers();
     let server = Server::start(&mut site, "a1", "gpus 1", "mode = \"observe\"\nguards = \"all\"");

@@ -57,7 +57,7 @@ fn deeds(words: &[&str]) -> Vec<String> {
 
 #[test]
 fn a_gpu_is_reset_once_while_its_streams_go_on_elsewhere_and_comes_back_on_probation() {
-    let _machine = izar_tests::exclusive();
+    let _machine = izar_tests::shared();
     let (site, servers) = site(3, &["a1", "a2"], ALL);
     let (admin, (server, hand)) = (site.admin(1), &servers[0]);
     admin.deploy_echo("slow", 2, 5, 50);
@@ -89,7 +89,7 @@ fn a_gpu_is_reset_once_while_its_streams_go_on_elsewhere_and_comes_back_on_proba
 
 #[test]
 fn an_order_outlives_its_leader_and_is_carried_out_once() {
-    let _machine = izar_tests::exclusive();
+    let _machine = izar_tests::shared();
     // A GPU speaks for nobody here: the worker on its server is moved because of the order alone.
     let (mut site, servers) = site(3, &["a1", "a2"], "");
     let (server, hand) = &servers[0];
@@ -127,7 +127,7 @@ fn an_order_outlives_its_leader_and_is_carried_out_once() {
 
 #[test]
 fn of_two_sick_servers_one_is_mended_after_the_other() {
-    let _machine = izar_tests::exclusive();
+    let _machine = izar_tests::shared();
     let (site, servers) = site(1, &["a1", "a2"], "");
     servers.iter().for_each(|(server, _)| server.say(SICK));
     ["a1", "a2"].iter().for_each(|agent| wait_seen(&site.admin(1), agent, "probation"));
@@ -140,7 +140,7 @@ fn of_two_sick_servers_one_is_mended_after_the_other() {
 
 #[test]
 fn what_an_agent_has_begun_the_next_process_does_not_begin_again() {
-    let _machine = izar_tests::exclusive();
+    let _machine = izar_tests::shared();
     let (mut site, servers) = site(1, &["a1"], "");
     let (server, hand) = &servers[0];
     server.say("gpu1 xid 79");
@@ -229,7 +229,7 @@ fn a_gpu_that_computes_wrongly_after_its_reset_is_an_operators_and_a_sound_one_g
 
 #[test]
 fn a_gpu_that_cannot_be_reset_stays_cordoned_and_says_why() {
-    let _machine = izar_tests::exclusive();
+    let _machine = izar_tests::shared();
     let mut site = Site::new(1, false);
     site.start_controllers();
     let server = Server::start(&mut site, "a1", "gpus 1\nuuids", "mode = \"act\"\nhelper = \"nobody.sock\"");

@@ -61,7 +61,7 @@ fn under_load(cluster: &Cluster, during: impl FnOnce()) -> usize {
 
 #[test]
 fn a_new_revision_takes_over_without_a_failed_request() {
-    let _machine = izar_tests::exclusive();
+    let _machine = izar_tests::shared();
     let cluster = Options::echo(3, 2).start();
     cluster.deploy_echo("slow", 2, 5, 20);
     let old = deployment(&cluster, "slow").unwrap()["revision"].clone();
@@ -83,7 +83,7 @@ fn a_new_revision_takes_over_without_a_failed_request() {
 
 #[test]
 fn a_drained_agent_is_empty_and_its_answers_went_on_elsewhere() {
-    let _machine = izar_tests::exclusive();
+    let _machine = izar_tests::shared();
     let cluster = Options::echo(1, 2).start();
     cluster.deploy_echo("slow", 2, 5, 100);
     let (client, admin) = (cluster.client(), cluster.admin());
@@ -138,7 +138,7 @@ fn a_drained_agent_is_empty_and_its_answers_went_on_elsewhere() {
 
 #[test]
 fn what_no_agent_can_hold_is_shown_as_unmet_and_names_are_checked() {
-    let _machine = izar_tests::exclusive();
+    let _machine = izar_tests::shared();
     let cluster = Options::echo(1, 1).start();
     let (client, admin) = (cluster.client(), cluster.admin());
     admin.json(&["models", "deploy", "echo", "--name", "big", "--gpus", "3"]).unwrap();
@@ -183,7 +183,7 @@ fn what_no_agent_can_hold_is_shown_as_unmet_and_names_are_checked() {
 
 #[test]
 fn any_controller_explains_a_request_also_after_the_fact() {
-    let _machine = izar_tests::exclusive();
+    let _machine = izar_tests::shared();
     let cluster = Options::echo(3, 2).start();
     cluster.deploy_echo("slow", 2, 5, 50);
     let mut admins = cluster.admins();

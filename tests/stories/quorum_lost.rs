@@ -19,7 +19,7 @@ fn ask(client: &Client) -> (String, u16) {
 
 #[test]
 fn a_project_that_is_available_is_answered_without_a_quorum_and_recorded_once_there_is_one() {
-    let _machine = izar_tests::exclusive();
+    let _machine = izar_tests::shared();
     let cluster = Options::echo(3, 1).start();
     cluster.wait_serving(3, "echo", 1);
     let admin = cluster.admin();

@@ -30,7 +30,7 @@ fn messages(text: &str) -> Value {
 
 #[test]
 fn no_replica_ready_is_503_with_a_time_to_try_again_until_there_is_one() {
-    let _machine = izar_tests::exclusive();
+    let _machine = izar_tests::shared();
     let (mut site, client) = site();
     let body = json!({ "model": "slow", "messages": messages("hi"), "max_tokens": 2 });
     check_retryable(&client.post(CHAT, &body).unwrap(), 503);
@@ -52,7 +52,7 @@ fn check_retryable(response: &Response, status: u16) {
 
 #[test]
 fn bad_requests_are_refused_by_name() {
-    let _machine = izar_tests::exclusive();
+    let _machine = izar_tests::shared();
     let (mut site, client) = site();
     site.start_agent("a1");
     site.admin(1).wait_ready("slow", 1);
@@ -222,7 +222,7 @@ fn copy_model(to: &Path) -> PathBuf {
 
 #[test]
 fn a_broken_model_is_not_imported_and_the_reason_is_named() {
-    let _machine = izar_tests::exclusive();
+    let _machine = izar_tests::shared();
     let mut site = Site::new(1, false);
     site.start_controllers();
     let admin = site.admin(1);
@@ -311,7 +311,7 @@ fn content(folder: &Path) -> Vec<(PathBuf, Vec<u8>)> {
 
 #[test]
 fn data_of_another_cluster_or_a_newer_version_is_refused_and_left_untouched() {
-    let _machine = izar_tests::exclusive();
+    let _machine = izar_tests::shared();
     let mut site = Site::new(1, false);
     site.start_controllers();
     site.admin(1).deploy_echo("slow", 1, 5, 50);

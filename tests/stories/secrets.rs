@@ -33,7 +33,7 @@ fn holders(folder: &Path, needles: &[&[u8]]) -> Vec<PathBuf> {
 
 #[test]
 fn a_canary_and_a_key_cross_no_wire_and_reach_no_disk_in_the_clear() {
-    let _machine = izar_tests::exclusive();
+    let _machine = izar_tests::shared();
     // At debug level the logs say most; still no content.
     let mut site = Site::with_log_level(3, true, "debug");
     site.start_controllers();

@@ -27,7 +27,7 @@ with socket.create_connection((host, int(port)), timeout=10) as tcp:
 
 #[test]
 fn tls_1_2_is_refused_and_1_3_works() {
-    let _machine = izar_tests::exclusive();
+    let _machine = izar_tests::shared();
     let mut site = Site::new(1, false);
     site.start_controllers();
     let address = site.client(1, None).address();
@@ -65,7 +65,7 @@ fn refusal_warnings(site: &Site) -> Vec<String> {
 
 #[test]
 fn an_agent_with_a_certificate_of_another_authority_is_refused_counted_and_logged_once() {
-    let _machine = izar_tests::exclusive();
+    let _machine = izar_tests::shared();
     let mut site = Site::new(1, false);
     site.start_controllers();
     // An agent that trusts two authorities, its own and the cluster's; the controller knows only the latter.
@@ -97,7 +97,7 @@ async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {
 
 #[test]
 fn a_frame_larger_than_its_type_may_be_ends_the_peer_and_not_the_controller() {
-    let _machine = izar_tests::exclusive();
+    let _machine = izar_tests::shared();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     runtime.expect("a runtime starts").block_on(announce_too_much());
 }

@@ -84,7 +84,7 @@ fn answering(admin: &Admin, count: usize) {
 
 #[test]
 fn streams_of_a_killed_controller_go_on_on_another_exactly_once() {
-    let _machine = izar_tests::exclusive();
+    let _machine = izar_tests::shared();
     let cluster = Options::echo(3, 2).start();
     cluster.deploy_echo("slow", 2, 50, 50);
     cluster.wait_serving(3, "slow", 2);
@@ -152,7 +152,7 @@ fn streams_of_a_killed_controller_go_on_on_another_exactly_once() {
 
 #[test]
 fn the_load_generator_reads_on_by_itself_and_finds_every_answer_exact() {
-    let _machine = izar_tests::exclusive();
+    let _machine = izar_tests::shared();
     let cluster = Options::echo(3, 2).start();
     cluster.deploy_echo("slow", 2, 50, 20);
     cluster.wait_serving(3, "slow", 2);

@@ -37,7 +37,7 @@ fn rest(answer: client::Answer) -> (String, bool) {
 
 #[test]
 fn a_controller_says_how_it_is_and_serves_on_the_socket_that_it_was_given() {
-    let _machine = izar_tests::exclusive();
+    let _machine = izar_tests::shared();
     let mut site = Site::new(1, false);
     let socket = site.path("given.sock");
     let manager = Manager::new().with_watchdog(WATCHDOG).with_admin_socket(&socket, 0o660);
@@ -74,7 +74,7 @@ fn a_controller_says_how_it_is_and_serves_on_the_socket_that_it_was_given() {
 
 #[test]
 fn a_socket_that_everybody_may_use_is_refused() {
-    let _machine = izar_tests::exclusive();
+    let _machine = izar_tests::shared();
     let site = Site::new(1, false);
     let manager = Manager::new().with_admin_socket(&site.path("open.sock"), 0o666);
     let mut command = manager.command(&izar_tests::binaries::path("izar-controller"));
@@ -89,7 +89,7 @@ fn a_socket_that_everybody_may_use_is_refused() {
 
 #[test]
 fn a_loop_that_hangs_starves_the_watchdog() {
-    let _machine = izar_tests::exclusive();
+    let _machine = izar_tests::shared();
     for thread in ["raft", "tokio-rt-worker"] {
         let mut site = Site::new(1, false);
         let manager = Manager::new().with_watchdog(WATCHDOG);
@@ -112,7 +112,7 @@ fn a_loop_that_hangs_starves_the_watchdog() {
 
 #[test]
 fn certificates_are_read_anew_while_a_stream_runs() {
-    let _machine = izar_tests::exclusive();
+    let _machine = izar_tests::shared();
     let mut site = Site::new(1, false);
     let (controller, agent) = (Manager::new(), Manager::new());
     site.start_under(&controller, "izar-controller", "c1");
@@ -169,7 +169,7 @@ fn certificates_are_read_anew_while_a_stream_runs() {
 
 #[test]
 fn an_agent_that_is_stopped_lets_its_answers_end_and_takes_no_more() {
-    let _machine = izar_tests::exclusive();
+    let _machine = izar_tests::shared();
     let mut site = Site::new(1, false);
     site.start_controllers();
     site.write_agent("a1");
@@ -207,7 +207,7 @@ fn an_agent_that_is_stopped_lets_its_answers_end_and_takes_no_more() {
 
 #[test]
 fn keys_and_secrets_come_as_credentials_and_a_missing_one_is_named_with_the_mend() {
-    let _machine = izar_tests::exclusive();
+    let _machine = izar_tests::shared();
     let mut site = Site::new(1, false);
     let (folder, pki) = (site.path("").display().to_string(), site.pki());
     let folder = folder.trim_end_matches('/');
@@ -258,7 +258,7 @@ fn keys_and_secrets_come_as_credentials_and_a_missing_one_is_named_with_the_mend
 
 #[test]
 fn an_agent_counts_as_started_though_no_controller_is_there_and_serves_once_one_is() {
-    let _machine = izar_tests::exclusive();
+    let _machine = izar_tests::shared();
     let mut site = Site::new(1, false);
     site.write_agent("a1");
     let manager = Manager::new();

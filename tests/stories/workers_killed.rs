@@ -73,7 +73,7 @@ fn while_requests_run(cluster: &Cluster, during: impl FnOnce()) {
 
 #[test]
 fn answers_of_a_killed_worker_go_on_in_another() {
-    let _machine = izar_tests::exclusive();
+    let _machine = izar_tests::shared();
     let cluster = slow_model(2, 2);
     let victim = cluster.workers("slow").remove(0);
     let client = cluster.client();
@@ -90,7 +90,7 @@ fn answers_of_a_killed_worker_go_on_in_another() {
 
 #[test]
 fn answers_of_the_only_worker_wait_for_its_successor() {
-    let _machine = izar_tests::exclusive();
+    let _machine = izar_tests::shared();
     let cluster = slow_model(1, 1);
     let victim = cluster.workers("slow").remove(0);
     while_requests_run(&cluster, || process::kill_hard(victim.pid));
@@ -101,7 +101,7 @@ fn answers_of_the_only_worker_wait_for_its_successor() {
 
 #[test]
 fn answers_of_a_stopped_worker_go_on_in_another() {
-    let _machine = izar_tests::exclusive();
+    let _machine = izar_tests::shared();
     let cluster = slow_model(2, 2);
     let victim = cluster.workers("slow").remove(0);
     while_requests_run(&cluster, || process::stop(victim.pid));
@@ -111,7 +111,7 @@ fn answers_of_a_stopped_worker_go_on_in_another() {
 
 #[test]
 fn answers_on_a_killed_agent_go_on_elsewhere() {
-    let _machine = izar_tests::exclusive();
+    let _machine = izar_tests::shared();
     let cluster = slow_model(2, 2);
     let victim = cluster.processes("agent").remove(0);
     let orphans: Vec<Process> =
@@ -133,7 +133,7 @@ fn answers_on_a_killed_agent_go_on_elsewhere() {
 
 #[test]
 fn answers_on_a_stopped_agent_go_on_elsewhere_and_it_is_welcome_again() {
-    let _machine = izar_tests::exclusive();
+    let _machine = izar_tests::shared();
     let cluster = slow_model(2, 2);
     let victim = cluster.processes("agent").remove(0);
     while_requests_run(&cluster, || process::stop(victim.pid));
@@ -180,7 +180,7 @@ fn an_answer_of_a_worker_that_hangs_in_a_step_goes_on_in_another() {
 /// meanwhile, and computes still, while the answers are given by another: nobody listens to that.
 #[test]
 fn answers_behind_a_severed_link_go_on_elsewhere_and_late_ones_are_not_heard() {
-    let _machine = izar_tests::exclusive();
+    let _machine = izar_tests::shared();
     let cluster = Options::echo(1, 1).start();
     let far = Far::start(&cluster, "far");
     // Six seconds an answer: it runs long after the link is mended.

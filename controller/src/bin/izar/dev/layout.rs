@@ -46,8 +46,9 @@ pub struct Layout {
     pub dir: PathBuf,
     pub controllers: Vec<Controller>,
     pub agents: Vec<String>,
-    /// Held as long as the layout is.
+    /// Held as long as the layout is, like the ports.
     _lock: File,
+    _ports: Ports,
 }
 
 /// A controller and where it listens.
@@ -95,7 +96,8 @@ impl Layout {
                 saved.controllers.len(),
             );
         }
-        let controllers = choose_ports(dir, wanted, saved.as_ref())?;
+        let mut ports = Ports::default();
+        let controllers = choose_ports(&mut ports, dir, wanted, saved.as_ref())?;
         let longest = controllers.iter().map(|c| c.socket.as_os_str().len()).max().unwrap_or(0);
         ensure!(
             longest <= SOCKET_LIMIT,
@@ -103,7 +105,7 @@ impl Layout {
             dir.display()
         );
         let agents: Vec<String> = (1..=wanted.agents).map(|i| format!("a{i}")).collect();
-        let layout = Self { dir: dir.to_owned(), controllers, agents, _lock: lock };
+        let layout = Self { dir: dir.to_owned(), controllers, agents, _lock: lock, _ports: ports };
         layout.certificates().context("make certificates")?;
         layout.secrets()?;
         layout.configurations(wanted)?;
@@ -263,8 +265,12 @@ fn read_saved(path: &Path) -> anyhow::Result<Option<Saved>> {
     }
 }
 
-fn choose_ports(dir: &Path, wanted: &Wanted, saved: Option<&Saved>) -> anyhow::Result<Vec<Controller>> {
-    let mut ports = Ports::default();
+fn choose_ports(
+    ports: &mut Ports,
+    dir: &Path,
+    wanted: &Wanted,
+    saved: Option<&Saved>,
+) -> anyhow::Result<Vec<Controller>> {
     let mut controllers = Vec::new();
     for i in 0..wanted.controllers {
         let earlier = saved.and_then(|s| s.controllers.get(i)).copied();

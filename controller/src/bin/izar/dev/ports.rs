@@ -1,8 +1,10 @@
 //! Picks free ports on loopback, below the range from which the kernel gives ports to outgoing connections, so that a
-//! port is still free when the daemon binds it, and when it binds it again after a restart.
+//! port is still free when the daemon binds it, and when it binds it again after a restart. Another `izar dev` that looks
+//! at the same moment sees what this one took: a name in the kernel's abstract namespace, gone when the process is.
 
-use std::collections::BTreeSet;
 use std::net::{Ipv4Addr, TcpListener, UdpSocket};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixListener};
 
 use anyhow::{Context, ensure};
 use rand::Rng;
@@ -19,19 +21,18 @@ pub enum Kind {
     Udp,
 }
 
-/// Remembers what was given out.
+/// Holds what was given out, until it is dropped.
 #[derive(Debug, Default)]
 pub struct Ports {
-    given: BTreeSet<u16>,
+    given: Vec<UnixListener>,
 }
 
 impl Ports {
-    /// Takes `port` if nothing uses it.
+    /// Takes `port` if nothing uses it, and no other run is about to.
     pub fn claim(&mut self, kind: Kind, port: u16) -> bool {
-        let free = !self.given.contains(&port) && is_free(kind, port);
-        if free {
-            self.given.insert(port);
-        }
+        let taken = mark(port).ok().filter(|_| is_free(kind, port));
+        let free = taken.is_some();
+        self.given.extend(taken);
         free
     }
 
@@ -59,6 +60,11 @@ impl Ports {
     }
 }
 
+/// Says to other runs that this port is given; an error if one of them said so before.
+fn mark(port: u16) -> std::io::Result<UnixListener> {
+    UnixListener::bind_addr(&SocketAddr::from_abstract_name(format!("izar-dev-port-{port}"))?)
+}
+
 fn is_free(kind: Kind, port: u16) -> bool {
     let address = (Ipv4Addr::LOCALHOST, port);
     match kind {
@@ -77,9 +83,12 @@ mod tests {
         let first = ports.any(Kind::Tcp).unwrap();
         assert!(RANGE.contains(&first));
         assert!(!ports.claim(Kind::Tcp, first));
+        assert!(!Ports::default().claim(Kind::Tcp, first), "nor by another run, though nothing listens there yet");
         let held = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let port = held.local_addr().unwrap().port();
         assert!(ports.exactly(Kind::Tcp, port).unwrap_err().to_string().contains("in use"));
         assert_ne!(ports.again(Kind::Tcp, Some(port)).unwrap(), port);
+        drop(ports);
+        assert!(Ports::default().claim(Kind::Tcp, first), "free again once who took it is gone");
     }
 }
