@@ -10,14 +10,16 @@ use izar_agent::link::{Facts, Link, Watched};
 use izar_agent::worker::files::Sources;
 use izar_agent::worker::{Options, Workers};
 use izar_common::blob::{self, Store};
-use izar_common::chat::{Class, Job, JobEvent, Sampling};
+use izar_common::chat::JobEvent;
 use izar_common::health::{Generation, Report, WorkerState};
-use izar_common::id::{ClusterId, Hash, Identity, Role, TurnId};
+use izar_common::id::{ClusterId, Hash, Identity, Role};
 use izar_common::manifest::{File, Kind, Manifest};
 use izar_common::quic::{self, Connection, Endpoint, Receiver, Sender};
 use izar_common::tls::{Certificates, Files, NodeTls, pki};
 use izar_common::wire::agent::{Assignment, Down, EngineOptions, Submit, Up, WorkerSpec};
 use izar_common::wire::handshake::Open;
+
+use super::worker::job;
 
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -115,21 +117,7 @@ impl Session {
             .unwrap();
     }
     async fn submit(&self, worker: &str, manifest: &Manifest, max_tokens: u32) -> (Sender, Receiver) {
-        let sampling = Sampling { temperature: 0.0, seed: 1, max_tokens, ..Sampling::default() };
-        let job = Job {
-            turn: TurnId(1),
-            choice: 0,
-            attempt: 0,
-            deployment: "m".parse().unwrap(),
-            revision: manifest.revision(),
-            prompt: vec![104, 105],
-            delivered: Vec::new(),
-            sampling,
-            cache_salt: [0; 16],
-            numerics: None,
-            class: Class::default(),
-            capsule: Vec::new(),
-        };
+        let job = job(manifest, max_tokens);
         let (mut tx, rx) = self.connection.open_bi(Open::Job).await.unwrap();
         tx.send(&Submit { worker: worker.parse().unwrap(), job }).await.unwrap();
         (tx, rx)

@@ -43,7 +43,8 @@ fn assignment(applied: u64, workers: &[(&str, Manifest)]) -> Assignment {
     Assignment { generation: Generation { incarnation: 1, applied }, workers, holds: Vec::new(), order: None }
 }
 
-fn job(manifest: &Manifest, max_tokens: u32) -> Job {
+/// A job for a replica of the model.
+pub fn job(manifest: &Manifest, max_tokens: u32) -> Job {
     let sampling = Sampling { temperature: 0.0, seed: 1, max_tokens, ..Sampling::default() };
     Job {
         turn: TurnId(1),
