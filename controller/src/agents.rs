@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 use izar_common::blob::Store;
 use izar_common::chat::Job;
 use izar_common::health::gpu::{Action, Outcome};
-use izar_common::id::{DeploymentId, Hash, SiteId, TurnId, WorkerId};
+use izar_common::id::{DeploymentId, Hash, NodeId, SiteId, TurnId, WorkerId};
 use izar_common::quic::Connection;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
@@ -161,6 +161,11 @@ impl Agents {
     /// A copy of what agents last said.
     pub fn fleet(&self) -> Fleet {
         self.inner.roster.fleet()
+    }
+
+    /// Forgets an agent that is away; returns whether it was one.
+    pub fn forget(&self, agent: &NodeId) -> bool {
+        self.inner.roster.forget(agent)
     }
 
     /// Closes every session and waits until all tasks have ended.

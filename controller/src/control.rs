@@ -22,7 +22,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::http::{Method, Uri};
-use axum::routing::{get, post, put};
+use axum::routing::{delete, get, post, put};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use izar_common::id::{ClusterId, NodeId};
@@ -159,9 +159,10 @@ impl Control {
             .route("/v1/keys/{id}/revoke", post(orders::revoke_key))
             .route("/v1/models", get(listings::models).post(orders::import))
             .route("/v1/deployments", get(listings::deployments).post(orders::deploy))
-            .route("/v1/deployments/{name}", axum::routing::delete(orders::undeploy))
+            .route("/v1/deployments/{name}", delete(orders::undeploy))
             .route("/v1/aliases/{name}", put(orders::set_alias).delete(orders::remove_alias))
             .route("/v1/agents", get(listings::agents))
+            .route("/v1/agents/{name}", delete(orders::forget_agent))
             .route("/v1/agents/{name}/standing", put(orders::set_standing))
             .route("/v1/gpus", get(gpus::list))
             .route("/v1/gpus/release", post(gpus::release))

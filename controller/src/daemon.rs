@@ -7,6 +7,7 @@ use std::net::SocketAddr;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use anyhow::Context;
@@ -146,8 +147,14 @@ impl Daemon {
         let (dates, disk_of, seen) = (certificates.clone(), config.data_dir.clone(), Arc::new(disk::Seen::default()));
         measured::machine(gateway.metrics(), certificates.clone(), seen.clone());
         measured::agents(gateway.metrics(), &agents);
+        let ahead_ms = Arc::new(AtomicU64::new(0));
+        measured::clock(gateway.metrics(), raft.state().clone(), ahead_ms.clone());
         let until = |end: &CancellationToken| end.clone().cancelled_owned();
         let (dates_end, disk_end, told_end) = (until(&links_end), until(&links_end), until(&links_end));
+        let (asking, others, clocks_end) = (endpoint.clone(), config.others(), until(&links_end));
+        links.spawn(async move {
+            tokio::select! { () = control::peers::watch_clocks(&asking, &others, &ahead_ms) => {}, () = clocks_end => {} }
+        });
         links.spawn(async move {
             tokio::select! { () = dates.watch_dates() => {}, () = dates_end => {} }
         });

@@ -86,6 +86,12 @@ impl Fleet {
         }
     }
 
+    /// Forgets an agent that is away; returns whether it was one.
+    pub fn forget(&mut self, agent: &NodeId) -> bool {
+        let away = self.agents.get(agent).is_some_and(|view| !view.connected);
+        away && self.agents.remove(agent).is_some()
+    }
+
     /// Takes a report; the newest replaces all older ones. One from an agent without a session is dropped.
     pub fn report(&mut self, agent: &NodeId, report: Report, now_ms: u64) {
         if let Some(view) = self.agents.get_mut(agent).filter(|view| view.connected) {

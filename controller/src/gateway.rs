@@ -312,11 +312,6 @@ fn measure(metrics: &Metrics, raft: &Raft, agents: &Agents) {
     metrics.number("izar_backup_last_success_timestamp_seconds", help, Kind::Gauge, move || {
         state.read(|state| state.last_backup().map_or(0.0, |backup| backup.taken_ms as f64 / 1000.0))
     });
-    let state = raft.state().clone();
-    let help = "How far the latest time on a record is ahead of this controller's clock: another one's runs fast.";
-    metrics.number("izar_clock_ahead_seconds", help, Kind::Gauge, move || {
-        state.read(|state| state.latest().ms()).saturating_sub(wall_ms()) as f64 / 1000.0
-    });
     let counted = agents.clone();
     let help = "Agents whose jobs were moved because they seemed dead.";
     metrics.number("izar_agents_given_up_total", help, Kind::Counter, move || counted.given_up() as f64);

@@ -1,6 +1,5 @@
 """The operator's side: a release unpacked on the control node, an inventory, playbooks, and load while they run."""
 
-import collections
 import json
 import re
 import threading
@@ -15,6 +14,8 @@ PKI = "/srv/site/pki"
 PIECE = 42
 # As many as a controller lists: more than any load asks for.
 TURNS = 20_000
+# Where the generator leaves the request ids of what was answered, on the control node.
+IDS = "/tmp/load-ids"
 # A playbook that takes longer hangs.
 PLAYBOOK_S = 540
 
@@ -101,25 +102,27 @@ class Operator:
 class Load:
     """Streams from clients that know every controller, until the block ends.
 
-    Every one must be answered whole, and every controller must know of as many finished turns afterwards. Where one
-    `dies`, it may take ends along that it was just recording, and the turns are closed as abandoned. The block begins
+    Every one must be answered whole, and every controller must have the finished turn of each afterwards. Where one
+    `dies`, it may take ends along that it was just recording, and those turns are closed as abandoned. The block begins
     when streams run on all `nodes`.
     """
 
     def __init__(self, operator, nodes=tuple(CONTROLLERS), model="echo", dies=False):
         self.operator, self.servers, self.nodes, self.model = operator, operator.servers, nodes, model
-        self.dies, self.abandoned = dies, 0
+        self.dies, self.abandoned = dies, set()
         # A key of its own: its turns are the load's.
         self.key = self.servers.json(nodes[0], "izar --json keys create --note load")
         self.ended = threading.Event()
-        self.reports, self.trouble = [], None
+        self.reports, self.answered, self.trouble = [], [], None
 
     def piece(self):
         """One piece. The generator begins on all endpoints or not at all; one that is down is left out, as by a client."""
         endpoints = self.operator.endpoints().split(",")
         while True:
             try:
-                return self.servers.json(CONTROL, self.command(endpoints))
+                report = self.servers.json(CONTROL, self.command(endpoints))
+                self.answered += self.servers.sh(CONTROL, f"cat {IDS}").split()
+                return report
             except Failed as error:
                 down = re.search(r"^izar: (?:connect to |TLS with )?([0-9.]+:[0-9]+)", str(error), re.MULTILINE)
                 if not down or len(endpoints) == 1:
@@ -130,7 +133,7 @@ class Load:
         return (
             f"{self.operator.release}/bin/izar --json bench api --stream --endpoint {','.join(endpoints)} "
             f"--ca {PKI}/ca.pem --key {self.key['key']} --model {self.model} --prompt-tokens 40 --max-tokens 40 "
-            f"--concurrency 6 --warmup 0 --requests {PIECE}"
+            f"--concurrency 6 --warmup 0 --requests {PIECE} --ids {IDS}"
         )
 
     def run(self):
@@ -170,16 +173,19 @@ class Load:
         different = sum(report["read_on"]["different"] for report in self.reports)
         if errors or different or not self.requests():
             raise Failed(f"under load: {self.requests()} answers, errors {errors}, {different} that went on otherwise")
+        if len(set(self.answered)) != self.requests():
+            raise Failed(f"{self.requests()} answers have {len(set(self.answered))} request ids")
+        allowed = ("finished", "abandoned") if self.dies else ("finished",)
         for node in self.nodes:
             turns = self.servers.json(node, f"izar --json turns list --limit {TURNS}")["turns"]
-            outcomes = collections.Counter(turn["outcome"] for turn in turns if turn["key"] == self.key["id"])
-            ends_lost = max(self.requests() - outcomes["finished"], 0)
-            self.abandoned = max(self.abandoned, ends_lost)
-            if ends_lost > (outcomes["abandoned"] if self.dies else 0):
-                raise Failed(f"{self.requests()} were answered, and {node} knows of {dict(outcomes)}")
+            outcomes = {turn["turn"]: turn["outcome"] for turn in turns}
+            wrong = {turn: outcomes.get(turn) for turn in self.answered if outcomes.get(turn) not in allowed}
+            if wrong:
+                raise Failed(f"{len(self.answered)} were answered, and of {len(wrong)} {node} has this: {wrong}")
+            self.abandoned |= {turn for turn in self.answered if outcomes[turn] == "abandoned"}
 
     def __str__(self):
-        abandoned = f", {self.abandoned} on record as abandoned" if self.abandoned else ""
+        abandoned = f", {len(self.abandoned)} on record as abandoned" if self.abandoned else ""
         return f"{self.requests()} answers, {self.read_on()} of them read on elsewhere{abandoned}"
 
     def requests(self):

@@ -25,6 +25,9 @@ def a_unit_that_misses_a_credential_says_what_to_do(proof):
     proof.servers.sh(node, f"systemctl stop {BOTH} && mv {sealed} {away} && ! systemctl start izar-controller")
     words = "the credential master-key is missing: make it with"
     until("it says what it misses", lambda: words in proof.servers.sh(node, JOURNAL))
+    # One of another server's, say, lies there and does not open.
+    said = proof.servers.sh(node, f"echo bm9uZQ== > {sealed}; izar doctor || true; rm {sealed}")
+    proof.need("izar.master-key, but does not open" in said, said)
     # It is tried again by itself meanwhile.
     proof.servers.sh(node, f"systemctl stop {BOTH}; mv {away} {sealed} && systemctl reset-failed && systemctl start {BOTH}")
     until("it is back", lambda: proof.at(node, connected=3))
@@ -37,6 +40,10 @@ def operators_use_the_socket_and_nobody_else(proof):
     proof.need("members c1 c2 c3" in said, said)
     said = sh(node, "runuser -u bob -- izar status 2>&1 || true")
     proof.need("Permission denied" in said, said)
+    said = sh(node, "runuser -u bob -- izar doctor || true")
+    proof.need("controller: was not asked: " in said and "api.listen" not in said, said)
+    said = sh(node, "izar doctor || true")
+    proof.need(said.count("and opens") == 4 and "controller: " + node in said, said)
     sh(node, "userdel alice && userdel bob")
     said = sh(node, "cat /proc/$(systemctl show -P MainPID izar-controller)/status")
     proof.need("Seccomp:\t2" in said, "the controller's system calls are not filtered")

@@ -147,6 +147,15 @@ fn the_doctor_sees_an_agents_gpus_from_its_server_and_from_a_controller() {
         anyhow::ensure!(!output.success, "{said}");
         Ok(())
     });
+    let admin = site.admin(1);
+    let forget = || admin.json(&["agents", "forget", "a2"]);
+    let refused = forget().unwrap_err().to_string();
+    assert!(refused.contains("agent a2 is connected: stop it first"), "{refused}");
+    site.stop("a2");
+    until("the agent that was taken away to be forgotten", SOON, || forget().map(drop));
+    let (_, said) = doctor(&site);
+    assert!(!said.to_string().contains("a2"), "nothing is left to be said of it: {said}");
+    assert!(forget().unwrap_err().to_string().contains("there is no agent a2"), "a name that is mistyped is told");
     site.finish(&[WORSE, FAULT, "GPUs are being mended", "a remedy of GPUs has not helped"]);
 }
 

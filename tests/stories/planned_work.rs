@@ -112,6 +112,8 @@ fn a_drained_agent_is_empty_and_its_answers_went_on_elsewhere() {
     });
     let deployment = deployment(&cluster, "slow").unwrap();
     assert_eq!((&deployment["ready"], &deployment["unmet"]), (&json!(2), &json!("")), "{deployment}");
+    let refused = admin.json(&["agents", "forget", &victim]).unwrap_err().to_string();
+    assert!(refused.contains("is connected: stop it first"), "{refused}");
     // A second agent cannot go: there would be nobody left.
     let other = if victim == "a1" { "a2" } else { "a1" };
     admin.json(&["agents", "drain", other, "--no-wait"]).unwrap();
@@ -122,6 +124,8 @@ fn a_drained_agent_is_empty_and_its_answers_went_on_elsewhere() {
         Ok(())
     });
     assert_eq!(client.post(CHAT, &ask(false)).unwrap().content(), expected, "it serves on");
+    let refused = admin.json(&["agents", "forget", other]).unwrap_err().to_string();
+    assert!(refused.contains("has replicas: izar agents drain"), "{refused}");
     for agent in ["a1", "a2"] {
         admin.json(&["agents", "uncordon", agent]).unwrap();
     }

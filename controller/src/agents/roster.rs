@@ -133,6 +133,11 @@ impl Roster {
         true
     }
 
+    /// Forgets an agent that is away; returns whether it was one.
+    pub fn forget(&self, agent: &NodeId) -> bool {
+        self.soft().fleet.forget(agent)
+    }
+
     /// Takes a report of a session, unless a newer session has replaced it.
     pub fn report(&self, agent: &NodeId, connection: &Connection, report: Report) {
         let mut soft = self.soft();

@@ -428,6 +428,23 @@ pub async fn set_standing(
     Ok(Json(view::agent(&agent, &view, &config)))
 }
 
+/// An agent that was taken away for good need not be listed here any longer. Others keep their own lists.
+pub async fn forget_agent(Extract(control): Shared, Path(name): Path<String>) -> Result<Json<Value>, Error> {
+    let agent = NodeId::new(&name).map_err(|e| Error::Invalid(format!("name: {e}")))?;
+    let config = control.current().await?;
+    let fleet = control.parts.agents.fleet();
+    let view = fleet.agents.get(&agent);
+    let view = view.ok_or_else(|| Error::NotFound(format!("there is no agent {agent}; see: izar agents list")))?;
+    if config.plan.workers.values().any(|place| place.agent == agent) {
+        return Err(Error::Conflict(format!("agent {agent} has replicas: izar agents drain {agent} moves them first")));
+    }
+    if view.connected || !control.parts.agents.forget(&agent) {
+        return Err(Error::Conflict(format!("agent {agent} is connected: stop it first, or it is back at once")));
+    }
+    log::info!(agent:%; "an agent is forgotten");
+    Ok(Json(json!({ "agent": agent })))
+}
+
 pub async fn put_tenant(Extract(control): Shared, Path(name): Path<String>, body: Body) -> Result<Json<Tenant>, Error> {
     let id = TenantId::new(&name).map_err(|e| Error::Invalid(format!("name: {e}")))?;
     let order: PutTenant = read(body).await?;

@@ -1,7 +1,10 @@
-//! `GET /v1/peers`: the other controllers, asked for their clocks and versions. For `izar doctor`, which compares.
+//! The other controllers, asked for their clocks and versions: `GET /v1/peers` for `izar doctor`, which compares, and a
+//! metric of the clocks.
 //!
 //! Each is asked over the link that controllers have anyway; one that does not answer is no error, but what is to be seen.
 
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use axum::Json;
@@ -13,24 +16,41 @@ use izar_common::quic::{self, Profile, Sender};
 use izar_common::wire::handshake::Open;
 use izar_common::wire::peer::About;
 
+use super::Shared;
 use super::view::{Peer, Peers};
-use super::{Control, Shared};
 
 /// How long another controller is waited for: an operator looks on.
 const LIMIT: Duration = Duration::from_secs(2);
 
+/// How often clocks are compared for the metric.
+const COMPARE_EVERY: Duration = Duration::from_secs(30);
+
 pub async fn peers(Extract(control): Shared) -> Json<Peers> {
-    let asked = control.parts.others.iter().map(async |(node, address)| {
-        let about = tokio::time::timeout(LIMIT, ask(&control, node, *address)).await.ok().flatten();
+    Json(Peers { peers: ask_all(&control.parts.peers, &control.parts.others).await })
+}
+
+/// Compares clocks again and again; `ahead_ms` is how far the fastest of those that answer is ahead of this one, not below
+/// zero. Records alone would not tell of it at night: where nothing is recorded, this clock catches up with the last one.
+pub async fn watch_clocks(endpoint: &quic::Endpoint, others: &[(NodeId, SocketAddr)], ahead_ms: &AtomicU64) {
+    loop {
+        tokio::time::sleep(COMPARE_EVERY).await;
+        let fastest = ask_all(endpoint, others).await.into_iter().filter_map(|peer| peer.ahead_ms).max();
+        ahead_ms.store(fastest.map_or(0, |ms| ms.max(0).unsigned_abs()), Relaxed);
+    }
+}
+
+async fn ask_all(endpoint: &quic::Endpoint, others: &[(NodeId, SocketAddr)]) -> Vec<Peer> {
+    let asked = others.iter().map(async |(node, address)| {
+        let about = tokio::time::timeout(LIMIT, ask(endpoint, node, *address)).await.ok().flatten();
         let (version, ahead_ms) = about.map_or((None, None), |(version, ahead_ms)| (Some(version), Some(ahead_ms)));
         Peer { node: node.clone(), version, ahead_ms }
     });
-    Json(Peers { peers: future::join_all(asked).await })
+    future::join_all(asked).await
 }
 
 /// Another controller's version, and how far its clock is ahead of this one's.
-async fn ask(control: &Control, node: &NodeId, address: std::net::SocketAddr) -> Option<(String, i64)> {
-    let connecting = control.parts.peers.connect(address, Role::Controller, Some(node), Profile::Requests);
+async fn ask(endpoint: &quic::Endpoint, node: &NodeId, address: SocketAddr) -> Option<(String, i64)> {
+    let connecting = endpoint.connect(address, Role::Controller, Some(node), Profile::Requests);
     let connection = connecting.await.ok()?;
     let (sent_ms, sent) = (wall_ms(), Instant::now());
     let (_tx, mut rx) = connection.open_bi(Open::About).await.ok()?;

@@ -1,14 +1,17 @@
-//! What machines add to the metrics page, a controller's own and those of its agents: how long certificates are good, and
-//! the room on disks.
+//! What machines add to the metrics page, a controller's own and those of its agents: how long certificates are good, the
+//! room on disks, and whose clock runs fast.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
+use izar_common::clock::wall_ms;
 use izar_common::disk;
 use izar_common::health::Machine;
 use izar_common::tls::Certificates;
 
 use crate::agents::Agents;
 use crate::metrics::{Kind, Metrics};
+use crate::state;
 
 /// Adds what its own machine has.
 pub fn machine(metrics: &Metrics, certificates: Arc<Certificates>, disk: Arc<disk::Seen>) {
@@ -23,6 +26,15 @@ pub fn machine(metrics: &Metrics, certificates: Arc<Certificates>, disk: Arc<dis
     metrics.numbers("izar_disk_free_bytes", help, Kind::Gauge, move |samples| one(free.bytes().0, &free, samples));
     let help = "What the disk of the data directory holds.";
     metrics.numbers("izar_disk_bytes", help, Kind::Gauge, move |samples| one(disk.bytes().1, &disk, samples));
+}
+
+/// Adds how fast other controllers' clocks are: as last asked, or as a record shows that was made since.
+pub fn clock(metrics: &Metrics, state: state::Shared, ahead_ms: Arc<AtomicU64>) {
+    let help = "How far another controller's clock is ahead of this one's, as asked within the last minute or seen in records.";
+    metrics.number("izar_clock_ahead_seconds", help, Kind::Gauge, move || {
+        let recorded = state.read(|state| state.latest().ms()).saturating_sub(wall_ms());
+        recorded.max(ahead_ms.load(Relaxed)) as f64 / 1000.0
+    });
 }
 
 /// Adds what the agents of its sessions say of theirs.

@@ -130,6 +130,9 @@ pub struct Options {
     /// Also show latency less this: what the worker itself takes, in milliseconds
     #[arg(long, value_name = "MS")]
     subtract_ms: Option<f64>,
+    /// Write the request ids of the answers that were counted into this file, a line each: what `izar turns list` must have
+    #[arg(long, value_name = "FILE", conflicts_with = "ceiling")]
+    ids: Option<PathBuf>,
     /// Threads of the generator
     #[arg(long, default_value_t = 1)]
     threads: usize,
@@ -210,6 +213,7 @@ impl Options {
             until,
             warmup: Duration::from_secs_f64(self.warmup),
             timeout: Duration::from_secs_f64(self.timeout),
+            keep_ids: self.ids.is_some(),
         }
     }
 
@@ -314,6 +318,10 @@ fn measure(options: &Options) -> anyhow::Result<Report> {
         watched = ready.processes.iter().map(|p| cpu::Watched { name: p.id.clone(), pid: p.pid }).collect();
     }
     let measured = load::run(options.load(endpoints, spread, &model, &key), &watched)?;
+    if let Some(path) = &options.ids {
+        let lines = measured.stats.answered.iter().flatten().map(|id| id.clone() + "\n");
+        std::fs::write(path, lines.collect::<String>()).with_context(|| format!("write {}", path.display()))?;
+    }
     Ok(Report::new(options.about(urls[..spread].to_vec(), model), measured))
 }
 

@@ -31,6 +31,15 @@ pub struct Doctor {
     pub agent_config: PathBuf,
 }
 
+/// What is known of the controller's process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Daemon {
+    Runs(u32),
+    Stopped,
+    /// Whoever asks may not see it.
+    Unseen,
+}
+
 /// How a check ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -93,8 +102,8 @@ pub async fn examine(doctor: &Doctor, common: &Common) -> Vec<Finding> {
         match Config::load(&doctor.config) {
             Ok(config) => {
                 findings.push(Finding::ok("configuration", format!("{} is sound", doctor.config.display())));
-                let (seen, pid) = cluster::examine(common, &config).await;
-                findings.extend(machine::controller(&config, pid));
+                let (seen, daemon) = cluster::examine(common, &config).await;
+                findings.extend(machine::controller(&config, daemon));
                 findings.extend(seen);
             }
             Err(error) => {

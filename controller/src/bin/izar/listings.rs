@@ -8,7 +8,7 @@ use izar_common::clock::wall_ms;
 use izar_controller::control::view;
 use izar_controller::gateway::trace::What;
 use izar_controller::state::Standing;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::admin::escape;
 use crate::{Common, show};
@@ -21,6 +21,8 @@ pub enum Agents {
     Cordon { agent: String },
     /// Let it work like any other again
     Uncordon { agent: String },
+    /// Forget an agent that was taken away for good; each controller keeps a list of its own
+    Forget { agent: String },
     /// Cordon an agent and move its workers and what they compute elsewhere, before it is taken down
     Drain {
         agent: String,
@@ -60,6 +62,10 @@ pub async fn agents(command: Agents, common: &Common) -> anyhow::Result<()> {
         Agents::List => {
             let agents: view::Agents = common.admin().get("/v1/agents").await?;
             return show::print(common.json, &agents, human_agents);
+        }
+        Agents::Forget { agent } => {
+            let said: Value = common.admin().delete(&format!("/v1/agents/{}", escape(&agent))).await?;
+            return show::print(common.json, &said, |_| format!("agent {agent} is forgotten here\n"));
         }
         Agents::Cordon { agent } => (agent, Some(Standing::Cordoned), "is cordoned"),
         Agents::Uncordon { agent } => (agent, None, "works like any other"),

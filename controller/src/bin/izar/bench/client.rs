@@ -45,6 +45,8 @@ pub struct Sample {
     pub tokens: u32,
     pub prompt: PromptTokens,
     pub status: u16,
+    /// As the server says it; empty if it does not.
+    pub request_id: String,
     /// A stream that was not cut, without an error in it.
     pub whole: bool,
     /// Which of the requests was answered, and a fingerprint of the text if it was streamed.
@@ -223,6 +225,7 @@ impl Client {
         (sample.tokens, sample.status, sample.whole) = (self.parser.tokens, self.parser.status, self.parser.is_whole());
         sample.prompt = self.parser.prompt;
         sample.digest = self.parser.digest;
+        sample.request_id.clone_from(&self.parser.request_id);
         if !self.parser.closes {
             self.connection = Some(connection);
         }
@@ -243,6 +246,7 @@ mod tests {
     use tokio::net::TcpListener;
 
     const HEAD: &str = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n";
+    const FIRST: &str = "x-request-id: first\r\n";
 
     fn events(places: std::ops::Range<usize>) -> String {
         let event = |i| format!("id: s-{i}\ndata: {{\"choices\":[{{\"delta\":{{\"content\":\" word{i}\"}}}}]}}\n\n");
@@ -276,7 +280,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_stream_that_breaks_off_is_read_on_at_the_next_endpoint() {
-        let broken = format!("{HEAD}content-length: 9999\r\n\r\n{}id: s-4\nda", events(0..4));
+        let broken = format!("{HEAD}{FIRST}content-length: 9999\r\n\r\n{}id: s-4\nda", events(0..4));
         let (dying, asked_first) = server(vec![broken]).await;
         let (busy, asked_then) =
             server(vec!["HTTP/1.1 503 No\r\nconnection: close\r\ncontent-length: 0\r\n\r\n".into()]).await;
@@ -286,9 +290,10 @@ mod tests {
         client.exchange(&mut sample).await.unwrap();
         assert_eq!((sample.status, sample.whole, sample.tokens, sample.tokens_at.len()), (200, true, 6, 6));
         assert_eq!((sample.pauses.len(), targets.is_exact(0, sample.digest)), (1, None));
+        assert_eq!(sample.request_id, "first", "it is one request, wherever it is read on");
         let resumed = sample.digest;
         client.exchange(&mut sample).await.unwrap();
-        assert!(sample.pauses.is_empty(), "this one came in one go");
+        assert!(sample.pauses.is_empty() && sample.request_id.is_empty(), "this one came in one go, without an id");
         targets.hear(&sample);
         assert_eq!(targets.is_exact(0, resumed), Some(true));
         client.exchange(&mut sample).await.unwrap();

@@ -56,6 +56,8 @@ pub struct Load {
     pub until: Until,
     pub warmup: Duration,
     pub timeout: Duration,
+    /// Keep the request ids of whole answers.
+    pub keep_ids: bool,
 }
 
 /// What was seen.
@@ -248,7 +250,8 @@ fn generator(
                 return Stats::default();
             }
         };
-        let stats = Arc::new(Mutex::new(Stats::default()));
+        let answered = shared.load.keep_ids.then(Vec::new);
+        let stats = Arc::new(Mutex::new(Stats { answered, ..Stats::default() }));
         let mut connections = JoinSet::new();
         for client in clients {
             connections.spawn(connection(client, shared.clone(), queue.clone(), stats.clone()));

@@ -308,6 +308,7 @@ fn capacity(options: &Options, target: &Target) -> anyhow::Result<f64> {
             until: Until::Elapsed(Duration::from_secs(5)),
             warmup: Duration::from_secs(2),
             timeout: Duration::from_secs(60),
+            keep_ids: false,
         },
         &[],
     )?;

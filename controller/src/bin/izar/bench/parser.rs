@@ -55,6 +55,8 @@ pub struct Parser {
     body: Vec<u8>,
     scanner: Scanner,
     pub status: u16,
+    /// The request's id, as the answer's first head says it (`x-request-id`); empty if it does not.
+    pub request_id: String,
     stream: bool,
     /// The server will close the connection.
     pub closes: bool,
@@ -80,6 +82,7 @@ impl Default for Parser {
             body: Vec::new(),
             scanner: Scanner::with_ids(),
             status: 0,
+            request_id: String::new(),
             stream: false,
             closes: false,
             tokens: 0,
@@ -96,6 +99,7 @@ impl Parser {
     pub fn reset(&mut self) {
         self.go_on();
         self.scanner.reset();
+        self.request_id.clear();
         (self.tokens, self.digest) = (0, 0);
     }
 
@@ -194,6 +198,8 @@ impl Parser {
                 self.stream = header.value.starts_with(b"text/event-stream");
             } else if header.name.eq_ignore_ascii_case("connection") {
                 self.closes = header.value.eq_ignore_ascii_case(b"close");
+            } else if self.request_id.is_empty() && header.name.eq_ignore_ascii_case("x-request-id") {
+                self.request_id.push_str(std::str::from_utf8(header.value).map_err(|_| Malformed)?);
             }
         }
         self.at = match (chunked, body_length) {

@@ -93,6 +93,8 @@ pub struct Stats {
     /// From the break to the next token.
     pub pauses: Times,
     pub read_on: ReadOn,
+    /// The request ids of whole answers, if they are to be kept.
+    pub answered: Option<Vec<String>>,
 }
 
 /// What became of answers that broke off and were read on.
@@ -128,6 +130,9 @@ impl Stats {
         if !sample.pauses.is_empty() {
             self.resumed.push((sample.request, sample.digest));
             sample.pauses.iter().for_each(|pause| self.pauses.record(*pause));
+        }
+        if let Some(answered) = &mut self.answered {
+            answered.push(sample.request_id.clone());
         }
         self.latency.record(ended - sent);
         if let Some(first) = sample.tokens_at.first().filter(|_| sample.tokens_at.len() > 1 || sample.tokens == 1) {
@@ -167,6 +172,9 @@ impl Stats {
         self.cached_tokens += other.cached_tokens;
         self.reconnects += other.reconnects;
         self.resumed.extend(&other.resumed);
+        if let Some(answered) = &other.answered {
+            self.answered.get_or_insert_default().extend_from_slice(answered);
+        }
         self.pauses.add(&other.pauses);
         self.latency.add(&other.latency);
         self.ttft.add(&other.ttft);
@@ -201,10 +209,11 @@ mod tests {
     fn answers_and_errors_are_kept_apart_and_added() {
         let start = Instant::now();
         let at = |ms| start + Duration::from_millis(ms);
-        let mut stats = Stats::default();
+        let mut stats = Stats { answered: Some(Vec::new()), ..Stats::default() };
         let tokens_at = vec![at(5), at(6), at(8)];
         let prompt = PromptTokens { all: 10, cached: 4 };
         let mut sample = Sample { tokens_at, tokens: 3, prompt, status: 200, whole: true, ..Sample::default() };
+        sample.request_id.push_str("turn_1");
         stats.answer(&sample, start, at(9), None);
         sample.whole = false;
         stats.answer(&sample, start, at(9), None);
@@ -217,6 +226,7 @@ mod tests {
         assert_eq!(sum.ttft.percentiles().unwrap().p50.round(), 5.0);
         assert_eq!(sum.between.percentiles().unwrap().max.round(), 2.0);
         let errors: Vec<_> = sum.errors.iter().map(|(what, n)| (what.as_str(), *n)).collect();
+        assert_eq!(sum.answered.unwrap(), ["turn_1", "turn_1"]);
         assert_eq!(errors, [("429", 2), ("broken stream", 2), ("timeout", 2)]);
     }
 }

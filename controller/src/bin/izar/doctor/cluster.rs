@@ -1,7 +1,7 @@
 //! What a running controller says of the cluster: who leads, who is away, whose clock is ahead, which versions run, how old
 //! the newest backup is, which agents and deployments are not as they should be.
 
-use std::path::Path;
+use std::io::ErrorKind;
 
 use izar_common::clock::wall_ms;
 use izar_common::health::gpu::State;
@@ -11,9 +11,9 @@ use izar_controller::control::gpus::{Gpu, Gpus};
 use izar_controller::control::view::{AgentDetail, Agents, Peer, Peers, Status};
 use tokio::net::UnixStream;
 
-use super::Finding;
 use super::machine::{CERTIFICATE_MEND, DAYS_WARNING};
 use super::unit::Unit;
+use super::{Daemon, Finding};
 use crate::{Common, show};
 
 /// Hybrid time follows the fastest clock of the group. One that is so far ahead makes times in records wrong, and
@@ -22,23 +22,31 @@ const AHEAD_MS: u64 = 500;
 /// Backups are taken every hour; after this long that has failed several times.
 const BACKUP_OLD_MS: u64 = 4 * 60 * 60 * 1000;
 
-/// Asks the controller on this machine; also returns its process, if it runs.
-pub async fn examine(common: &Common, config: &Config) -> (Vec<Finding>, Option<u32>) {
+/// Asks the controller on this machine; also returns what is known of its process.
+pub async fn examine(common: &Common, config: &Config) -> (Vec<Finding>, Daemon) {
     let admin = common.admin_of(&config.admin.socket);
     let unit = Unit::behind(admin.socket());
     if unit.stopped {
         let mend = "systemctl start izar-controller.socket izar-controller.service, if nobody restores a backup here; \
                     journalctl -u izar-controller says why it ended";
         let found = "is stopped, and was not asked, for that would start it";
-        return (vec![Finding::warning("controller", found, mend)], None);
+        return (vec![Finding::warning("controller", found, mend)], Daemon::Stopped);
     }
-    // The peer of a socket that systemd made is systemd.
-    let pid = process(admin.socket()).await.and_then(|pid| if pid == 1 { unit.pid } else { Some(pid) });
+    let daemon = match UnixStream::connect(admin.socket()).await {
+        Ok(stream) => process(&stream, unit.pid).map_or(Daemon::Unseen, Daemon::Runs),
+        Err(error) if error.kind() == ErrorKind::PermissionDenied => {
+            let mend = "ask as root, or as a member of the socket's group (izar-admin): much else is not seen, too";
+            let found = format!("was not asked: {}: {error}", admin.socket().display());
+            let daemon = unit.pid.map_or(Daemon::Unseen, Daemon::Runs);
+            return (vec![Finding::warning("controller", found, mend)], daemon);
+        }
+        Err(_) => Daemon::Stopped,
+    };
     let status: Status = match admin.get("/v1/status").await {
         Ok(status) => status,
         Err(error) => {
             let mend = "start it (systemctl start izar-controller), or see why it ended: journalctl -u izar-controller";
-            return (vec![Finding::warning("controller", format!("does not answer: {error:#}"), mend)], pid);
+            return (vec![Finding::warning("controller", format!("does not answer: {error:#}"), mend)], daemon);
         }
     };
     let mut findings = judge(&status, wall_ms());
@@ -61,13 +69,13 @@ pub async fn examine(common: &Common, config: &Config) -> (Vec<Finding>, Option<
         Ok(agents) => findings.extend(judge_agents(&agents.agents, &gpus, wall_ms())),
         Err(error) => findings.push(Finding::warning("agents", format!("{error:#}"), "ask again: izar agents list")),
     }
-    (findings, pid)
+    (findings, daemon)
 }
 
-/// The process at the other end of the socket, as the kernel says.
-async fn process(socket: &Path) -> Option<u32> {
-    let stream = UnixStream::connect(socket).await.ok()?;
-    stream.peer_cred().ok()?.pid().and_then(|pid| pid.try_into().ok())
+/// The process at the other end of the socket, as the kernel says; of one that systemd made it says systemd.
+fn process(stream: &UnixStream, of_unit: Option<u32>) -> Option<u32> {
+    let pid = stream.peer_cred().ok()?.pid().and_then(|pid| pid.try_into().ok())?;
+    if pid == 1 { of_unit } else { Some(pid) }
 }
 
 fn judge(status: &Status, now_ms: u64) -> Vec<Finding> {

@@ -1,47 +1,80 @@
-//! Whether a credential that a daemon's file names is given by its unit, and lies where systemd looks for it: without it the
-//! daemon does not start. Whether it opens, only its start tells.
+//! Whether a credential that a daemon's file names is given by its unit, lies where systemd looks for it and opens on this
+//! machine: without it the daemon does not start. Only root can open one.
 
 use std::io::{self, ErrorKind};
-use std::path::Path;
-use std::process::Command;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 
 use super::Finding;
 
-/// Where systemd looks for a credential's file that has no folder of its own (systemd.exec(5), `LoadCredential=`).
-const STORES: [&str; 8] = [
-    "/etc/credstore.encrypted",
-    "/run/credstore.encrypted",
-    "/usr/local/lib/credstore.encrypted",
-    "/usr/lib/credstore.encrypted",
-    "/etc/credstore",
-    "/run/credstore",
-    "/usr/local/lib/credstore",
-    "/usr/lib/credstore",
-];
+/// Where systemd looks for a credential's file that has no folder of its own (systemd.exec(5), `LoadCredential=`); for an
+/// encrypted one first in the folders of the same names with `.encrypted`.
+const STORES: [&str; 4] = ["/etc/credstore", "/run/credstore", "/usr/local/lib/credstore", "/usr/lib/credstore"];
+
+/// What judging needs of a machine.
+trait Machine {
+    /// Looks at a file.
+    fn look(&self, file: &Path) -> io::Result<()>;
+    /// Opens an encrypted credential; `None` where that cannot be tried.
+    fn open(&self, name: &str, file: &Path) -> Option<Result<(), String>>;
+}
+
+/// This one.
+struct Here;
+
+impl Machine for Here {
+    fn look(&self, file: &Path) -> io::Result<()> {
+        file.metadata().map(drop)
+    }
+    fn open(&self, name: &str, file: &Path) -> Option<Result<(), String>> {
+        if !nix::unistd::geteuid().is_root() {
+            return None;
+        }
+        let mut opener = Command::new("systemd-creds");
+        // What is in it goes nowhere.
+        opener.arg("decrypt").arg(format!("--name={name}")).arg(file).arg("-").stdin(Stdio::null());
+        let output = opener.stdout(Stdio::null()).stderr(Stdio::piped()).output().ok()?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        Some(if output.status.success() { Ok(()) } else { Err(said.trim().to_owned()) })
+    }
+}
 
 /// Looks for the credential `name` of a unit.
 pub fn given(check: &str, unit: &str, name: &str) -> Finding {
     let asked = Command::new("systemctl").args(["cat", unit]).output().ok().filter(|output| output.status.success());
     let text = asked.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
-    judge(check, unit, name, text.as_deref(), |path| path.metadata().map(drop))
+    judge(check, unit, name, text.as_deref(), &Here)
 }
 
-/// The same, from the unit's text, if there is one, and what becomes of a look at a file.
-fn judge(check: &str, unit: &str, name: &str, text: Option<&str>, look: impl Fn(&Path) -> io::Result<()>) -> Finding {
+/// The same, from the unit's text, if there is one.
+fn judge(check: &str, unit: &str, name: &str, text: Option<&str>, machine: &impl Machine) -> Finding {
     let unseen = |why: &str| Finding::ok(check, format!("the credential {name}, not looked at: {why}"));
+    let again = |place: &Path| format!("systemd-creds encrypt --name={name} KEY {} (docs/systemd.md)", place.display());
     let Some(text) = text else { return unseen(&format!("systemd knows no {unit} here")) };
-    let Some(file) = source(text, name) else {
+    let Some(Source { file, encrypted }) = source(text, name) else {
         if text.contains("SetCredential") || text.contains("ImportCredential") {
             return unseen("the unit sets or imports credentials");
         }
         let mend = format!("add LoadCredentialEncrypted={name}:FILE to it (systemctl edit {unit})");
         return Finding::failure(check, format!("{unit} is not given the credential {name}"), mend);
     };
-    let places: Vec<_> = STORES.iter().map(|store| Path::new(store).join(file)).collect();
+    let sealed = STORES.iter().filter(|_| encrypted).map(|store| format!("{store}.encrypted"));
+    let stores = sealed.chain(STORES.map(str::to_owned));
+    let places: Vec<PathBuf> = stores.map(|store| Path::new(&store).join(file)).collect();
     let mut unreadable = None;
     for place in &places {
-        match look(place) {
-            Ok(()) => return Finding::ok(check, format!("the credential {name} lies at {}", place.display())),
+        match machine.look(place) {
+            Ok(()) => {
+                let found = format!("the credential {name} lies at {}", place.display());
+                return match encrypted.then(|| machine.open(name, place)).flatten() {
+                    None => Finding::ok(check, found),
+                    Some(Ok(())) => Finding::ok(check, format!("{found}, and opens")),
+                    Some(Err(why)) => {
+                        let found = format!("{found}, but does not open, and {unit} does not start: {why}");
+                        Finding::failure(check, found, again(place))
+                    }
+                };
+            }
             Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {}
             Err(error) => unreadable = Some(format!("{}: {error}", place.display())),
         }
@@ -52,19 +85,25 @@ fn judge(check: &str, unit: &str, name: &str, text: Option<&str>, look: impl Fn(
     if let Some(why) = unreadable {
         return unseen(&format!("{why}; ask as root"));
     }
-    let mend = format!("systemd-creds encrypt --name={name} KEY {} (docs/systemd.md)", places[0].display());
     let found = format!("the credential {name} does not lie at {}, and {unit} does not start", places[0].display());
-    Finding::failure(check, found, mend)
+    Finding::failure(check, found, again(&places[0]))
 }
 
-/// The file that the unit has for a credential, as the last line about it says.
-fn source<'a>(text: &'a str, name: &str) -> Option<&'a str> {
-    let file = |line: &'a str| {
+/// What a unit has for a credential.
+struct Source<'a> {
+    file: &'a str,
+    encrypted: bool,
+}
+
+/// The last line about a credential counts.
+fn source<'a>(text: &'a str, name: &str) -> Option<Source<'a>> {
+    let source = |line: &'a str| {
         let (key, value) = line.trim().split_once('=')?;
         let (id, file) = value.split_once(':').unwrap_or((value, value));
-        (["LoadCredential", "LoadCredentialEncrypted"].contains(&key) && id == name).then_some(file)
+        let encrypted = key == "LoadCredentialEncrypted";
+        ((encrypted || key == "LoadCredential") && id == name).then_some(Source { file, encrypted })
     };
-    text.lines().filter_map(file).next_back()
+    text.lines().filter_map(source).next_back()
 }
 
 #[cfg(test)]
@@ -74,14 +113,39 @@ mod tests {
 
     const UNIT: &str = "[Service]\nLoadCredentialEncrypted=master-key:izar.master-key\nLoadCredential=pepper\n";
 
-    /// What is said of a credential when these files are there, and a look elsewhere ends so.
+    /// These files are there, and a look elsewhere ends so.
+    struct Told<'a> {
+        there: &'a [&'a str],
+        elsewhere: ErrorKind,
+        opens: Option<Result<(), String>>,
+    }
+
+    impl Machine for Told<'_> {
+        fn look(&self, path: &Path) -> io::Result<()> {
+            let there = self.there.iter().any(|file| Path::new(file) == path);
+            if there { Ok(()) } else { Err(self.elsewhere.into()) }
+        }
+        fn open(&self, _: &str, _: &Path) -> Option<Result<(), String>> {
+            self.opens.clone()
+        }
+    }
+
     fn check(name: &str, text: Option<&str>, there: &[&str], elsewhere: ErrorKind) -> (Verdict, String) {
-        let look = |path: &Path| match there.iter().any(|file| Path::new(file) == path) {
-            true => Ok(()),
-            false => Err(elsewhere.into()),
-        };
-        let finding = judge("c", "u", name, text, look);
+        let finding = judge("c", "u", name, text, &Told { there, elsewhere, opens: None });
         (finding.verdict, finding.found)
+    }
+
+    #[test]
+    fn an_encrypted_credential_must_open_here() {
+        let there: &[&str] = &["/etc/credstore.encrypted/izar.master-key", "/etc/credstore/pepper"];
+        let check =
+            |name, opens| judge("c", "u", name, Some(UNIT), &Told { there, elsewhere: ErrorKind::NotFound, opens });
+        let opened = check("master-key", Some(Ok(())));
+        assert!(opened.verdict == Verdict::Ok && opened.found.ends_with(", and opens"), "{opened:?}");
+        let sealed = check("master-key", Some(Err("Bad message".into())));
+        assert!(sealed.is_failure() && sealed.found.ends_with("Bad message"), "{sealed:?}");
+        assert!(sealed.mend.unwrap().contains("--name=master-key KEY /etc/credstore.encrypted/izar.master-key"));
+        assert_eq!(check("pepper", Some(Err("it is plain".into()))).verdict, Verdict::Ok, "it lies in the clear");
     }
 
     #[test]
@@ -94,6 +158,7 @@ mod tests {
         assert_eq!(verdict, Verdict::Failure);
         assert!(found.contains("/etc/credstore.encrypted/izar.master-key"), "{found}");
         assert_eq!(at("pepper", "/etc/credstore/pepper").0, Verdict::Ok);
+        assert_eq!(at("pepper", "/etc/credstore.encrypted/pepper").0, Verdict::Failure, "it would be given as it is");
         let later = format!("{UNIT}# drop-in\nLoadCredentialEncrypted=master-key:/srv/key\n");
         assert_eq!(check("master-key", Some(&later), &["/srv/key"], missing).0, Verdict::Ok);
         assert_eq!(check("master-key", Some(&later), &["/etc/credstore/key"], missing).0, Verdict::Failure);

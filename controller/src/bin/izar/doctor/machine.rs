@@ -14,7 +14,7 @@ use izar_common::seal::{MasterKey, Pepper};
 use izar_common::tls::{self, dates};
 use izar_controller::config::Config;
 
-use super::{Finding, credential};
+use super::{Daemon, Finding, credential};
 use crate::show;
 
 /// Room that must be left on the data directory's disk: the log, a few audit segments, and time to react.
@@ -39,8 +39,8 @@ const OPEN_FILES: u64 = 65_536;
 /// Whose credentials a controller's are.
 const UNIT: &str = "izar-controller.service";
 
-/// Everything that a controller needs here. `pid`: it runs.
-pub fn controller(config: &Config, pid: Option<u32>) -> Vec<Finding> {
+/// Everything that a controller needs here.
+pub fn controller(config: &Config, daemon: Daemon) -> Vec<Finding> {
     let mut findings = vec![secret("master key", &config.secrets.master_key, |path| MasterKey::load(path).map(drop))];
     findings.push(secret("pepper", &config.secrets.pepper, |path| Pepper::load(path).map(drop)));
     findings.push(node_certificate(config));
@@ -50,9 +50,10 @@ pub fn controller(config: &Config, pid: Option<u32>) -> Vec<Finding> {
     }
     findings.push(space(&config.data_dir, DISK_MEND));
     findings.push(fsync(&config.data_dir));
-    match pid {
-        Some(pid) => findings.push(open_files(pid)),
-        None => findings.extend(ports(config)),
+    match daemon {
+        Daemon::Runs(pid) => findings.push(open_files(pid)),
+        Daemon::Stopped => findings.extend(ports(config)),
+        Daemon::Unseen => {}
     }
     findings
 }
