@@ -60,7 +60,7 @@ impl Daemon {
             log_level: config.log.level.clone(),
         };
         let sources = Sources::default();
-        let gpus = Gpus::start(config.gpu.clone());
+        let gpus = Gpus::start(config.gpu.clone(), &config.data_dir);
         let workers = Workers::start(options, store, sources.clone());
         workers.heed(gpus.clone());
         let (prober, helper) = (config.gpu.probe.clone().unwrap_or(exe), config.gpu.helper.clone());

@@ -8,7 +8,7 @@
 //! for whoever does.
 
 use std::collections::BTreeSet;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Child;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
@@ -44,6 +44,9 @@ const EVENT_WAIT_MS: u32 = 1_000;
 
 /// How often it is looked whether a call hangs.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
+
+/// How often it is noted how far the kernel's log was followed.
+const MARK_EVERY: Duration = Duration::from_secs(10);
 
 /// Wait before the kernel's log, or events that ended, are tried again.
 const AGAIN: Duration = Duration::from_secs(10);
@@ -111,6 +114,7 @@ struct Inner {
     health: watch::Sender<Arc<Health>>,
     /// The child that follows the kernel's log, while it runs.
     follower: Mutex<Option<Child>>,
+    mark: kernel::Mark,
     doors: mend::Doors,
     /// Wakes the reader: something happened, and what exactly (rows remapped, the driver's recovery action, memory errors) a
     /// reading shows.
@@ -119,14 +123,14 @@ struct Inner {
 }
 
 impl Gpus {
-    /// Begins to read, on threads of its own.
-    pub fn start(settings: Settings) -> Self {
+    /// Begins to read, on threads of its own. `data_dir` keeps how far the kernel's log was followed.
+    pub fn start(settings: Settings, data_dir: &Path) -> Self {
         let boot = std::fs::read_to_string(BOOT_ID).map(|id| id.trim().to_owned()).unwrap_or_default();
         let terms = Terms {
             mode: settings.mode,
             guards: settings.guards,
             expected: settings.expected,
-            boot,
+            boot: boot.clone(),
             limits: settings.limits.clone(),
         };
         let judge = Judge::new(terms);
@@ -134,7 +138,8 @@ impl Gpus {
         let (begun, follower, stop) = (Instant::now(), Mutex::default(), CancellationToken::new());
         let (judge, guards) = (Mutex::new(judge), settings.guards);
         let (doors, bell) = (mend::Doors::default(), Bell::default());
-        let inner = Arc::new(Inner { judge, guards, begun, health, follower, doors, bell, stop });
+        let mark = kernel::Mark::at(data_dir, boot);
+        let inner = Arc::new(Inner { judge, guards, begun, health, follower, mark, doors, bell, stop });
         let reader = inner.clone();
         thread::Builder::new()
             .name("gpu-reader".into())
@@ -198,6 +203,14 @@ impl Inner {
         self.judge.lock().expect("no panic while the judge is held")
     }
 
+    /// Notes that the kernel's log is followed up to now, if it is.
+    fn mark(&self) {
+        let followed = self.follower.lock().expect("no panic while the child is held").is_some();
+        if followed && let Err(error) = self.mark.set(wall_ms() / 1_000) {
+            log::debug!(error:%; "how far the kernel's log was followed cannot be noted");
+        }
+    }
+
     /// Ends the child that follows the kernel's log.
     fn unfollow(&self) {
         let follower = self.follower.lock().expect("no panic while the child is held").take();
@@ -252,9 +265,6 @@ impl Inner {
 /// Looks again and again whether a call of the library hangs.
 async fn look(inner: Arc<Inner>) {
     while inner.stop.run_until_cancelled(tokio::time::sleep(LOOK_EVERY)).await.is_some() {
-        if inner.lock().is_settled() {
-            return;
-        }
         inner.judge(|_, _, _| Vec::new());
     }
 }
@@ -271,7 +281,7 @@ fn pause(inner: &Inner, time: Duration) -> bool {
 /// The reader's thread: opens the library, starts the others, and reads until the end, or until it shall let go.
 fn read(inner: &Arc<Inner>, settings: Settings) {
     let visible = std::env::var("CUDA_VISIBLE_DEVICES").ok();
-    let mut begun = false;
+    let (mut begun, mut marked) = (false, Instant::now());
     while !inner.stop.is_cancelled() {
         let Some(inside) = inner.doors.enter() else {
             pause(inner, LOOK_EVERY);
@@ -285,12 +295,17 @@ fn read(inner: &Arc<Inner>, settings: Settings) {
                     judge.opened(driver);
                     Vec::new()
                 });
-                if !std::mem::replace(&mut begun, true) {
-                    start_others(inner, &settings);
-                }
                 let mut library = nvml::Library::new(nvml, settings.nvml.as_deref());
                 while !inner.doors.are_closed() {
                     read_once(inner, &mut library, visible.as_deref());
+                    // What they bring is about GPUs that were seen.
+                    if !std::mem::replace(&mut begun, true) {
+                        start_others(inner, &settings);
+                    }
+                    if marked.elapsed() >= MARK_EVERY {
+                        inner.mark();
+                        marked = Instant::now();
+                    }
                     thread::sleep(Duration::from_millis(limits::READ_AGAIN_MS));
                     inner.bell.wait(Duration::from_millis(limits::READ_EVERY_MS - limits::READ_AGAIN_MS));
                     if inner.stop.is_cancelled() {
@@ -311,8 +326,8 @@ fn read(inner: &Arc<Inner>, settings: Settings) {
                     }
                     Vec::new()
                 });
-                // A driver may still be on its way while the server starts.
-                if (absent && settings.expected.is_none()) || !pause(inner, AGAIN) {
+                // A driver may still be on its way while the server starts, or be installed later.
+                if !pause(inner, AGAIN) {
                     return;
                 }
             }
@@ -429,9 +444,9 @@ fn events(inner: &Inner, path: Option<PathBuf>) {
 
 /// The thread that follows the kernel's log. It ends with the process: a read cannot be called off.
 fn follow(inner: &Inner, path: Option<PathBuf>) {
-    let mut told = false;
+    let (mut told, mut since) = (false, inner.mark.since());
     loop {
-        let opened = kernel::Tail::open(path.as_deref());
+        let opened = kernel::Tail::open(path.as_deref(), since);
         let reason = match opened {
             Ok((mut tail, child)) => {
                 *inner.follower.lock().expect("no panic while the child is held") = child;
@@ -443,6 +458,8 @@ fn follow(inner: &Inner, path: Option<PathBuf>) {
                     inner.bell.ring();
                 }
                 inner.unfollow();
+                // What comes until it is opened again is read then.
+                since = kernel::Since::Time(wall_ms() / 1_000 - 1);
                 "it ended".to_owned()
             }
             Err(error) => error.to_string(),

@@ -1,4 +1,5 @@
-//! What needs root, in a process of its own for each request: three verbs, nothing that a caller could widen.
+//! What needs root, in a process of its own for each request: three verbs and two questions, nothing that a caller could
+//! widen.
 //!
 //! systemd starts it for a connection to `/run/izar/gpu.sock` (`izar-gpu@.service`); the connection is standard input.
 //! One line comes in, one goes out:
@@ -7,10 +8,13 @@
 //! reset GPU-<uuid>      nvidia-smi --gpu-reset -i GPU-<uuid>
 //! release GPU-<uuid>    ends the processes that compute on the GPU, which a reset needs
 //! reboot                systemctl reboot, but where a controller works: whoever ordered it has counted agents alone
+//! may-reboot            whether that would be refused
+//! idle                  whether nobody does any of this; waits until it is so
 //! ```
-//! `ok`, `ok ended=N`, `refused: why` (nothing was done) or `failed: why`. Who calls is what the kernel says; which
-//! programs run stands in the unit. The agent itself has no capability, and decides when to ask; this never does.
+//! `ok`, `ok ended=N`, `refused: why` (nothing was done) or `failed: why`. Who calls is what the kernel says: root, or the
+//! main process of the agent's unit, so that no worker may; which programs run stands in the unit. The agent itself has no capability, and decides when to ask; this never does.
 
+use std::fs::File;
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::fd::AsFd;
@@ -21,6 +25,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{getsockopt, sockopt};
 use nix::unistd::{Pid, User};
@@ -53,10 +58,16 @@ pub struct Arguments {
     /// The user who may ask, besides root.
     #[arg(long)]
     user: String,
+    /// Of that user, only the main process of this unit may.
+    #[arg(long)]
+    unit: Option<String>,
     #[arg(long, default_value = "/usr/bin/nvidia-smi")]
     nvidia_smi: PathBuf,
     #[arg(long, default_value = "/usr/bin/systemctl")]
     systemctl: PathBuf,
+    /// The folder that is locked while anything is done.
+    #[arg(long, default_value = "/run/izar")]
+    folder: PathBuf,
 }
 
 /// A GPU as the driver names it: `GPU-` and a UUID in lower case.
@@ -69,6 +80,8 @@ enum Request {
     Reset(Gpu),
     Release(Gpu),
     Reboot,
+    MayReboot,
+    Idle,
 }
 
 /// Serves the request on standard input.
@@ -76,7 +89,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     izar_common::logging::init(None);
     let stdin = std::io::stdin().as_fd().try_clone_to_owned().context("take standard input")?;
     let mut caller = UnixStream::from(stdin);
-    let admitted = asked(&mut caller, &arguments.user).and_then(|request| admit(request, &arguments.systemctl));
+    let admitted = asked(&mut caller, arguments).and_then(|request| admit(request, &arguments.systemctl));
     let said = match admitted {
         Ok(request) => {
             log::info!(request:?; "a remediation is asked for");
@@ -111,11 +124,16 @@ fn part(caller: UnixStream) {
 }
 
 /// Reads the request of a caller who may ask.
-fn asked(caller: &mut UnixStream, user: &str) -> anyhow::Result<Request> {
-    let who = getsockopt(caller, sockopt::PeerCredentials).context("ask the kernel who calls")?;
+fn asked(caller: &mut UnixStream, arguments: &Arguments) -> anyhow::Result<Request> {
+    let (user, who) =
+        (&arguments.user, getsockopt(caller, sockopt::PeerCredentials).context("ask the kernel who calls")?);
     let allowed = User::from_name(user).with_context(|| format!("look up the user {user}"))?;
     let allowed = allowed.with_context(|| format!("there is no user {user}"))?;
     ensure!(who.uid() == 0 || who.uid() == allowed.uid.as_raw(), "user {} may not ask", who.uid());
+    if let Some(unit) = arguments.unit.as_deref().filter(|_| who.uid() != 0) {
+        let main = output(&arguments.systemctl, &["show", "--property=MainPID", "--value", unit])?;
+        ensure!(main.trim() == who.pid().to_string(), "process {} may not ask, only the main one of {unit}", who.pid());
+    }
     caller.set_read_timeout(Some(REQUEST_LIMIT)).context("limit the wait for the request")?;
     let mut line = Vec::new();
     let mut limited = Read::take(&mut *caller, REQUEST_BYTES);
@@ -131,7 +149,9 @@ fn parse(line: &str) -> anyhow::Result<Request> {
         ["reset", gpu] => Ok(Request::Reset(gpu_of(gpu)?)),
         ["release", gpu] => Ok(Request::Release(gpu_of(gpu)?)),
         ["reboot"] => Ok(Request::Reboot),
-        _ => bail!("not a request: use reset GPU-<uuid>, release GPU-<uuid> or reboot"),
+        ["may-reboot"] => Ok(Request::MayReboot),
+        ["idle"] => Ok(Request::Idle),
+        _ => bail!("not a request: use reset GPU-<uuid>, release GPU-<uuid>, reboot, may-reboot or idle"),
     }
 }
 
@@ -145,7 +165,7 @@ fn gpu_of(text: &str) -> anyhow::Result<Gpu> {
 
 /// Refuses a restart of a server on which a controller works: it may be the one that its majority needs.
 fn admit(request: Request, systemctl: &Path) -> anyhow::Result<Request> {
-    if request == Request::Reboot {
+    if matches!(request, Request::Reboot | Request::MayReboot) {
         let state = output(systemctl, &["show", "--property=ActiveState", "--value", CONTROLLER])?;
         may_end(state.trim())?;
     }
@@ -164,18 +184,37 @@ fn may_end(state: &str) -> anyhow::Result<()> {
 fn carry_out(request: &Request, arguments: &Arguments) -> anyhow::Result<String> {
     match request {
         Request::Reset(gpu) => {
+            let _alone = alone(&arguments.folder)?;
             output(&arguments.nvidia_smi, &["--gpu-reset", "-i", &gpu.0])?;
             Ok("ok".into())
         }
         Request::Release(gpu) => {
+            let _alone = alone(&arguments.folder)?;
             let query = ["-i", &gpu.0, "--query-compute-apps=pid", "--format=csv,noheader"];
             let ended = end(&pids(&output(&arguments.nvidia_smi, &query)?)?)?;
             Ok(format!("ok ended={ended}"))
         }
         Request::Reboot => {
+            let _alone = alone(&arguments.folder)?;
             output(&arguments.systemctl, &["reboot"])?;
             Ok("ok".into())
         }
+        Request::MayReboot => Ok("ok".into()),
+        Request::Idle => alone(&arguments.folder).map(|_| "ok".into()),
+    }
+}
+
+/// Waits until no other of these processes is at a GPU, and keeps them away until it is dropped, or this process ends.
+fn alone(folder: &Path) -> anyhow::Result<Flock<File>> {
+    let mut file = File::open(folder).with_context(|| format!("open {}", folder.display()))?;
+    let begun = Instant::now();
+    loop {
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Ok(lock),
+            Err((same, Errno::EWOULDBLOCK)) if begun.elapsed() < PROGRAM_LIMIT => file = same,
+            Err((_, error)) => bail!("another one is at a GPU ({}: {error})", folder.display()),
+        }
+        std::thread::sleep(LOOK);
     }
 }
 
@@ -257,10 +296,12 @@ mod tests {
     const GPU: &str = "GPU-5f2a1c3e-0b1d-4c5e-9f80-aabbccddeeff";
 
     #[test]
-    fn three_verbs_are_known() {
+    fn three_verbs_and_two_questions_are_known() {
         assert_eq!(parse(&format!("reset {GPU}")).unwrap(), Request::Reset(Gpu(GPU.into())));
         assert_eq!(parse(&format!("release {GPU}")).unwrap(), Request::Release(Gpu(GPU.into())));
         assert_eq!(parse("reboot").unwrap(), Request::Reboot);
+        assert_eq!(parse("may-reboot").unwrap(), Request::MayReboot);
+        assert_eq!(parse("idle").unwrap(), Request::Idle);
     }
 
     #[test]
@@ -298,8 +339,22 @@ mod tests {
         // One that says something else, and one that fails.
         for systemctl in ["/bin/echo", "/bin/false"] {
             admit(Request::Reboot, Path::new(systemctl)).unwrap_err();
+            admit(Request::MayReboot, Path::new(systemctl)).unwrap_err();
             admit(Request::Reset(Gpu(GPU.into())), Path::new(systemctl)).unwrap();
         }
+    }
+
+    #[test]
+    fn one_is_at_a_gpu_at_a_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = alone(dir.path()).unwrap();
+        let folder = dir.path().to_owned();
+        let second = std::thread::spawn(move || alone(&folder).map(drop));
+        std::thread::sleep(3 * LOOK);
+        assert!(!second.is_finished());
+        drop(first);
+        second.join().unwrap().unwrap();
+        assert!(alone(Path::new("/nowhere")).unwrap_err().to_string().contains("/nowhere"));
     }
 
     #[test]

@@ -31,6 +31,9 @@ mod journal;
 /// counts on it.
 const ACT: Duration = Duration::from_secs(180);
 
+/// How long workers may take to end: each is killed after two seconds.
+const PAUSE: Duration = Duration::from_secs(30);
+
 /// How long the server may take to go down for its restart.
 const GO_DOWN: Duration = Duration::from_secs(300);
 
@@ -50,6 +53,8 @@ enum Next {
     CarryOut,
     /// Another start of the server has done what there was to do.
     LookAfterRestart,
+    /// The process that began it ended, perhaps in the middle: root's hand may still be at it.
+    WaitForHand,
     Say(Outcome, String),
 }
 
@@ -60,7 +65,7 @@ fn next(order: &Order, last: Option<&Entry>, mode: Mode, boot: &str, now_ms: u64
         Some(last) if last.id == order.id => match &last.ended {
             Some((outcome, reason)) => say(*outcome, reason),
             None if last.boot != boot => Next::LookAfterRestart,
-            None => say(Outcome::Unknown, "the agent's process that began it ended"),
+            None => Next::WaitForHand,
         },
         Some(last) if last.id > order.id => say(Outcome::Unknown, "a later one was begun"),
         _ if mode != Mode::Act => say(Outcome::Failed, "the agent may not act (gpu.mode)"),
@@ -109,9 +114,10 @@ impl Remedies {
         match next(order, last.as_ref(), health.mode, &health.boot, wall_ms()) {
             Next::Say(outcome, reason) => Some(ended(order, outcome, reason)),
             Next::LookAfterRestart => Some(self.close(order, self.after_restart(order).await)),
+            Next::WaitForHand => Some(self.wait_for_hand(order).await),
             Next::CarryOut => {
                 // Before a server is emptied for nothing.
-                if let Err(why) = helper::is_there(&self.helper) {
+                if let Err(why) = self.may_act(order.action).await {
                     self.gpus.mend(order);
                     return Some(ended(order, Outcome::Failed, self.not_mended(order, why)));
                 }
@@ -125,6 +131,30 @@ impl Remedies {
                 }
                 Some(self.carry_out(order).await)
             }
+        }
+    }
+
+    /// Says that nobody knows how an order ended, when it has: until then the budget has no room, and no worker opens a GPU.
+    async fn wait_for_hand(&self, order: &Order) -> Ended {
+        let why = "the agent's process that began it ended".to_owned();
+        if helper::is_there(&self.helper).is_ok() {
+            // What does not end in time, or cannot be asked, is not waited for: there is nothing else to be learned.
+            if self.workers.pause(PAUSE).await.is_ok()
+                && let Err(reason) = helper::ask(&self.helper, "idle").await
+            {
+                log::warn!(order = order.id, reason; "it is not known whether an order still runs");
+            }
+            self.workers.resume();
+        }
+        ended(order, Outcome::Unknown, why)
+    }
+
+    /// Fails if root's hand is not there, or would refuse.
+    async fn may_act(&self, action: Action) -> Result<(), String> {
+        helper::is_there(&self.helper)?;
+        match action {
+            Action::Reset => Ok(()),
+            Action::Restart => helper::ask(&self.helper, "may-reboot").await,
         }
     }
 
@@ -143,8 +173,16 @@ impl Remedies {
         if let Some(gpu) = order.gpus.iter().find(lifted) {
             return ended(order, Outcome::Failed, format!("GPU {gpu} is not cordoned any more"));
         }
-        self.workers.pause().await;
-        let ended = self.act(order).await;
+        let ended = match (self.workers.pause(PAUSE).await, order.action) {
+            (Err(left), Action::Reset) => {
+                let left: Vec<&str> = left.iter().map(|worker| worker.as_str()).collect();
+                let left = left.join(", ");
+                let why = format!("{left} cannot be ended (its process waits in the driver?): restart the server");
+                ended(order, Outcome::Failed, why)
+            }
+            // What does not end goes down with the server.
+            _ => self.act(order).await,
+        };
         self.workers.resume();
         ended
     }
@@ -332,6 +370,7 @@ mod tests {
         match next(&order(7), last.as_ref(), mode, "b2", now_ms) {
             Next::CarryOut => "carry out".into(),
             Next::LookAfterRestart => "look".into(),
+            Next::WaitForHand => "wait".into(),
             Next::Say(outcome, reason) => format!("{outcome}: {reason}"),
         }
     }
@@ -341,7 +380,7 @@ mod tests {
         let act = |last| check(last, Mode::Act, 0);
         assert_eq!(act(None), "carry out");
         assert_eq!(act(Some((6, "b2", None))), "carry out");
-        assert_eq!(act(Some((7, "b2", None))), "unknown: the agent's process that began it ended");
+        assert_eq!(act(Some((7, "b2", None))), "wait", "the process that began it ended");
         assert_eq!(act(Some((7, "b1", None))), "look", "whatever it was, a restart of the server resets as well");
         assert_eq!(act(Some((7, "b2", Some(Outcome::Done)))), "done: so it was");
         assert_eq!(act(Some((8, "b2", Some(Outcome::Done)))), "unknown: a later one was begun");

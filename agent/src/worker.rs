@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::time::Duration;
 
 use izar_common::blob::Store;
 use izar_common::chat::Job;
@@ -17,6 +18,7 @@ use izar_common::vitals::Vital;
 use izar_common::wire::agent::{Assignment, WorkerSpec};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
 use crate::gpu::{Fit, Gpus};
@@ -34,6 +36,9 @@ use replica::Replica;
 
 /// Why nothing is taken any more.
 const LEAVING: &str = "the agent stops";
+
+/// Between two looks whether workers have ended.
+const LOOK: Duration = Duration::from_millis(20);
 
 /// How workers are started.
 #[derive(Debug, Clone)]
@@ -146,18 +151,30 @@ impl Workers {
         self.inner.slots().running.values().any(|slot| slot.replica.report().state == WorkerState::Ready)
     }
 
-    /// Ends every worker, whatever is assigned, and returns when no process is left.
-    pub async fn pause(&self) {
+    /// Ends every worker, whatever is assigned, and returns when no process is left; fails with those that do not end
+    /// within `limit`, as a process does not that waits inside a driver. [`Workers::resume`] must follow in any case.
+    pub async fn pause(&self, limit: Duration) -> Result<(), Vec<WorkerId>> {
+        let until = Instant::now() + limit;
         self.inner.paused.send_replace(true);
-        let ending = {
+        {
             let mut slots = self.inner.slots();
             let running: Vec<WorkerId> = slots.running.keys().cloned().collect();
             running.iter().for_each(|id| slots.retire(id));
-            std::mem::take(&mut slots.ending)
-        };
+        }
         self.poke();
-        for task in ending.into_values() {
-            let _ = task.await;
+        loop {
+            let left: Vec<WorkerId> = {
+                let mut slots = self.inner.slots();
+                slots.ending.retain(|_, task| !task.is_finished());
+                slots.ending.keys().cloned().collect()
+            };
+            if left.is_empty() {
+                return Ok(());
+            }
+            if Instant::now() >= until {
+                return Err(left);
+            }
+            sleep(LOOK).await;
         }
     }
 

@@ -5,7 +5,7 @@
 //! lifts quarantine. A GPU that two agents of one server see is one agent's as far as this is concerned: the first that
 //! told of it, as long as it does.
 
-use izar_common::health::gpu::{Hold, Mode, State, View};
+use izar_common::health::gpu::{Hold, Mode, Remedy, State, View};
 use izar_common::health::{Generation, Report};
 use izar_common::id::{GpuId, NodeId};
 
@@ -63,7 +63,10 @@ fn note(config: &Config, agent: &NodeId, report: &Report, gpu: &View, record: Op
         }
         _ => held.clone(),
     };
-    let fell_ms = gpu.fell_ms.filter(|fell_ms| !record.is_some_and(|record| record.falls_ms.contains(fell_ms)));
+    // While it is held for a fall in the same start of its server, another is the same one: it was not back since.
+    let fallen = |held: &Hold| held.boot == report.health.boot && held.remedy == Remedy::Restart;
+    let known = |fell_ms: &u64| record.is_some_and(|record| record.falls_ms.contains(fell_ms));
+    let fell_ms = gpu.fell_ms.filter(|fell_ms| !known(fell_ms) && !held.is_some_and(fallen));
     match (gpu.state, held) {
         // A card that was put into another server takes what is held against it along.
         (_, Some(held)) if record.is_some_and(|record| record.agent != *agent) => {
@@ -104,7 +107,6 @@ pub fn usable(report: &Report) -> u32 {
 mod tests {
     use super::*;
     use crate::agents::fixture::{config, empty_report, gpu};
-    use izar_common::health::gpu::Remedy;
 
     const KNOWN: u64 = 7;
 

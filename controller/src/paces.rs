@@ -29,6 +29,12 @@ const LEAST_MARKS: u32 = 8;
 const LEAST_SECONDS: usize = 5;
 const LEAST_SPAN: u64 = 5;
 
+/// A worker that gives a token every few seconds makes few marks. Of it this is enough: their whole time, how many, over
+/// how long.
+const RARE_TIME: Duration = Duration::from_secs(20);
+const RARE_MARKS: u32 = 3;
+const RARE_SPAN: u64 = 10;
+
 /// A token that took longer counts as much as this: a sequence that waited minutes for blocks of the cache says nothing of
 /// how fast its worker computes.
 const MOST_TIME: Duration = Duration::from_secs(2);
@@ -70,6 +76,8 @@ struct Second {
     at: u64,
     tokens: u64,
     time: Duration,
+    /// The same, with nothing cut off.
+    whole: Duration,
     /// How often streams gave something, and the jobs that the worker had then, added up.
     marks: u32,
     jobs: u64,
@@ -104,6 +112,7 @@ impl Paces {
         if let Some(last) = seconds.back_mut() {
             last.tokens += u64::from(tokens);
             last.time += took.min(MOST_TIME);
+            last.whole += took;
             last.marks = last.marks.saturating_add(1);
             last.jobs += u64::from(jobs);
         }
@@ -181,9 +190,11 @@ impl Pace {
     fn is_evidence(&self, now_ms: u64) -> bool {
         let seconds: Vec<&Second> = self.recent(now_ms).collect();
         let time: Duration = seconds.iter().map(|second| second.time).sum();
+        let whole: Duration = seconds.iter().map(|second| second.whole).sum();
         let marks: u32 = seconds.iter().map(|second| second.marks).sum();
         let span = seconds.first().zip(seconds.last()).map_or(0, |(first, last)| last.at - first.at);
-        time >= LEAST_TIME && marks >= LEAST_MARKS && seconds.len() >= LEAST_SECONDS && span >= LEAST_SPAN
+        let often = time >= LEAST_TIME && marks >= LEAST_MARKS && seconds.len() >= LEAST_SECONDS && span >= LEAST_SPAN;
+        often || (whole >= RARE_TIME && marks >= RARE_MARKS && span >= RARE_SPAN)
     }
 }
 
@@ -208,6 +219,21 @@ mod tests {
         workers.iter().for_each(|(worker, ms, jobs)| give(&mut paces, worker, *ms, *jobs, 1, 9));
         let peers: Vec<WorkerId> = workers[1..].iter().map(|(worker, ..)| id(worker)).collect();
         paces.compare(&id(workers[0].0), peers.iter(), 9_000)
+    }
+
+    #[test]
+    fn a_worker_that_hardly_gives_anything_is_slow_though_it_makes_few_marks() {
+        let check = |every_s: u64, marks: u64| {
+            let mut paces = Paces::default();
+            give(&mut paces, "m.1", 20, 1, 1, 40);
+            for mark in 1..=marks {
+                paces.note(&id("m.0"), 1, Duration::from_secs(every_s), 1, (10 + mark * every_s) * 1_000);
+            }
+            paces.compare(&id("m.0"), [id("m.1")].iter(), (10 + marks * every_s) * 1_000).is_some()
+        };
+        assert!(check(5, 5) && check(8, 3));
+        assert!(!check(8, 2), "two may be chance");
+        assert!(!check(3, 3), "so may a few seconds");
     }
 
     #[test]

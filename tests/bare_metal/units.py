@@ -66,21 +66,28 @@ def a_reload_takes_all_certificates_or_none(proof):
     proof.verify("echo")
 
 
-def the_helper_takes_three_verbs_from_agents_alone(proof):
+def the_helper_takes_its_verbs_from_the_agent_alone(proof):
     def asked(user, request):
         return proof.servers.sh("a3", f'runuser -u {user} -- python3 -c "{HAND}" "{request}" 2>&1 || true')
 
     proof.servers.sh("a3", "systemctl start izar-gpu.socket && useradd bob")
-    said = asked("izar-agent", "reset GPU-5f2a1c3e-0b1d-4c5e-9f80-aabbccddeeff")
+    reset = "reset GPU-5f2a1c3e-0b1d-4c5e-9f80-aabbccddeeff"
+    said = asked("izar-agent", reset)
+    proof.need("may not ask, only the main one of izar-agent.service" in said, f"a worker could ask: {said}")
+    said = asked("root", reset)
     proof.need("failed: start /usr/bin/nvidia-smi" in said, f"nvidia-smi is not here: {said}")
-    said = asked("izar-agent", "reset all")
+    for question in ("may-reboot", "idle"):
+        said = asked("root", question)
+        proof.need(said.strip() == "ok", said)
+    said = asked("root", "reset all")
     proof.need("refused: " in said, said)
     said = asked("bob", "reboot")
     proof.need("PermissionError" in said, said)
     # A controller's server is not restarted; any unit of its name will do.
     proof.servers.sh("a3", "systemd-run --quiet --unit=izar-controller sleep 600")
-    said = asked("izar-agent", "reboot")
-    proof.need("refused: a controller works on this server" in said, said)
+    for request in ("reboot", "may-reboot"):
+        said = asked("root", request)
+        proof.need("refused: a controller works on this server" in said, said)
     proof.servers.sh("a3", "systemctl stop izar-controller")
     proof.servers.sh("a3", "systemctl stop izar-gpu.socket && userdel bob")
 
@@ -101,6 +108,6 @@ STORIES = (
     a_unit_that_misses_a_credential_says_what_to_do,
     operators_use_the_socket_and_nobody_else,
     a_reload_takes_all_certificates_or_none,
-    the_helper_takes_three_verbs_from_agents_alone,
+    the_helper_takes_its_verbs_from_the_agent_alone,
     a_stop_of_an_agent_is_a_drain,
 )

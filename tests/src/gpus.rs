@@ -122,6 +122,8 @@ impl Hand {
         let listener = UnixListener::bind(&socket).expect("the folder is ours");
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = stop.clone();
+        let folder = site.path(&format!("{agent}.run"));
+        std::fs::create_dir(&folder).expect("the folder is ours");
         std::thread::spawn(move || {
             for caller in listener.incoming().map_while(Result::ok) {
                 if stopped.load(Ordering::Relaxed) {
@@ -129,7 +131,12 @@ impl Hand {
                 }
                 let mut hand = Command::new(crate::binaries::path("izar-agent"));
                 hand.args(["remediate", "--user", &user]);
-                hand.arg("--nvidia-smi").arg(&nvidia_smi).arg("--systemctl").arg(&systemctl);
+                hand.arg("--nvidia-smi")
+                    .arg(&nvidia_smi)
+                    .arg("--systemctl")
+                    .arg(&systemctl)
+                    .arg("--folder")
+                    .arg(&folder);
                 hand.stdin(Stdio::from(OwnedFd::from(caller))).stdout(Stdio::null()).stderr(Stdio::null());
                 let mut hand = hand.spawn().expect("our programs run");
                 std::thread::spawn(move || hand.wait());

@@ -142,12 +142,20 @@ fn of_two_sick_servers_one_is_mended_after_the_other() {
 fn what_an_agent_has_begun_the_next_process_does_not_begin_again() {
     let _machine = izar_tests::shared();
     let (mut site, servers) = site(1, &["a1"], "");
-    let (server, hand) = &servers[0];
+    let ((server, hand), admin) = (&servers[0], site.admin(1));
+    hand.hold();
     server.say("gpu1 xid 79");
     // The server does not go down, whatever is asked of it; the agent dies, as it would.
-    until_true("the restart to have been asked for", SOON, || hand.deeds().len() == 2);
+    until_true("the restart to have been asked for", SOON, || hand.deeds().len() == 1);
     site.kill("a1");
+    let connected = || admin.json(&["agents", "list"]).is_ok_and(|said| said["agents"][0]["connected"] == true);
+    until_true("the agent to be missed", SOON, || !connected());
     site.start("izar-agent", "a1");
+    until_true("the next one to be there", SOON, connected);
+    wait_state(&site, "a1", 1, "cordoned");
+    let open = admin.json(&["gpus"]).unwrap()["remedies"].clone();
+    assert_eq!(open.as_array().map(Vec::len), Some(1), "root's hand is still at it: {open}");
+    hand.let_go();
     until("the order to end without anybody knowing how", SOON, || {
         let lines = logs::read(&site.logs());
         let said = |line: &logs::Line| line.text.contains(IN_VAIN) && line.text.contains("outcome=unknown");
@@ -157,7 +165,7 @@ fn what_an_agent_has_begun_the_next_process_does_not_begin_again() {
     wait_ended(&site.admin(1));
     wait_state(&site, "a1", 1, "cordoned");
     assert_eq!(hand.deeds(), deeds(&["begin restart a1", "end restart a1"]));
-    site.finish(&[WORSE, FAULT, FENCED, MENDS, IN_VAIN]);
+    site.finish(&[WORSE, FAULT, FENCED, MENDS, IN_VAIN, "agent is given up"]);
 }
 
 #[test]

@@ -32,6 +32,9 @@ pub const CLOSED: &str = "its GPUs are being mended";
 /// Why a GPU is unknown that has been read.
 const AWAITED: &str = "controllers have not said yet what they remember of it";
 
+/// Why a GPU is put away that is there and says nothing.
+const SILENT: &str = "the driver says nothing of it any more";
+
 /// What came of mending a GPU.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Mended {
@@ -88,6 +91,11 @@ struct Gpu {
     fell_ms: Option<u64>,
     /// It is back, and has not shown yet that it computes rightly.
     unproven: bool,
+    /// It was put away, or got worse, and controllers have not said since that they remember that: what they let go of
+    /// meanwhile is something older.
+    unheard: bool,
+    /// So many readings in a row have said nothing at all of it.
+    silent: u32,
 }
 
 /// What is known of the server's GPUs.
@@ -143,11 +151,6 @@ impl Judge {
     /// Notes that there is no library.
     pub fn absent(&mut self) {
         self.library = Library::Absent;
-    }
-
-    /// Whether nothing will ever come: there is no library, and none is expected.
-    pub fn is_settled(&self) -> bool {
-        self.library == Library::Absent && self.terms.expected.is_none()
     }
 
     /// Notes that the library cannot be used, or gave no reading at all.
@@ -288,7 +291,10 @@ impl Judge {
         let new: BTreeMap<GpuId, Hold> = holds.iter().map(|hold| (hold.gpu.clone(), hold.clone())).collect();
         let old = std::mem::replace(&mut self.holds, new);
         for id in old.keys().filter(|id| !self.holds.contains_key(*id)) {
-            if let Some(gpu) = self.gpus.get_mut(id).filter(|gpu| gpu.state.share() == 0) {
+            if let Some(gpu) = self.gpus.get_mut(id).filter(|gpu| gpu.state.share() == 0)
+                // Once: whatever they let go of next is about this.
+                && !std::mem::take(&mut gpu.unheard)
+            {
                 gpu.step(Event::Released, "released", now_ms, wall_ms, &mut told);
             }
         }
@@ -322,6 +328,10 @@ impl Judge {
             }
             (Library::Works, Some(expected)) => return Some(format!("{there} GPUs of {expected} that are expected")),
             (_, None) => {}
+        }
+        // A driver may come later than the agent; workers would use what it brings.
+        if let (Library::Absent, Some(hold)) = (&self.library, self.holds.values().next()) {
+            return Some(format!("GPU {} is remembered ({}), and there is no GPU library", hold.gpu, hold.reason));
         }
         // One of which controllers have not spoken yet gets nothing, and is no fault.
         let stopped = |gpu: &&Gpu| gpu.state.share() == 0 && !(gpu.awaited && gpu.state == State::Unknown);
@@ -372,6 +382,8 @@ impl Gpu {
             xids: 0,
             fell_ms: None,
             unproven: false,
+            unheard: false,
+            silent: 0,
         }
     }
 
@@ -379,14 +391,21 @@ impl Gpu {
         if reading.lost && !self.reading.lost {
             self.fell(wall_ms);
         }
-        let findings = self.history.read(&reading, now_ms);
+        self.silent = if reading.is_silent() { self.silent.saturating_add(1) } else { 0 };
+        let mut findings = self.history.read(&reading, now_ms);
         self.reading = reading;
+        if self.silent >= MENDED {
+            findings.push(Finding::Hard { reason: SILENT.into(), remedy: Remedy::Reset, standing: true });
+        } else if self.silent > 0 && findings.is_empty() {
+            // It shows neither that something is wrong nor that nothing is.
+            return;
+        }
         let hard = findings.iter().any(|finding| matches!(finding, Finding::Hard { .. } | Finding::Broken(_)));
         if findings.is_empty() {
             self.step(Event::Sound, "", now_ms, wall_ms, told);
         }
         self.take(findings, now_ms, wall_ms, told);
-        self.clean = if hard { 0 } else { self.clean.saturating_add(1) };
+        self.clean = if hard { 0 } else { self.clean.saturating_add(u32::from(self.silent == 0)) };
         if self.state == State::Cordoned && self.standing && self.clean >= MENDED {
             self.step(Event::Mended, "what was wrong is gone", now_ms, wall_ms, told);
         }
@@ -409,6 +428,7 @@ impl Gpu {
     }
 
     fn take(&mut self, findings: Vec<Finding>, now_ms: u64, wall_ms: u64, told: &mut Vec<Told>) {
+        let before = self.state;
         for finding in findings {
             match finding {
                 Finding::Soft(why) => {
@@ -433,9 +453,12 @@ impl Gpu {
                 Finding::Note(why) => told.push(self.tell(None, why)),
             }
         }
+        let away = before.share() > 0 && self.state.share() == 0;
+        self.unheard |= away || (self.state == State::Quarantined && before != State::Quarantined);
     }
 
     fn hold(&mut self, hold: &Hold, boot: &str, now_ms: u64, wall_ms: u64, told: &mut Vec<Told>) {
+        self.unheard = false;
         self.restart |= hold.remedy == Remedy::Restart && hold.boot == boot;
         if hold.quarantined {
             self.remedy = self.remedy.max(Remedy::Replace);

@@ -6,7 +6,7 @@
 //! Xid is passed over, however it looks.
 
 use std::io::{BufRead, BufReader, Read};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 /// Bytes of a line that are looked at: the kernel's own lines are shorter.
@@ -47,20 +47,66 @@ pub fn slot(bus: &str) -> Option<String> {
     Some(format!("{domain:04x}:{bus}:{device}"))
 }
 
+/// Where to begin in the journal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Since {
+    Now,
+    /// With this start of the server.
+    Boot,
+    /// In Unix seconds.
+    Time(u64),
+}
+
+/// How far the log was followed, in a file: what came while no agent ran is read by the next.
+#[derive(Debug)]
+pub struct Mark {
+    path: PathBuf,
+    /// Which start of the server this is.
+    boot: String,
+}
+
+impl Mark {
+    pub fn at(data_dir: &Path, boot: String) -> Self {
+        Self { path: data_dir.join("kernel-log"), boot }
+    }
+
+    /// Notes that it was followed up to here.
+    pub fn set(&self, seconds: u64) -> std::io::Result<()> {
+        std::fs::write(&self.path, format!("{} {seconds}\n", self.boot))
+    }
+
+    /// Where to go on. A start of the server that no agent saw is read from its beginning; before the first agent's nothing
+    /// is: what was wrong then may have been mended by hand.
+    pub fn since(&self) -> Since {
+        let noted = std::fs::read_to_string(&self.path).unwrap_or_default();
+        match noted.trim().split_once(' ').and_then(|(boot, seconds)| Some((boot, seconds.parse().ok()?))) {
+            Some((boot, seconds)) if boot == self.boot => Since::Time(seconds),
+            Some(_) => Since::Boot,
+            None => Since::Now,
+        }
+    }
+}
+
 /// The end of the log that is being written.
 pub struct Tail {
     lines: Box<dyn BufRead + Send>,
 }
 
 impl Tail {
-    /// Opens the journal's kernel messages from now on, with the child that brings them; or what `path` names instead.
-    pub fn open(path: Option<&Path>) -> std::io::Result<(Self, Option<Child>)> {
+    /// Opens the journal's kernel messages of this start of the server, with the child that brings them; or what `path` names
+    /// instead.
+    pub fn open(path: Option<&Path>, since: Since) -> std::io::Result<(Self, Option<Child>)> {
         if let Some(path) = path {
             let file = std::fs::File::open(path)?;
             return Ok((Self { lines: Box::new(BufReader::new(file)) }, None));
         }
         let mut command = Command::new("journalctl");
-        command.args(["--dmesg", "--follow", "--output=cat", "--lines=0", "--quiet"]);
+        command.args(["--dmesg", "--follow", "--output=cat", "--quiet"]);
+        match since {
+            Since::Now => command.arg("--lines=0"),
+            Since::Boot => command.arg("--no-tail"),
+            Since::Time(seconds) => command.args(["--no-tail", &format!("--since=@{seconds}")]),
+        };
         let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn()?;
         let output = child.stdout.take().expect("standard output is a pipe");
         Ok((Self { lines: Box::new(BufReader::new(output)) }, Some(child)))
@@ -131,9 +177,20 @@ mod tests {
         let path = dir.path().join("log");
         let long = "x".repeat(3 * LINE as usize);
         std::fs::write(&path, format!("a\n{long}\nNVRM: Xid (PCI:0000:01:00): 13, pid=1\n\u{fffd}")).unwrap();
-        let (mut tail, _) = Tail::open(Some(&path)).unwrap();
+        let (mut tail, _) = Tail::open(Some(&path), Since::Now).unwrap();
         assert_eq!(tail.next_xid(), Some(Line { bus: "0000:01:00".into(), code: 13 }));
         assert_eq!(tail.next_xid(), None);
+    }
+
+    #[test]
+    fn the_next_process_goes_on_where_the_one_before_was() {
+        let dir = tempfile::tempdir().unwrap();
+        let since = |boot: &str| Mark::at(dir.path(), boot.into()).since();
+        assert_eq!(since("b1"), Since::Now, "there was none before");
+        Mark::at(dir.path(), "b1".into()).set(77).unwrap();
+        assert_eq!((since("b1"), since("b2")), (Since::Time(77), Since::Boot));
+        std::fs::write(dir.path().join("kernel-log"), "b1 7x").unwrap();
+        assert_eq!(since("b1"), Since::Now);
     }
 
     proptest! {

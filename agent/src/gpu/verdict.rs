@@ -40,6 +40,13 @@ pub struct Reading {
     pub foreign: Option<u32>,
 }
 
+impl Reading {
+    /// Whether the driver gave nothing, and not why.
+    pub fn is_silent(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
 /// Something that is wrong.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Finding {
@@ -77,6 +84,9 @@ pub struct History {
     many_corrected_lately: Window,
     slow_lately: Window,
     slow: bool,
+    /// What the driver said last: that it says nothing does not unsay it.
+    recovery_action: Option<u32>,
+    remap_failed: Option<bool>,
     /// When it was read last.
     read_ms: Option<u64>,
     hot_since_ms: Option<u64>,
@@ -113,6 +123,8 @@ impl History {
             many_corrected_lately: Window::new(limits.many_corrected()),
             slow_lately: Window::new(limits.slow()),
             slow: false,
+            recovery_action: None,
+            remap_failed: None,
             read_ms: None,
             hot_since_ms: None,
             incidents: VecDeque::new(),
@@ -131,7 +143,7 @@ impl History {
     /// Judges a reading, in the light of those before it.
     pub fn read(&mut self, reading: &Reading, now_ms: u64) -> Vec<Finding> {
         let mut findings = Vec::new();
-        self.hard_rules(reading, &mut findings);
+        self.hard_rules(reading, now_ms, &mut findings);
         self.soft_rules(reading, now_ms, &mut findings);
         if self.cleanup_ms.is_some_and(|at| now_ms.saturating_sub(at) >= limits::CLEANUP_MS) {
             // Nothing else came: some program was ended while it computed.
@@ -147,14 +159,16 @@ impl History {
         findings
     }
 
-    fn hard_rules(&mut self, reading: &Reading, findings: &mut Vec<Finding>) {
+    fn hard_rules(&mut self, reading: &Reading, now_ms: u64, findings: &mut Vec<Finding>) {
         if reading.lost {
             findings.push(standing("it cannot be reached", Remedy::Restart));
         }
         if reading.reset_required {
             findings.push(standing("the driver refuses it until it is reset", Remedy::Reset));
         }
-        match reading.recovery_action {
+        self.recovery_action = reading.recovery_action.or(self.recovery_action);
+        self.remap_failed = reading.remap_failed.or(self.remap_failed);
+        match self.recovery_action {
             None | Some(0) => {}
             Some(2) => findings.push(standing("the driver asks for a restart of the server", Remedy::Restart)),
             Some(action @ (1 | 3 | 4)) => {
@@ -165,12 +179,17 @@ impl History {
                 findings.push(standing(format!("the driver asks for recovery action {other}"), Remedy::Restart));
             }
         }
-        if reading.remap_failed == Some(true) {
+        if self.remap_failed == Some(true) {
             findings.push(standing("its memory has no spare rows left for a bad one", Remedy::Replace));
         }
         let uncorrected = self.uncorrected.grown(reading.uncorrected);
         if uncorrected > 0 {
-            findings.push(hard(format!("{uncorrected} memory errors that were not corrected"), Remedy::Reset));
+            let what = format!("{uncorrected} memory errors that were not corrected");
+            findings.push(if self.is_contained(now_ms) {
+                Finding::Soft(format!("{what}, and were contained (Xid 94)"))
+            } else {
+                hard(what, Remedy::Reset)
+            });
         }
     }
 
@@ -227,7 +246,22 @@ impl History {
     /// Notes that the GPU was reset, or is let work again: what comes now is not what was.
     pub fn mended(&mut self) {
         self.incidents.clear();
+        (self.recovery_action, self.remap_failed) = (None, None);
         self.mended = true;
+    }
+
+    /// Whether the driver has just said that a memory error hit one program alone, which it ended, and nothing worse.
+    fn is_contained(&self, now_ms: u64) -> bool {
+        let lately = |incident: &&Incident| now_ms.saturating_sub(incident.last_ms) < limits::CLEANUP_MS;
+        let mut contained = false;
+        for incident in self.incidents.iter().filter(lately) {
+            match incident.code {
+                xid::CONTAINED => contained = true,
+                xid::DOUBLE_BIT | xid::UNCONTAINED => return false,
+                _ => {}
+            }
+        }
+        contained
     }
 
     /// Judges an Xid; `None` if it was told of already.
@@ -431,6 +465,30 @@ mod tests {
         check(&|_| Reading { persistence: Some(false), ..Reading::default() }, "persistence mode");
         check(&|s| Reading { pcie_replays: Some(s / 2), ..Reading::default() }, "9 replays");
         check(&|s| Reading { nvlink_crc: Some(s * 150), ..Reading::default() }, "checksum errors");
+    }
+
+    #[test]
+    fn a_memory_error_that_was_contained_is_the_programs_and_any_other_the_gpus() {
+        let errors = |count| Reading { uncorrected: Some(count), ..Reading::default() };
+        let check = |before: &[u32], hard: bool| {
+            let mut history = History::default();
+            history.read(&errors(0), 1_000);
+            for code in before {
+                history.xid(*code, 2_000);
+            }
+            let found = history.read(&errors(1), 2_100);
+            assert_eq!(matches!(found[..], [Finding::Hard { .. }]), hard, "{before:?}: {found:?}");
+        };
+        check(&[], true);
+        check(&[94], false);
+        check(&[94, 95], true);
+        check(&[48, 94], true);
+        check(&[13], true);
+        let mut history = History::default();
+        history.read(&errors(0), 1_000);
+        history.xid(94, 2_000);
+        let later = history.read(&errors(1), 2_000 + limits::CLEANUP_MS);
+        assert!(matches!(later[..], [Finding::Hard { .. }]), "it is about another one: {later:?}");
     }
 
     #[test]

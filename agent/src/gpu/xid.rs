@@ -32,6 +32,8 @@ pub const NVLINK: u32 = 74;
 pub const CLEANUP: u32 = 45;
 pub const FELL_OFF: u32 = 79;
 pub const MANY_CORRECTED: u32 = 92;
+pub const CONTAINED: u32 = 94;
+pub const UNCONTAINED: u32 = 95;
 
 type Codes = &'static [RangeInclusive<u32>];
 

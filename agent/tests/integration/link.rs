@@ -61,7 +61,7 @@ impl Agent {
         let sources = Sources::default();
         let workers = Workers::start(options, store, sources.clone());
         let facts = Facts::of_this_machine(Default::default());
-        let gpus = Gpus::start(Default::default());
+        let gpus = Gpus::start(Default::default(), dir);
         let link = Link::start(endpoint.clone(), controllers, workers.clone(), sources, facts, watched, gpus);
         Self { link, workers, endpoint }
     }

@@ -27,6 +27,8 @@ fn ask(dir: &Path, user: &str, line: &str) -> String {
         .arg(dir.join("nvidia-smi"))
         .arg("--systemctl")
         .arg(dir.join("systemctl"))
+        .arg("--folder")
+        .arg(dir)
         .stdin(Stdio::from(OwnedFd::from(theirs)))
         .stderr(Stdio::null())
         .spawn()

@@ -2,7 +2,8 @@
 //! their GPUs and orders what mends them, and closes the turns of controllers that have died and whose clients never came
 //! back.
 
-use std::time::Duration;
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
 
 use izar_common::clock::wall_ms;
 use izar_common::events;
@@ -22,11 +23,14 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// have given up. One that comes back sooner closes them itself.
 const ABANDONED: Duration = Duration::from_secs(60);
 
+/// Orders that have not ended, and since when this leader has seen them.
+type Orders = BTreeMap<u64, Instant>;
+
 /// Runs until the controller stops.
 pub(super) async fn run(inner: &Inner) {
     let mut leadership = inner.raft.leadership();
     let mut config = inner.raft.config();
-    let mut leader_since_ms = None;
+    let (mut leader_since_ms, mut orders) = (None, Orders::new());
     loop {
         let here = leadership.borrow_and_update().here;
         leader_since_ms = if here { leader_since_ms.or_else(|| Some(wall_ms())) } else { None };
@@ -40,7 +44,9 @@ pub(super) async fn run(inner: &Inner) {
             }
             close_abandoned(inner).await;
             note_gpus(inner).await;
-            mend_gpus(inner).await;
+            mend_gpus(inner, &mut orders).await;
+        } else {
+            orders.clear();
         }
         tokio::select! {
             changed = leadership.changed() => if changed.is_err() { return },
@@ -80,9 +86,14 @@ async fn note_gpus(inner: &Inner) {
 }
 
 /// Orders what would mend GPUs, where it may, and closes what has ended.
-async fn mend_gpus(inner: &Inner) {
+async fn mend_gpus(inner: &Inner, orders: &mut Orders) {
     let config = inner.raft.config().borrow().clone();
-    for command in remedies::commands(&config, &inner.roster.fleet(), wall_ms()) {
+    orders.retain(|id, _| config.remedies.contains_key(id));
+    for id in config.remedies.keys() {
+        orders.entry(*id).or_insert_with(Instant::now);
+    }
+    let open_ms = |id| orders.get(&id).map_or(0, |since| since.elapsed().as_millis() as u64);
+    for command in remedies::commands(&config, &inner.roster.fleet(), wall_ms(), open_ms) {
         match inner.raft.propose(command.clone()).await {
             Ok(Reply::Done) => {}
             // Between the look and the entry something has changed; the next look starts from there.

@@ -24,9 +24,12 @@ const RESTART_LIMIT_MS: u64 = BEGIN_MS + 25 * 60 * 1_000;
 /// How long after an order the next about the same GPU may come: others have their turn meanwhile.
 const AGAIN_MS: u64 = 15 * 60 * 1_000;
 
-/// Returns the commands of now: first what has ended, then what is for a human, and one new order at most.
-pub fn commands(config: &Config, fleet: &Fleet, now_ms: u64) -> Vec<Command> {
-    let mut commands: Vec<Command> = config.remedies.values().filter_map(|remedy| end(fleet, remedy, now_ms)).collect();
+/// Returns the commands of now: first what has ended, then what is for a human, and one new order at most. `open_ms`: for
+/// how long this leader has seen an order. Clocks may be apart, and a new leader may not have heard of its agent yet: an
+/// order is late only where one leader has waited for it all the time.
+pub fn commands(config: &Config, fleet: &Fleet, now_ms: u64, open_ms: impl Fn(u64) -> u64) -> Vec<Command> {
+    let end = |remedy: &Remedy| end(fleet, remedy, open_ms(remedy.id));
+    let mut commands: Vec<Command> = config.remedies.values().filter_map(end).collect();
     let mut wanted = Vec::new();
     for (agent, view) in fleet.agents.iter().filter(|(_, view)| view.connected) {
         let Some(report) = view.report.as_ref().filter(|report| report.health.mode == Mode::Act) else { continue };
@@ -47,7 +50,7 @@ pub fn commands(config: &Config, fleet: &Fleet, now_ms: u64) -> Vec<Command> {
     commands
 }
 
-fn end(fleet: &Fleet, remedy: &Remedy, now_ms: u64) -> Option<Command> {
+fn end(fleet: &Fleet, remedy: &Remedy, open_ms: u64) -> Option<Command> {
     let view = fleet.agents.get(&remedy.agent).filter(|view| view.connected);
     let said = view.and_then(|view| view.report.as_ref()?.health.ended.as_ref());
     if let Some(ended) = said.filter(|ended| ended.id == remedy.id) {
@@ -58,9 +61,8 @@ fn end(fleet: &Fleet, remedy: &Remedy, now_ms: u64) -> Option<Command> {
         Action::Reset => RESET_LIMIT_MS,
         Action::Restart => RESTART_LIMIT_MS,
     };
-    let late = now_ms.saturating_sub(remedy.ordered_ms) >= limit_ms;
     let reason = || format!("nothing was heard of its {} within {} minutes", remedy.action, limit_ms / 60_000);
-    late.then(|| Command::EndRemedy { id: remedy.id, outcome: Outcome::Late, reason: reason() })
+    (open_ms >= limit_ms).then(|| Command::EndRemedy { id: remedy.id, outcome: Outcome::Late, reason: reason() })
 }
 
 /// The GPUs of an agent that would be mended by something that may be ordered.
@@ -175,7 +177,8 @@ mod tests {
                 }
                 other => panic!("{other:?}"),
             };
-            commands(&self.config, &self.fleet, NOW).iter().map(word).collect::<Vec<_>>().join(", ")
+            let open_ms = |id| NOW - self.config.remedies[&id].ordered_ms;
+            commands(&self.config, &self.fleet, NOW, open_ms).iter().map(word).collect::<Vec<_>>().join(", ")
         }
     }
 

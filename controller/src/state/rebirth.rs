@@ -2,10 +2,11 @@
 //!
 //! It follows from the state alone, so that every member that is restored from one file begins with the same rows. The
 //! new incarnation lets agents follow the new life; what controllers of the old one still propose is refused; turns
-//! that were open are closed, for nobody is computing them. Nothing else changes: what was erased is not there to come
+//! that were open are closed, for nobody is computing them, and so are orders for GPUs. Nothing else changes: what was erased is not there to come
 //! back. Pure.
 
 use izar_common::clock::Hlc;
+use izar_common::health::gpu;
 
 use super::audit::{Event, Record};
 use super::turns::Outcome;
@@ -45,6 +46,11 @@ impl State {
         for turn in &open {
             self.close_turn(&mut step, *turn, Outcome::Abandoned).expect("the turn is open");
         }
+        // Whoever was at it knows nothing of this life.
+        for id in self.remedies.keys().copied().collect::<Vec<_>>() {
+            self.end_remedy(&mut step, id, gpu::Outcome::Unknown, "a new life of the cluster began")
+                .expect("it is open");
+        }
         self.audit(&mut step, Event::ClusterRebuilt { incarnation, applied: before });
         let starts = (incarnation - 1).max(self.origins.newest() / STARTS + 1) * STARTS;
         self.origins.outlive(starts);
@@ -63,9 +69,10 @@ impl State {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::state::command::{Batch, Origin};
+    use crate::state::command::{Batch, Command, Origin, Reply};
+    use crate::state::remedies::Target;
     use crate::state::tests::{opened, two_turns};
-    use izar_common::id::TurnId;
+    use izar_common::id::{GpuId, NodeId, TurnId};
 
     /// A state with closed turns and an open one.
     fn lived() -> State {
@@ -112,6 +119,29 @@ mod tests {
         assert_eq!((rebirth.abandoned, state.open_turns(), state.turns().count()), (open, 0, all));
         let (_, outcome) = state.turn(&TurnId(99)).unwrap().closed.clone().unwrap();
         assert_eq!(outcome, Outcome::Abandoned);
+    }
+
+    #[test]
+    fn orders_for_gpus_end_with_their_life_and_holds_stay() {
+        let mut state = lived();
+        let (agent, id): (NodeId, GpuId) = ("a1".parse().unwrap(), "gpu-1".parse().unwrap());
+        let origin = Origin { node: "c1".parse().unwrap(), incarnation: state.origins.newest() + 1 };
+        let (reason, boot, remedy) = ("Xid 95".into(), "b".into(), gpu::Remedy::Reset);
+        let hold = gpu::Hold { gpu: id.clone(), quarantined: false, reason, remedy, standing: false, boot };
+        let gpus = vec![Target { gpu: id.clone(), index: state.applied() + 1 }];
+        let orders = [
+            Command::HoldGpu { agent: agent.clone(), hold, fell_ms: None },
+            Command::OrderRemedy { agent, action: gpu::Action::Reset, gpus },
+        ];
+        for (seq, command) in orders.into_iter().enumerate() {
+            let (origin, seq) = (origin.clone(), seq as u64 + 1);
+            let batch = Batch { origin, seq, floor: 1, at: Hlc::default(), commands: vec![command] };
+            assert_eq!(state.apply(state.applied() + 1, &batch).replies, [Reply::Done]);
+        }
+        assert_eq!(state.config_snapshot().remedies.len(), 1);
+        state.begin_life(2);
+        let config = state.config_snapshot();
+        assert!(config.remedies.is_empty() && config.gpus[&id].hold.is_some(), "{config:?}");
     }
 
     #[test]

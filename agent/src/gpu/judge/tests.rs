@@ -339,6 +339,53 @@ fn quarantine_ends_when_controllers_lift_it_and_not_before() {
 }
 
 #[test]
+fn what_is_let_go_of_lifts_nothing_that_came_since() {
+    for (code, state, quarantined) in [(95, State::Cordoned, false), (54, State::Quarantined, true)] {
+        let mut server = resetting();
+        server.judge.mended(&second(), Mended::Yes, server.now_ms, server.now_ms);
+        assert_eq!(server.state(), State::Probation);
+        server.now_ms += 60_000;
+        server.xid(code);
+        assert_eq!(server.state(), state);
+        server.assign(None);
+        assert_eq!(server.state(), state, "the reset lifted what was held before Xid {code}");
+        server.assign(Some((quarantined, BOOT)));
+        server.assign(None);
+        assert_eq!(server.state(), State::Probation, "this is about Xid {code}");
+    }
+}
+
+#[test]
+fn a_gpu_of_which_the_driver_says_nothing_is_put_away_and_silence_mends_nothing() {
+    let mut server = Server::new(terms());
+    server.read(1, &well());
+    server.read(u64::from(MENDED) - 1, &Reading::default());
+    assert_eq!(server.state(), State::Healthy, "an answer or two may be missing");
+    server.read(1, &Reading::default());
+    assert_eq!((server.state(), server.second().reason.as_str()), (State::Cordoned, SILENT));
+    server.read(u64::from(MENDED), &well());
+    assert_eq!(server.state(), State::Probation);
+    // What the driver has asked for stands until it says otherwise.
+    server.read(1, &Reading { recovery_action: Some(1), ..well() });
+    let without = Reading { recovery_action: None, ..well() };
+    server.read(10, &without);
+    assert_eq!(server.state(), State::Cordoned);
+    server.read(u64::from(MENDED), &well());
+    assert_eq!(server.state(), State::Probation);
+}
+
+#[test]
+fn a_gpu_that_is_remembered_where_there_is_no_library_is_a_fault() {
+    let mut server = Server::new(terms());
+    server.judge.absent();
+    assert_eq!(server.fault(), "");
+    server.assign(Some((true, BOOT)));
+    assert_eq!(server.fault(), "GPU gpu-1 is remembered (Xid 95), and there is no GPU library");
+    server.read(1, &well());
+    assert_eq!((server.fault().as_str(), server.state()), ("", State::Quarantined), "its driver came later");
+}
+
+#[test]
 fn what_controllers_remember_of_a_cordon_that_was_mended_meanwhile_does_not_bring_it_back() {
     let mut server = Server::new(terms());
     server.read(1, &well());

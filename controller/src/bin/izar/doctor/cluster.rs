@@ -9,6 +9,7 @@ use izar_common::id::NodeId;
 use izar_controller::config::Config;
 use izar_controller::control::gpus::{Gpu, Gpus};
 use izar_controller::control::view::{AgentDetail, Agents, Peer, Peers, Status};
+use izar_controller::state::Standing;
 use tokio::net::UnixStream;
 
 use super::machine::{CERTIFICATE_MEND, DAYS_WARNING};
@@ -197,7 +198,18 @@ fn judge_agents(agents: &[AgentDetail], gpus: &Gpus, now_ms: u64) -> Vec<Finding
                         let found = format!("{name} has a certificate that is good for {days} days");
                         Finding::warning("agent", found, CERTIFICATE_MEND)
                     }
-                    _ => Finding::ok("agent", format!("{name} is connected")),
+                    _ => match agent.standing {
+                        Some(standing) => {
+                            let word = match standing {
+                                Standing::Cordoned => "cordoned",
+                                Standing::Draining { .. } => "drained",
+                            };
+                            let found = format!("{name} is {word}, so it gets no new work");
+                            let mend = format!("izar agents uncordon {name}, if nobody works on it");
+                            Finding::warning("agent", found, mend)
+                        }
+                        None => Finding::ok("agent", format!("{name} is connected")),
+                    },
                 },
             },
         }
@@ -268,6 +280,19 @@ mod tests {
     fn no_agent_at_all_is_said() {
         let none = Gpus { gpus: vec![], agents: vec![], remembered: vec![], remedies: vec![] };
         assert_eq!(bad(&judge_agents(&[], &none, 0)), [("agents", Verdict::Warning)]);
+    }
+
+    #[test]
+    fn an_agent_that_an_operator_has_put_aside_is_not_forgotten() {
+        let none = Gpus { gpus: vec![], agents: vec![], remembered: vec![], remedies: vec![] };
+        let view = AgentView { connected: true, ..AgentView::default() };
+        let mut agent = view::agent(&"a1".parse().unwrap(), &view, &Default::default());
+        agent.standing = Some(Standing::Draining { within_ms: 1 });
+        let finding = judge_agents(&[agent], &none, 0).remove(0);
+        assert_eq!(
+            (finding.verdict, finding.mend.unwrap().contains("izar agents uncordon a1")),
+            (Verdict::Warning, true)
+        );
     }
 
     #[test]
