@@ -17,7 +17,7 @@ use izar_common::seal::{MasterKey, Pepper};
 use izar_common::wire::handshake::Open;
 use izar_common::{blob, disk, quic, service, tls};
 use serde::Serialize;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpSocket};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -37,6 +37,9 @@ mod told;
 
 /// How long running requests may take to finish at a stop.
 const DRAIN: Duration = Duration::from_secs(10);
+
+/// Clients that wait to be taken up; as many as tokio has by itself.
+const BACKLOG: u32 = 1024;
 
 /// Where this controller listens; written to `endpoints.json` in the data directory once it does.
 #[derive(Debug, Clone, Serialize)]
@@ -78,6 +81,9 @@ impl Daemon {
         let options = config.raft_options();
 
         let endpoint = Arc::new(quic::Endpoint::bind(config.quic.listen, &node_tls)?);
+        // Before this member promises anything: one that could not serve then ends first, and knows of nothing.
+        let https = bind(config.api.listen, "api.listen")?;
+        let plain = config.api.plaintext_listen.map(|address| bind(address, "api.plaintext_listen")).transpose()?;
         let clock = Arc::new(Clock::default());
         rejoin::remember(&options, &endpoint, &master_key).await?;
         let (raft, driver) = Raft::start(options, endpoint.clone(), clock)?;
@@ -107,11 +113,9 @@ impl Daemon {
         };
         let peers = Peers { driver: driver.clone(), store: store.clone(), gateway: gateway.clone(), giver };
         links.spawn(accept(endpoint.clone(), agents.clone(), peers, links_end.clone()));
-        let https = listen(config.api.listen, "api.listen").await?;
-        let plain = match config.api.plaintext_listen {
-            Some(address) => Some(listen(address, "api.plaintext_listen").await?),
-            None => None,
-        };
+        let https = listen(https, config.api.listen, "api.listen")?;
+        let plain = plain.zip(config.api.plaintext_listen);
+        let plain = plain.map(|(socket, address)| listen(socket, address, "api.plaintext_listen")).transpose()?;
         let endpoints = Endpoints {
             quic: endpoint.local_addr(),
             api: https.local_addr()?,
@@ -237,8 +241,19 @@ fn members(config: &Config) -> Vec<control::view::Member> {
     config.members.iter().map(view).collect()
 }
 
-async fn listen(address: SocketAddr, key: &str) -> anyhow::Result<TcpListener> {
-    TcpListener::bind(address).await.with_context(|| format!("{key}: listen on {address}"))
+/// Takes an address; nobody is let in yet, so clients go elsewhere.
+fn bind(address: SocketAddr, key: &str) -> anyhow::Result<TcpSocket> {
+    let bound = || {
+        let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+        socket.set_reuseaddr(true)?;
+        socket.bind(address)?;
+        Ok::<_, std::io::Error>(socket)
+    };
+    bound().with_context(|| format!("{key}: listen on {address}"))
+}
+
+fn listen(socket: TcpSocket, address: SocketAddr, key: &str) -> anyhow::Result<TcpListener> {
+    socket.listen(BACKLOG).with_context(|| format!("{key}: listen on {address}"))
 }
 
 /// Takes connections of peers and agents until the end.

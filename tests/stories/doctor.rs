@@ -73,6 +73,20 @@ fn the_doctor_names_what_is_wrong_and_the_mend_whether_the_daemon_runs_or_not() 
 }
 
 #[test]
+fn a_controller_that_could_not_serve_ends_before_it_promises_anything() {
+    let _machine = izar_tests::shared();
+    let site = Site::new(1, false);
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    site.edit_config("c1", "[api]\nlisten = \"127.0.0.1:0\"", &format!("[api]\nlisten = \"{address}\""));
+    let said = cli::refused_start("izar-controller", &["--config", text(&site.config("c1"))]);
+    assert!(said.contains(&format!("api.listen: listen on {address}: Address already in use")), "{said}");
+    assert!(!site.data("c1").exists(), "a vote that nobody else knows of");
+    let (verdict, words) = finding(&doctor(&site).1, "api.listen");
+    assert!(verdict == "failure" && words.contains("ss -lnp"), "{words}");
+}
+
+#[test]
 fn the_doctor_asks_the_other_controllers_and_looks_for_a_backup() {
     let _machine = izar_tests::shared();
     let mut site = Site::new(3, false);
