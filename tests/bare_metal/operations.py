@@ -17,6 +17,31 @@ def what_the_inventory_does_not_want_goes(proof):
     proof.servers.sh("c2", "! test -e /etc/izar/backup.env")
 
 
+def secrets_that_the_cluster_does_not_work_with_are_refused(proof):
+    sh, kept = proof.servers.sh, f"{PKI}.kept"
+    sh(CONTROL, f"cp -a {PKI} {kept} && tr 0-9 1-90 < {kept}/pepper > {PKI}/pepper")
+    said = proof.operator.refused("site", "--check", "--limit c3")
+    proof.need("what is sealed (c3:pepper, c1:pepper, c2:pepper) is not what" in said, said)
+    # A folder that came back without them: none are made in their place.
+    sh(CONTROL, f"rm {PKI}/pepper {PKI}/master-key")
+    said = proof.operator.refused("site", "--limit controllers")
+    proof.need("pepper and master-key would be made anew, but there is one on c1, c2, c3 already" in said, said)
+    sh(CONTROL, f"! test -e {PKI}/pepper && rm -r {PKI} && mv {kept} {PKI}")
+
+
+def what_a_broken_run_has_left_undone_is_done(proof):
+    # Files were copied, and nobody told of them.
+    sh = proof.servers.sh
+    sh("a3", "gpasswd --delete izar-agent izar && touch /usr/lib/systemd/catalog/izar.catalog")
+    sh("c3", "echo '# old' >> /etc/systemd/system/izar-controller.socket && systemctl daemon-reload && sleep 1")
+    sh("c3", "sed -i '$d' /etc/systemd/system/izar-controller.socket")
+    proof.need(sh("c3", "systemctl show -P NeedDaemonReload izar-controller.socket") == "yes", "systemd has seen the unit")
+    run = proof.operator.play("site")
+    proof.need(run.changed.get("a3") == 2 and "izar" in sh("a3", "id -nG izar-agent").split(), f"changed: {run.names()}")
+    proof.need("c3" in run.changed, f"changed: {run.names()}")
+    proof.need(sh("c3", "systemctl show -P NeedDaemonReload izar-controller.socket") == "no", "systemd has not seen the unit")
+
+
 def a_lost_gpu_is_named_and_stops_nobody(proof):
     # The agents serve; that they should have GPUs is what the inventory says from now on.
     said = proof.operator.play("site", "--check", "-e gpu_expected=2").output
@@ -31,8 +56,12 @@ def an_agent_is_renewed_while_the_first_controller_is_down(proof):
         before = proof.servers.sh("a1", "sha256sum /etc/izar/pki/node.pem")
         proof.operator.play("rotate_certs", "--limit a1")
         proof.need(proof.servers.sh("a1", "sha256sum /etc/izar/pki/node.pem") != before, "a1 has its old certificate")
+        # Without c2 no majority would be left.
+        said = proof.operator.refused("rotate_certs", "--limit c2")
+        proof.need("c2: it is not taken down" in said and "c3 knows a leader, and c1 does not" in said, said)
         proof.servers.power_on("c1")
         until("c1 is back", lambda: proof.at("c1", connected=3))
+        proof.operator.play("rotate_certs", "--limit c2")
     return load
 
 

@@ -11,10 +11,12 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 import unittest
 
 sys.dont_write_bytecode = True
@@ -77,6 +79,36 @@ class Playbooks(unittest.TestCase):
         self.assertIn('[gpu]\nexpected = 8\nmode = "act"\n', said)
         self.assertEqual(said.count("[gpu]"), 1)
 
+    def test_tables_within_tables_are_what_they_were(self):
+        gpu = {"mode": "act", "limits": {"hot_celsius": 85, "note": 'a "word"', "deep": {"on": True, "list": [1, 2]}}}
+        hosts = inventory({"c1": {"controller_member": 1}}, {"a1": {}}, agent_settings={"gpu": gpu}, controller_settings={"x": gpu})
+        known = {"agent_log_level": "info", "agent_labels": {}, "agent_certificate": "node.pem", "controller_log_level": "info"}
+        known.update(controller_api_address="192.0.2.1", controller_api_port=8443, controller_quic_address="192.0.2.1")
+        hosts["all"]["vars"].update(known)
+        self.assertEqual(tomllib.loads(self.rendered(hosts, "a1", "agent", "agent.toml"))["gpu"], gpu)
+        self.assertEqual(tomllib.loads(self.rendered(hosts, "c1", "controller", "controller.toml"))["x"], gpu)
+
+    def program(self, name, script):
+        """A stand-in for a program of the release, in a folder that `cluster_files` names."""
+        (self.folder / "bin").mkdir(exist_ok=True)
+        self.izar(script, name=f"bin/{name}")
+
+    def test_a_setting_that_a_daemon_would_refuse_is_named_before_any_host_is_asked(self):
+        hosts = inventory({"c1": {**DOWN, "controller_member": 1}}, {"a1": {**DOWN, "agent_settings": {"gpu": {"mood": "act"}}}})
+        hosts["all"]["vars"]["cluster_files"] = str(self.folder)
+        for role, host in (("controller", "c1"), ("agent", "a1")):
+            # It reads what it is given, and says what is wrong as the daemons do.
+            self.program(f"izar-{role}", f"! grep mood $3 || {{ echo 'izar-{role}: '$3: unknown field >&2; exit 1; }}")
+            look = {"ansible.builtin.include_role": {"name": role, "tasks_from": "preflight"}}
+            status, said = self.role(hosts, host, look)
+            self.assertEqual(status == 0, role == "controller", said)
+        self.assertIn("a1: its agent.toml would be refused, so correct agent_settings", said)
+        self.assertIn("izar-agent: agent.toml: unknown field", said)
+        # One that cannot be run here says nothing of the configuration.
+        self.program("izar-agent", "exit 126")
+        status, said = self.role(hosts, "a1", look)
+        self.assertEqual(status, 0, said)
+
     def test_prometheus_asks_controllers_where_clients_reach_them(self):
         reached = {"c1": ["198.51.100.1", "vip.example.org"], "c2": ["{{ ansible_host }}", "vip.example.org"]}
         controllers = {name: {"pki_api_hosts": names, "controller_api_address": "0.0.0.0"} for name, names in reached.items()}
@@ -102,11 +134,136 @@ class Playbooks(unittest.TestCase):
         self.assertNotEqual(status, 0, said)
         self.assertIn("c1 and c2, c3 are reached at one address (vip.example.org)", said)
 
-    def izar(self, script):
-        """Puts a stand-in for `izar` into the path."""
-        izar = self.folder / "izar"
+    def test_a_host_that_is_another_one_is_named_whichever_of_them_the_run_is_about(self):
+        look = {"ansible.builtin.include_role": {"name": "base", "tasks_from": "preflight"}}
+
+        def said(**second):
+            agents = {"a1": {"ansible_host": "192.0.2.1"}, "a2": {"ansible_host": "192.0.2.2", **second}, "c1": {}}
+            _, said = self.role(inventory({"c1": {"ansible_host": "192.0.2.3", "controller_member": 1}}, agents), "a2", look)
+            return said
+
+        self.assertIn("a2 and a1 have one name or address (a1, 192.0.2.2)", said(cluster_node="a1"))
+        self.assertIn("a2 and a1 have one name or address (a2, 192.0.2.1)", said(cluster_address="192.0.2.1"))
+        self.assertIn("a2 and c1 have one name or address (a2, 192.0.2.3)", said(ansible_host="192.0.2.3"))
+        self.assertNotIn("have one name or address", said(), "a host in both groups is one")
+
+    def test_ports_are_looked_at_where_no_controller_runs(self):
+        release = self.release()
+        look = {"ansible.builtin.include_role": {"name": "base", "tasks_from": "preflight"}}
+
+        def taken(state):
+            lines = ["clock 0", "machine x86_64 systemd", "systemd 252", f"unit izar-controller {state}"]
+            lines += ["api LISTEN 0 5 0.0.0.0:8443 0.0.0.0:*", "version "]
+            # What this host says of itself, which only this outranks.
+            found = json.dumps({"base_host": {"stdout": "\n".join(lines), "stdout_lines": lines}})
+            status, said = self.role(inventory({"c1": {}}, {}, **release), "c1", look, words=["-e", found])
+            named = "c1: something else listens on 0.0.0.0:8443" in said
+            self.assertEqual(status != 0, named, said)
+            return named
+
+        self.assertEqual([taken(state) for state in ("inactive", "failed", "active", "activating")], [True, True, False, False])
+
+    def izar(self, script, name="izar"):
+        """Puts a stand-in for a program into the path."""
+        izar = self.folder / name
         izar.write_text(f"#!/bin/sh\n{script}\n")
         izar.chmod(0o755)
+
+    def majority(self, controllers, leader='"c1"', here='"c1"', **variables):
+        """Whether c1 may be taken down; what the controllers, but those that are DOWN, say of the leader, and c1 itself."""
+        # The first question is c1's own.
+        self.izar(f'[ -e {self.folder}/asked ] && leads=\'{leader}\' || leads=\'{here}\'; > {self.folder}/asked; echo "{{\\"leader\\": $leads}}"')
+        (self.folder / "asked").unlink(missing_ok=True)
+        known = {f"c{n}": {"controller_member": n, **state} for n, state in enumerate(controllers, 1)}
+        include = {"ansible.builtin.include_role": {"name": "controller", "tasks_from": "majority"}}
+        status, said = self.role(inventory(known, {}, **variables), "c1", include)
+        return said if status else None
+
+    def test_a_controller_is_not_taken_down_where_no_majority_would_be_left(self):
+        self.assertIsNone(self.majority([{}, {}, {}]))
+        said = self.majority([{}, DOWN, {}])
+        self.assertIn("c1: it is not taken down", str(said))
+        self.assertIn("of the 2 others that are needed, c3 knows a leader, and c2 does not", str(said))
+        self.assertIsNone(self.majority([{}, {}, {}, {}, DOWN]), "of five, three are left")
+        self.assertIsNotNone(self.majority([{}, {}, {}, DOWN, DOWN]))
+        self.assertIsNone(self.majority([{}]), "one alone has no others")
+        self.assertIsNone(self.majority([{}, DOWN, {}], here="null"), "one that knows no leader is missed by nobody")
+        self.assertIsNone(self.majority([{}, DOWN, {}], controller_without_majority=True))
+
+    def secrets(self, sealed, given, *words, **variables):
+        """What c1 is told of the secrets that controllers have `sealed` and those on the control node: of a host, name and digits."""
+        pki = self.folder / "pki"
+        for folder, secrets in [(pki, given), *((self.folder / f"sealed-{host}", names) for host, names in sealed.items())]:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            for name, digits in secrets.items():
+                (folder / (name if folder == pki else f"izar.{name}")).write_text(digits)
+        # decrypt --name=NAME FILE -: one that holds nothing does not open.
+        self.izar('[ -s "$3" ] && cat "$3"', name="systemd-creds")
+        known = {"pki_credstore": f"{self.folder}/sealed-{{{{ item }}}}"}
+        look = {"ansible.builtin.include_role": {"name": "pki", "tasks_from": "secrets"}, "vars": known}
+        hosts = inventory({host: {} for host in sealed}, {}, cluster_pki_dir=str(pki), pki_role="controller", **variables)
+        status, said = self.role(hosts, "controllers", look, words=words)
+        self.assertNotIn("a" * 16, said, "a secret is shown")
+        return said if status else None
+
+    def test_secrets_that_the_cluster_does_not_work_with_are_refused(self):
+        ours, others = {"pepper": "ab" * 32 + "\n", "master-key": "cd" * 32 + "\n"}, "a" * 64
+        bare, both = {"c1": {}, "c2": {}}, {"c1": ours, "c2": ours}
+        self.assertIsNone(self.secrets(bare, {}), "they are made")
+        self.assertIsNone(self.secrets(both, ours))
+        self.assertIsNone(self.secrets(both, {}, pki_pepper="AB" * 32, pki_master_key="cd" * 32), "the same digits")
+        self.assertIsNone(self.secrets({"c1": {**ours, "pepper": ""}, "c2": ours}, ours), "what does not open is sealed anew")
+        said = str(self.secrets(both, {**ours, "pepper": others}))
+        self.assertIn("c2: what is sealed (c2:pepper) is not what pki_pepper, pki_master_key or", said)
+        self.assertIsNone(self.secrets(both, {**ours, "pepper": others}, "-e", "pki_replace_secrets=true"))
+        said = str(self.secrets(both, ours, pki_master_key=others))
+        self.assertIn("c1: what is sealed (c1:master-key) is not what", said)
+        # A new server in the place of c1, whatever this run is about.
+        said = str(self.secrets({"c1": {}, "c2": ours}, {**ours, "pepper": others}, "--limit=c1"))
+        self.assertIn("c1: what is sealed (c2:pepper) is not what", said)
+        said = str(self.secrets({"c1": {}, "c2": ours}, {"pepper": ours["pepper"]}))
+        self.assertIn("c1: master-key would be made anew, but there is one on c2 already", said)
+        self.assertIn("--name=master-key /etc/credstore.encrypted/izar.master-key", said)
+        said = str(self.secrets({"c1": {}, "c2": ours}, {}, "--limit=c1", "-e", "pki_replace_secrets=true"))
+        self.assertIn("c1: pepper and master-key would be made anew, but there is one on c2 already", said)
+
+    def test_secrets_that_no_controller_takes_are_named(self):
+        said = str(self.secrets({"c1": {}}, {"pepper": "abc", "master-key": "cd" * 32}))
+        self.assertIn("c1: pepper must be 64 hexadecimal digits", said)
+        said = str(self.secrets({"c1": {}}, {}, pki_pepper="cd" * 32, pki_master_key="xy" * 32))
+        self.assertIn("c1: master-key must be 64 hexadecimal digits", said)
+
+    def test_secrets_of_a_vault_are_made_nowhere(self):
+        make = {"ansible.builtin.include_role": {"name": "pki", "tasks_from": "authority"}}
+        hosts = inventory({"c1": {}}, {}, cluster_pki_dir=str(self.folder / "pki"), pki_external=True, pki_pepper="ab" * 32)
+        for _ in range(2):
+            status, said = self.role(hosts, "c1", make)
+            self.assertEqual(status, 0, said)
+        self.assertIn("changed=0", said)
+        self.assertEqual([path.name for path in (self.folder / "pki").iterdir()], ["master-key"])
+        self.assertRegex((self.folder / "pki/master-key").read_text(), "^[0-9a-f]{64}\n$")
+
+    def test_a_ca_goes_only_when_nobody_shows_what_it_has_signed(self):
+        old, new, shown = (f"-----BEGIN CERTIFICATE-----{name}-----END CERTIFICATE-----" for name in ("old", "new", "shown"))
+        for file, text in (("ca.pem", new), ("node.pem", shown)):
+            (self.folder / file).write_text(text)
+        files = {"pki_ca_file": f"{self.folder}/ca.pem", "pki_node_cert_file": f"{self.folder}/node.pem", "pki_role": "agent"}
+        look = {"ansible.builtin.include_role": {"name": "pki", "tasks_from": "preflight"}}
+
+        def looked(trusts, shows, late=()):
+            # What hosts say of themselves, which only this outranks.
+            showing = [{"item": host, "stdout": "izar-agent" if host in late else ""} for host in ("a1", "a2")]
+            found = {"pki_host": {"stdout": f"{trusts}=shows={shows}"}, "pki_showing": {"results": showing}}
+            hosts = inventory({}, {"a1": {}, "a2": DOWN}, **files)
+            status, said = self.role(hosts, "a1", look, words=["-e", json.dumps(found)])
+            return said if status else None
+
+        self.assertIn("ca.pem has no CA that this host trusts now", str(looked(old, shown)))
+        self.assertIn("ca.pem lacks a CA that this host trusts now", str(looked(old + new, old)))
+        self.assertIsNone(looked(old + new, shown))
+        self.assertIsNone(looked(new, old, late=["a2"]), "no CA goes")
+        self.assertIn("and on a2 a daemon runs that was started before", str(looked(old + new, shown, late=["a2"])))
 
     def speaker(self, controllers, leader):
         self.izar(f"echo '{json.dumps({'leader': leader})}'")
@@ -124,6 +281,33 @@ class Playbooks(unittest.TestCase):
             status, said = self.speaker(controllers, leader)
             self.assertNotEqual(status, 0, said)
             self.assertIn("a1: no controller of site here answers and knows a leader", said)
+
+    def drained(self, refusal="", planned=0, **variables):
+        """How a drain of a1 ends, and what controllers were asked for."""
+        agents = json.dumps({"agents": [{"agent": "a1", "planned": planned}]})
+        self.izar(f"""echo "$*" >> {self.folder}/asked
+            case "$*" in *drain*) [ -z "{refusal}" ] || {{ echo "{refusal}" >&2; exit 1; }};; *agents\\ list) echo '{agents}';; esac""")
+        (self.folder / "asked").unlink(missing_ok=True)
+        known = {"agent_speaker": "c1", "agent_drain_s": 1, **variables}
+        drain = {"ansible.builtin.include_role": {"name": "agent", "tasks_from": "drain"}, "vars": known}
+        status, said = self.role(inventory({"c1": {}}, {"a1": {}}), "a1", drain)
+        asked = (self.folder / "asked").read_text().splitlines()
+        return status == 0, [words for words in asked if "list" not in words], said
+
+    def test_a_drain_that_does_not_end_leaves_an_agent_as_it_was(self):
+        ask = "--json agents drain --no-wait --within 30 a1"
+        self.assertEqual(self.drained()[:2], (True, [ask]))
+        ended, asked, said = self.drained(planned=1)
+        self.assertEqual((ended, asked), (False, [ask, "agents uncordon a1"]), said)
+        self.assertIn("a1: it is not empty after 1 s, so it still works", said)
+        self.assertEqual(self.drained(planned=1, agent_takes_back="cordon")[1], [ask, "agents cordon a1"])
+        self.assertEqual(self.drained(planned=1, agent_waits=True)[:2], (False, []), "an operator's is waited for")
+
+    def test_an_agent_that_nobody_knows_is_empty(self):
+        ended, _, said = self.drained(refusal="izar: there is no agent a1; see: izar agents list")
+        self.assertTrue(ended, said)
+        ended, _, said = self.drained(refusal="izar: no quorum")
+        self.assertFalse(ended, said)
 
     def test_a_new_server_without_its_gpus_is_refused_with_all_that_is_wrong(self):
         hosts = inventory({"c1": {}}, {"a1": {"gpu_expected": 99}})

@@ -11,7 +11,8 @@ mod credential;
 mod machine;
 mod unit;
 
-use std::path::PathBuf;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Args;
@@ -98,7 +99,9 @@ pub async fn examine(doctor: &Doctor, common: &Common) -> Vec<Finding> {
         let found = format!("neither {} nor {} is there", doctor.config.display(), doctor.agent_config.display());
         findings.push(Finding::failure("configuration", found, "name the files with --config and --agent-config"));
     }
-    if controller {
+    if controller && let Err(hidden) = readable("configuration", &doctor.config) {
+        findings.push(hidden);
+    } else if controller {
         match Config::load(&doctor.config) {
             Ok(config) => {
                 findings.push(Finding::ok("configuration", format!("{} is sound", doctor.config.display())));
@@ -112,10 +115,23 @@ pub async fn examine(doctor: &Doctor, common: &Common) -> Vec<Finding> {
             }
         }
     }
-    if agent {
+    if agent && let Err(hidden) = readable("agent configuration", &doctor.agent_config) {
+        findings.push(hidden);
+    } else if agent {
         findings.extend(agent::examine(&doctor.agent_config).await);
     }
     findings
+}
+
+/// A file that whoever asks may not read is no mistake in it.
+fn readable(check: &str, path: &Path) -> Result<(), Finding> {
+    match std::fs::File::open(path) {
+        Err(error) if error.kind() == ErrorKind::PermissionDenied => {
+            let found = format!("{} was not read: {error}", path.display());
+            Err(Finding::warning(check, found, "ask as root: what it names is not looked at"))
+        }
+        _ => Ok(()),
+    }
 }
 
 fn human(findings: &[Finding]) -> String {
