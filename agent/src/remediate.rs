@@ -12,7 +12,8 @@
 //! idle                  whether nobody does any of this; waits until it is so
 //! ```
 //! `ok`, `ok ended=N`, `refused: why` (nothing was done) or `failed: why`. Who calls is what the kernel says: root, or the
-//! main process of the agent's unit, so that no worker may; which programs run stands in the unit. The agent itself has no capability, and decides when to ask; this never does.
+//! main process of the agent's unit, so that no worker may; which programs run stands in the unit. The agent itself has no
+//! capability, and decides when to ask; this never does.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -125,8 +126,8 @@ fn part(caller: UnixStream) {
 
 /// Reads the request of a caller who may ask.
 fn asked(caller: &mut UnixStream, arguments: &Arguments) -> anyhow::Result<Request> {
-    let (user, who) =
-        (&arguments.user, getsockopt(caller, sockopt::PeerCredentials).context("ask the kernel who calls")?);
+    let who = getsockopt(caller, sockopt::PeerCredentials).context("ask the kernel who calls")?;
+    let user = &arguments.user;
     let allowed = User::from_name(user).with_context(|| format!("look up the user {user}"))?;
     let allowed = allowed.with_context(|| format!("there is no user {user}"))?;
     ensure!(who.uid() == 0 || who.uid() == allowed.uid.as_raw(), "user {} may not ask", who.uid());

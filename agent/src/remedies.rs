@@ -138,10 +138,9 @@ impl Remedies {
     async fn wait_for_hand(&self, order: &Order) -> Ended {
         let why = "the agent's process that began it ended".to_owned();
         if helper::is_there(&self.helper).is_ok() {
-            // What does not end in time, or cannot be asked, is not waited for: there is nothing else to be learned.
-            if self.workers.pause(PAUSE).await.is_ok()
-                && let Err(reason) = helper::ask(&self.helper, "idle").await
-            {
+            // A worker that does not end opens nothing anew.
+            let _ = self.workers.pause(PAUSE).await;
+            if let Err(reason) = helper::ask(&self.helper, "idle").await {
                 log::warn!(order = order.id, reason; "it is not known whether an order still runs");
             }
             self.workers.resume();
