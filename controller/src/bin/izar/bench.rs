@@ -317,11 +317,14 @@ fn measure(options: &Options) -> anyhow::Result<Report> {
     if let (Some(ready), true) = (&ready, watched.is_empty()) {
         watched = ready.processes.iter().map(|p| cpu::Watched { name: p.id.clone(), pid: p.pid }).collect();
     }
+    let write = |ids: String| match &options.ids {
+        Some(path) => std::fs::write(path, ids).with_context(|| format!("--ids {}: write", path.display())),
+        None => Ok(()),
+    };
+    // Before there is anything to lose.
+    write(String::new())?;
     let measured = load::run(options.load(endpoints, spread, &model, &key), &watched)?;
-    if let Some(path) = &options.ids {
-        let lines = measured.stats.answered.iter().flatten().map(|id| id.clone() + "\n");
-        std::fs::write(path, lines.collect::<String>()).with_context(|| format!("write {}", path.display()))?;
-    }
+    write(measured.stats.answered.iter().flatten().map(|id| id.clone() + "\n").collect())?;
     Ok(Report::new(options.about(urls[..spread].to_vec(), model), measured))
 }
 
