@@ -351,8 +351,8 @@ mod tests {
         let first = alone(dir.path()).unwrap();
         let folder = dir.path().to_owned();
         let second = std::thread::spawn(move || alone(&folder).map(drop));
-        std::thread::sleep(3 * LOOK);
-        assert!(!second.is_finished());
+        let other = File::open(dir.path()).unwrap();
+        assert!(Flock::lock(other, FlockArg::LockExclusiveNonblock).is_err(), "it is taken");
         drop(first);
         second.join().unwrap().unwrap();
         assert!(alone(Path::new("/nowhere")).unwrap_err().to_string().contains("/nowhere"));

@@ -11,43 +11,38 @@ use super::Finding;
 /// encrypted one first in the folders of the same names with `.encrypted`.
 const STORES: [&str; 4] = ["/etc/credstore", "/run/credstore", "/usr/local/lib/credstore", "/usr/lib/credstore"];
 
-/// What judging needs of a machine.
-trait Machine {
-    /// Looks at a file.
-    fn look(&self, file: &Path) -> io::Result<()>;
-    /// Opens an encrypted credential; `None` where that cannot be tried.
-    fn open(&self, name: &str, file: &Path) -> Option<Result<(), String>>;
-}
+/// What came of opening an encrypted credential; `None` where that cannot be tried.
+type Opened = Option<Result<(), String>>;
 
-/// This one.
-struct Here;
-
-impl Machine for Here {
-    fn look(&self, file: &Path) -> io::Result<()> {
-        file.metadata().map(drop)
+/// Opens a credential on this machine, as root alone can.
+fn open(name: &str, file: &Path) -> Opened {
+    if !nix::unistd::geteuid().is_root() {
+        return None;
     }
-    fn open(&self, name: &str, file: &Path) -> Option<Result<(), String>> {
-        if !nix::unistd::geteuid().is_root() {
-            return None;
-        }
-        let mut opener = Command::new("systemd-creds");
-        // What is in it goes nowhere.
-        opener.arg("decrypt").arg(format!("--name={name}")).arg(file).arg("-").stdin(Stdio::null());
-        let output = opener.stdout(Stdio::null()).stderr(Stdio::piped()).output().ok()?;
-        let said = String::from_utf8_lossy(&output.stderr);
-        Some(if output.status.success() { Ok(()) } else { Err(said.trim().to_owned()) })
-    }
+    let mut opener = Command::new("systemd-creds");
+    // What is in it goes nowhere.
+    opener.arg("decrypt").arg(format!("--name={name}")).arg(file).arg("-").stdin(Stdio::null());
+    let output = opener.stdout(Stdio::null()).stderr(Stdio::piped()).output().ok()?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    Some(if output.status.success() { Ok(()) } else { Err(said.trim().to_owned()) })
 }
 
 /// Looks for the credential `name` of a unit.
 pub fn given(check: &str, unit: &str, name: &str) -> Finding {
     let asked = Command::new("systemctl").args(["cat", unit]).output().ok().filter(|output| output.status.success());
     let text = asked.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
-    judge(check, unit, name, text.as_deref(), &Here)
+    judge(check, unit, name, text.as_deref(), |file| file.metadata().map(drop), |file| open(name, file))
 }
 
-/// The same, from the unit's text, if there is one.
-fn judge(check: &str, unit: &str, name: &str, text: Option<&str>, machine: &impl Machine) -> Finding {
+/// The same, from the unit's text, if there is one, and what becomes of a look at a file and of opening it.
+fn judge(
+    check: &str,
+    unit: &str,
+    name: &str,
+    text: Option<&str>,
+    look: impl Fn(&Path) -> io::Result<()>,
+    open: impl Fn(&Path) -> Opened,
+) -> Finding {
     let unseen = |why: &str| Finding::ok(check, format!("the credential {name}, not looked at: {why}"));
     let again = |place: &Path| format!("systemd-creds encrypt --name={name} KEY {} (docs/systemd.md)", place.display());
     let Some(text) = text else { return unseen(&format!("systemd knows no {unit} here")) };
@@ -63,10 +58,10 @@ fn judge(check: &str, unit: &str, name: &str, text: Option<&str>, machine: &impl
     let places: Vec<PathBuf> = stores.map(|store| Path::new(&store).join(file)).collect();
     let mut unreadable = None;
     for place in &places {
-        match machine.look(place) {
+        match look(place) {
             Ok(()) => {
                 let found = format!("the credential {name} lies at {}", place.display());
-                return match encrypted.then(|| machine.open(name, place)).flatten() {
+                return match encrypted.then(|| open(place)).flatten() {
                     None => Finding::ok(check, found),
                     Some(Ok(())) => Finding::ok(check, format!("{found}, and opens")),
                     Some(Err(why)) => {
@@ -113,33 +108,24 @@ mod tests {
 
     const UNIT: &str = "[Service]\nLoadCredentialEncrypted=master-key:izar.master-key\nLoadCredential=pepper\n";
 
-    /// These files are there, and a look elsewhere ends so.
-    struct Told<'a> {
-        there: &'a [&'a str],
-        elsewhere: ErrorKind,
-        opens: Option<Result<(), String>>,
-    }
-
-    impl Machine for Told<'_> {
-        fn look(&self, path: &Path) -> io::Result<()> {
-            let there = self.there.iter().any(|file| Path::new(file) == path);
-            if there { Ok(()) } else { Err(self.elsewhere.into()) }
-        }
-        fn open(&self, _: &str, _: &Path) -> Option<Result<(), String>> {
-            self.opens.clone()
-        }
+    /// What is said of a credential when these files are there, a look elsewhere ends so, and what is opened so.
+    fn told(name: &str, text: Option<&str>, there: &[&str], elsewhere: ErrorKind, opens: Opened) -> Finding {
+        let look = |path: &Path| match there.iter().any(|file| Path::new(file) == path) {
+            true => Ok(()),
+            false => Err(elsewhere.into()),
+        };
+        judge("c", "u", name, text, look, |_| opens.clone())
     }
 
     fn check(name: &str, text: Option<&str>, there: &[&str], elsewhere: ErrorKind) -> (Verdict, String) {
-        let finding = judge("c", "u", name, text, &Told { there, elsewhere, opens: None });
+        let finding = told(name, text, there, elsewhere, None);
         (finding.verdict, finding.found)
     }
 
     #[test]
     fn an_encrypted_credential_must_open_here() {
         let there: &[&str] = &["/etc/credstore.encrypted/izar.master-key", "/etc/credstore/pepper"];
-        let check =
-            |name, opens| judge("c", "u", name, Some(UNIT), &Told { there, elsewhere: ErrorKind::NotFound, opens });
+        let check = |name, opens| told(name, Some(UNIT), there, ErrorKind::NotFound, opens);
         let opened = check("master-key", Some(Ok(())));
         assert!(opened.verdict == Verdict::Ok && opened.found.ends_with(", and opens"), "{opened:?}");
         let sealed = check("master-key", Some(Err("Bad message".into())));
